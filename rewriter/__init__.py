@@ -1,0 +1,67 @@
+"""reparam: parametrizations of a model's tensors, compiled in from a spec and baked out again.
+
+The public verbs are imported on first use, so that ``import rewriter`` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rewriter.errors import (
+    CaptureError,
+    Diagnostic,
+    ModelFileError,
+    NumericError,
+    PlanError,
+    RewriterError,
+    SpecError,
+)
+
+if TYPE_CHECKING:
+    from rewriter._registry import register
+    from rewriter.bake import bake
+    from rewriter.plan import Plan, Site, plan
+    from rewriter.rewrite import rewrite
+    from rewriter.spec import Spec, load_spec
+
+_HOMES = {
+    "Plan": "rewriter.plan",
+    "Site": "rewriter.plan",
+    "Spec": "rewriter.spec",
+    "bake": "rewriter.bake",
+    "load_spec": "rewriter.spec",
+    "plan": "rewriter.plan",
+    "register": "rewriter._registry",
+    "rewrite": "rewriter.rewrite",
+}
+
+__all__ = [
+    "CaptureError",
+    "Diagnostic",
+    "ModelFileError",
+    "NumericError",
+    "Plan",
+    "PlanError",
+    "RewriterError",
+    "Site",
+    "Spec",
+    "SpecError",
+    "bake",
+    "load_spec",
+    "plan",
+    "register",
+    "rewrite",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,74 @@
+"""Every error that reparam raises on purpose, under one base class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class RewriterError(Exception):
+    """Base of all errors of this package; its message says where, what was found and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One problem of a spec: where it is and what to do about it.
+
+    Arguments:
+        message: what was found, what was expected.
+        file: the spec's path, or ``"<spec>"`` for text and mappings.
+        line: 1-based line; ``None`` for a mapping given from Python, which has no text.
+        column: 1-based column; ``None`` likewise.
+        path: where it is inside the document, such as ``rules[2].chain[0].orthogonal.map``.
+        source: the line of the spec itself, for the caret.
+        hint: "did you mean …", or what else to do; may be empty.
+    """
+
+    message: str
+    file: str = "<spec>"
+    line: int | None = None
+    column: int | None = None
+    path: str = ""
+    source: str | None = None
+    hint: str = ""
+
+    def __str__(self) -> str:
+        if self.line is None:
+            where = f"{self.file}: {self.path}" if self.path else self.file
+        else:
+            where = f"{self.file}:{self.line}:{self.column}"
+        lines = [f"{where}: {self.message}"]
+        if self.source is not None and self.line is not None:
+            margin = f"{self.line:>5} | "
+            lines.append(margin + self.source)
+            lines.append(" " * (len(margin) - 2) + "| " + " " * ((self.column or 1) - 1) + "^")
+        if self.hint:
+            lines.append(f"      {self.hint}")
+        return "\n".join(lines)
+
+
+class SpecError(RewriterError):
+    """A spec that cannot be read; carries every problem found, in the order of the text."""
+
+    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+        self.diagnostics: tuple[Diagnostic, ...] = tuple(diagnostics)
+        super().__init__("\n".join(str(diagnostic) for diagnostic in self.diagnostics))
+
+    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[Diagnostic, ...]]]:
+        return (SpecError, (self.diagnostics,))
+
+
+class PlanError(RewriterError):
+    """A spec that is well formed and does not fit the model."""
+
+
+class CaptureError(RewriterError):
+    """A module whose use of its tensors could not be captured."""
+
+
+class ModelFileError(RewriterError):
+    """A model file that cannot be read, is not trusted, or would be overwritten."""
+
+
+class NumericError(RewriterError):
+    """A rewritten model whose values differ from those they must equal."""
