@@ -1,0 +1,166 @@
+"""What a spec says, once it is read and found correct: immutable values that the plan works from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from rewriter.errors import Diagnostic
+from rewriter.spec._selectors import Selector
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Cache = Literal["forward", "never", "version"]
+Init = Literal["keep", "sample", "raw"]
+Batch = Literal["auto", "never", "always"]
+Memory = Literal["keep", "recompute"]
+Key = str | int
+"""One part of a place inside a document: a mapping's key or a sequence's index."""
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """A mapping that nobody can change; it prints as a dict, pickles and compares equal to one."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
+        self._items: dict[str, Any] = dict(items or {})
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place in a spec: ``spec.yaml:3:5``, or ``<spec> rules[0]`` for a mapping given from Python."""
+
+    file: str = "<spec>"
+    line: int | None = None
+    column: int | None = None
+    path: str = ""
+    source: str | None = None
+
+    def __str__(self) -> str:
+        if self.line is not None:
+            return f"{self.file}:{self.line}:{self.column}"
+        return f"{self.file} {self.path}".rstrip()
+
+    def diagnose(self, message: str, hint: str = "") -> Diagnostic:
+        """Return a problem found at this place, with the spec's line and a caret."""
+        return Diagnostic(message, self.file, self.line, self.column, self.path, self.source, hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """How many sites a rule must own: at least `minimum`, at most `maximum` (no limit: ``None``)."""
+
+    minimum: int = 1
+    maximum: int | None = None
+
+    def __contains__(self, count: int) -> bool:
+        return self.minimum <= count and (self.maximum is None or count <= self.maximum)
+
+    def __str__(self) -> str:
+        if self.minimum == self.maximum:
+            return str(self.minimum)
+        return f"{self.minimum}..{'' if self.maximum is None else self.maximum}"
+
+
+@dataclass(frozen=True, slots=True)
+class Per:
+    """The chain acts on each of `chunks` equal parts along dimension `dim` on its own."""
+
+    dim: int
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One parametrization of a chain, by name or as a module given from Python.
+
+    Arguments:
+        name: as the spec writes it (``orthogonal``, ``my.Scale``); an instance's class name.
+        arguments: of the constructor, already checked against its signature.
+        label: what this step is called, so that it can be baked or removed alone.
+        inputs: names of further tensors of the model that ``forward`` takes.
+        module: the instance, where Python gave one.
+        factory: what constructs the module; ``None`` for an instance.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=FrozenMapping)
+    label: str | None = None
+    inputs: tuple[str, ...] = ()
+    module: nn.Module | None = None
+    factory: Callable[..., nn.Module] | None = field(default=None, compare=False, repr=False)
+    location: Location = field(default=Location(), compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.arguments.items())})"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which tensors get which chain, and how; see the spec language for each key."""
+
+    name: str
+    select: Selector
+    chain: tuple[Step, ...]
+    exclude: Selector | None = None
+    expect: Expect = Expect()
+    overrides: tuple[str, ...] = ()
+    cache: Cache = "forward"
+    init: Init = "keep"
+    share: bool = False
+    unsafe: bool = False
+    per: Per | None = None
+    reshape: tuple[Literal["out", "in"] | int, ...] | None = None
+    source: str | None = None
+    joint: tuple[str, ...] = ()
+    batch: Batch = "auto"
+    memory: Memory = "keep"
+    location: Location = field(default=Location(), compare=False, repr=False)
+    places: Mapping[tuple[Key, ...], Location] = field(default_factory=dict, compare=False, repr=False)
+
+    def where(self, *path: Key) -> Location:
+        """Return where a key of this rule is written, such as ``where("except", 0)``.
+
+        The nearest enclosing place that was written; the rule's own for a key left to its default.
+        """
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return self.location
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A spec that is well formed: what `load_spec` returns and `plan` resolves against a model."""
+
+    rules: tuple[Rule, ...]
+    imports: Mapping[str, str] = field(default_factory=FrozenMapping)
+    source: str = field(default="<spec>", compare=False)
+    absorb: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.source}: {len(self.rules)} rules" + (", absorb" if self.absorb else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plain mapping that loads to an equal spec; instances stand for themselves."""
+        from rewriter.spec._write import write
+
+        return write(self)
