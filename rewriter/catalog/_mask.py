@@ -13,8 +13,40 @@ from rewriter._registry import register, suggestion
 from rewriter.errors import RewriterError
 
 
+class FixedMask(nn.Module):
+    """Multiply by a mask chosen once: forward, right inverse and merging, for all ways to choose it.
+
+    Arguments:
+        mask: bool, 0/1 or factors; broadcasts to the weight.
+        weight: gives the shape to fit, the device, and the dtype of factors.
+    """
+
+    guarantee = "entries outside of the mask are exactly zero"
+    cost = "one multiplication per entry"
+    batched = True
+
+    def __init__(self, mask: Tensor, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("mask", as_mask(mask, weight))
+        self.mask: Tensor
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X * self.mask
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value
+
+    def fuse(self, next: nn.Module) -> nn.Module | None:
+        """Return the product of both masks where `next` is a mask too."""
+        return Mask(self.mask * next.mask) if isinstance(next, FixedMask) else None
+
+    def extra_repr(self) -> str:
+        shape = "x".join(str(n) for n in self.mask.shape)
+        return f"{shape}, {self.mask.count_nonzero().item()} of {self.mask.numel()} kept"
+
+
 @register("mask")
-class Mask(nn.Module):
+class Mask(FixedMask):
     """Keep the entries where a fixed mask is one and make all others zero.
 
     >>> import torch
@@ -38,10 +70,7 @@ class Mask(nn.Module):
         RewriterError: the file cannot be read, has no such key, or its mask does not fit the weight.
     """
 
-    guarantee = "entries outside of the mask are exactly zero"
-    cost = "one multiplication per entry"
     reference = "torch.nn.utils.prune.custom_from_mask"
-    batched = True
     path_arguments = ("file",)
 
     def __init__(
@@ -52,13 +81,11 @@ class Mask(nn.Module):
         *,
         weight: Tensor | None = None,
     ) -> None:
-        super().__init__()
         if (mask is None) == (file is None):
             raise RewriterError("a mask is either a tensor (from Python) or a `file` (and `key`): give one")
         if mask is None:
             mask = _pick(read_tensors(str(file)), key, str(file))
-        self.register_buffer("mask", as_mask(mask, weight))
-        self.mask: Tensor
+        super().__init__(mask, weight)
 
     @classmethod
     def plan_sites(
@@ -74,20 +101,6 @@ class Mask(nn.Module):
         stored = read_tensors(file)
         found = [[k for k in (name, f"{name}_mask") if k in stored] for name in names]
         return [{"key": keys[0]} if keys else {} for keys in found]
-
-    def forward(self, X: Tensor) -> Tensor:
-        return X * self.mask
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        return value
-
-    def fuse(self, next: nn.Module) -> nn.Module | None:
-        """Return the product of both masks where `next` is a mask too."""
-        return Mask(self.mask * next.mask) if isinstance(next, Mask) else None
-
-    def extra_repr(self) -> str:
-        shape = "x".join(str(n) for n in self.mask.shape)
-        return f"{shape}, {self.mask.count_nonzero().item()} of {self.mask.numel()} kept"
 
 
 def as_mask(mask: Tensor, weight: Tensor | None = None) -> Tensor:
