@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from rewriter.catalog._arithmetic import Affine as Affine
+from rewriter.catalog._arithmetic import Scale as Scale
+from rewriter.catalog._arithmetic import Shift as Shift
+from rewriter.catalog._describe import Entry as Entry
+from rewriter.catalog._describe import describe as describe
 from rewriter.catalog._mask import Mask as Mask
+from rewriter.catalog._orthogonal import Orthogonal as Orthogonal
+from rewriter.catalog._plumbing import Cast as Cast
+from rewriter.catalog._plumbing import Detach as Detach
+from rewriter.catalog._plumbing import Identity as Identity
+from rewriter.catalog._plumbing import Transpose as Transpose
+from rewriter.catalog._plumbing import WeightDropout as WeightDropout
 from rewriter.catalog._pruning import GlobalL1 as GlobalL1
 from rewriter.catalog._pruning import GlobalRandom as GlobalRandom
 from rewriter.catalog._pruning import L1Unstructured as L1Unstructured
 from rewriter.catalog._pruning import LnStructured as LnStructured
 from rewriter.catalog._pruning import RandomStructured as RandomStructured
 from rewriter.catalog._pruning import RandomUnstructured as RandomUnstructured
+from rewriter.catalog._skew import Skew as Skew
 from rewriter.catalog._sparse_patterns import NM as NM
 from rewriter.catalog._sparse_patterns import BlockSparse as BlockSparse
+from rewriter.catalog._spectral_norm import SpectralNorm as SpectralNorm
+from rewriter.catalog._symmetric import Symmetric as Symmetric
+from rewriter.catalog._weight_norm import WeightNorm as WeightNorm
