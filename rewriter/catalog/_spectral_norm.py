@@ -1,0 +1,112 @@
+"""Spectral normalization by the power method."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rewriter._registry import register
+from rewriter.catalog._maps._precision import widen
+from rewriter.errors import RewriterError
+
+
+@register("spectral_norm")
+class SpectralNorm(nn.Module):
+    """Divide a tensor by its largest singular value, estimated by the power method.
+
+    >>> import torch
+    >>> weight = torch.diag(torch.tensor([4.0, 2.0]))
+    >>> SpectralNorm(weight=weight)(weight)
+    tensor([[1.0000, 0.0000],
+            [0.0000, 0.5000]])
+
+    The tensor is seen as a matrix with `dim` in front and all other dimensions flattened; a vector is divided
+    by its norm. The singular vectors are the buffers ``_u`` and ``_v``, as in
+    :func:`torch.nn.utils.parametrizations.spectral_norm`; they advance once per forward in train mode, and
+    are fitted again when a value is assigned.
+
+    Arguments:
+        n_power_iterations: steps per forward in train mode.
+        dim: the dimension of the outputs: 0, and 1 for transposed convolutions.
+        eps: the least norm that is divided by.
+        weight: of any shape, filled in by the site.
+
+    Raises:
+        RewriterError: `dim` is out of range or `n_power_iterations` is not positive.
+    """
+
+    guarantee = "the largest singular value is one, as far as the power method has come; zero stays zero"
+    cost = "2 (n_power_iterations + 1) matrix-vector products"
+    reference = "Miyato et al., https://arxiv.org/abs/1802.05957"
+    stateful = True
+
+    def __init__(
+        self, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12, *, weight: Tensor
+    ) -> None:
+        super().__init__()
+        if not -weight.ndim <= dim < weight.ndim:
+            raise RewriterError(f"spectral_norm: dim {dim} is out of range for shape {list(weight.shape)}")
+        if n_power_iterations <= 0:
+            raise RewriterError(
+                f"spectral_norm: n_power_iterations must be positive, not {n_power_iterations}"
+            )
+        self.n_power_iterations = n_power_iterations
+        self.dim = dim % weight.ndim
+        self.eps = eps
+        self._fitted = 0.0
+        if weight.ndim > 1:
+            M = self._matrix(widen(weight.detach()))
+            self.register_buffer("_u", functional.normalize(M.new_empty(M.size(0)).normal_(), dim=0, eps=eps))
+            self.register_buffer("_v", functional.normalize(M.new_empty(M.size(1)).normal_(), dim=0, eps=eps))
+            self._fit(M)
+        self._u: Tensor
+        self._v: Tensor
+
+    def forward(self, X: Tensor) -> Tensor:
+        W = widen(X)
+        if X.ndim == 1:
+            return functional.normalize(W, dim=0, eps=self.eps).to(X.dtype)
+        M = self._matrix(W)
+        if self.training:
+            self._advance(M.detach(), self.n_power_iterations)
+        # Copies, because the next forward advances the buffers in place while this graph still needs them.
+        u, v = self._u.clone(), self._v.clone()
+        sigma = torch.vdot(u, torch.mv(M, v))
+        return (W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)).to(X.dtype)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Return `value` itself, after fitting the singular vectors to it."""
+        if value.ndim > 1:
+            self._fit(self._matrix(widen(value.detach())))
+        return value
+
+    def extra_repr(self) -> str:
+        return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
+
+    def _matrix(self, W: Tensor) -> Tensor:
+        return W.movedim(self.dim, 0).flatten(1)
+
+    def _advance(self, M: Tensor, steps: int) -> None:
+        with torch.no_grad():
+            for _ in range(steps):
+                self._u.copy_(self._direction(torch.mv(M, self._v), self._u))
+                self._v.copy_(self._direction(torch.mv(M.mH, self._u), self._v))
+
+    def _direction(self, x: Tensor, otherwise: Tensor) -> Tensor:
+        """Return x scaled to norm one; `otherwise` where x is zero, since a zero would never recover."""
+        norm = torch.linalg.vector_norm(x)
+        return torch.where(norm <= self.eps, otherwise, x / norm.clamp_min(self.eps))
+
+    @torch.no_grad()
+    def _fit(self, M: Tensor) -> None:
+        # The site builds the module from the tensor and assigns the same tensor right after: fitting twice
+        # would give other values than torch gives with the same seed.
+        if M.device.type == "meta" or abs(self._estimate(M)) == self._fitted != 0.0:
+            return
+        self._advance(M, 15)
+        self._fitted = abs(self._estimate(M))
+
+    def _estimate(self, M: Tensor) -> complex:
+        sigma: complex = torch.vdot(self._u, torch.mv(M, self._v)).item()
+        return sigma

@@ -1,0 +1,84 @@
+"""What ``torch.*`` means in a spec: torch's own parametrization classes, with torch's argument names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.utils import parametrizations as _torch
+
+
+class Orthogonal(_torch._Orthogonal):
+    """The class behind :func:`torch.nn.utils.parametrizations.orthogonal`, as it is.
+
+    >>> import torch
+    >>> Orthogonal(torch.eye(3), "cayley").right_inverse(torch.eye(3)).shape
+    torch.Size([3, 3])
+
+    Arguments:
+        weight: filled in by the site.
+        orthogonal_map: without it, ``matrix_exp`` for square or complex weights, else ``householder``.
+        use_trivialization: keep a base point in the buffer ``base``.
+    """
+
+    guarantee = "orthonormal columns (rows where the matrix is wide)"
+    cost = "O(n^3), n the longer side"
+    reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
+
+    def __init__(
+        self,
+        weight: Tensor,
+        orthogonal_map: Literal["matrix_exp", "cayley", "householder"] | None = None,
+        use_trivialization: bool = True,
+    ) -> None:
+        if weight.ndim < 2:
+            raise ValueError(f"expected a matrix or a batch of matrices, found shape {list(weight.shape)}")
+        if orthogonal_map is None:
+            square = weight.size(-2) == weight.size(-1)
+            orthogonal_map = "matrix_exp" if square or weight.is_complex() else "householder"
+        super().__init__(weight, _torch._OrthMaps[orthogonal_map], use_trivialization=use_trivialization)
+
+
+class SpectralNorm(_torch._SpectralNorm):
+    """The class behind :func:`torch.nn.utils.parametrizations.spectral_norm`, as it is.
+
+    >>> import torch
+    >>> sorted(SpectralNorm(torch.eye(3)).state_dict())
+    ['_u', '_v']
+
+    Arguments:
+        weight: filled in by the site.
+        n_power_iterations: steps of the power method per forward in train mode.
+        dim: the dimension of the outputs.
+        eps: added to a norm before dividing by it.
+    """
+
+    stateful = True
+    guarantee = "the largest singular value is about one, as far as the power method has come"
+    cost = "two matrix-vector products per power iteration"
+    reference = "Miyato et al., https://arxiv.org/abs/1802.05957"
+
+    def __init__(
+        self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12
+    ) -> None:
+        super().__init__(weight, n_power_iterations, dim, eps)
+
+
+class WeightNorm(_torch._WeightNorm):
+    """The class behind :func:`torch.nn.utils.parametrizations.weight_norm`, as it is.
+
+    >>> import torch
+    >>> [part.shape for part in WeightNorm().right_inverse(torch.ones(3, 2))]
+    [torch.Size([3, 1]), torch.Size([3, 2])]
+
+    Arguments:
+        dim: the dimension along which each slice has its own norm; ``null`` for one norm of the whole tensor.
+    """
+
+    chain_input = 1
+    guarantee = "the slices of W along `dim` have the norms g"
+    cost = "two passes over the tensor"
+    reference = "Salimans and Kingma, https://arxiv.org/abs/1602.07868"
+
+    def __init__(self, dim: int | None = 0) -> None:
+        super().__init__(dim)
