@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rewriter.spec._model import Expect, Location, Per, Rule, Spec, Step
+from rewriter.spec._location import Location
+from rewriter.spec._model import Expect, Per, Rule, Spec, Step
 from rewriter.spec._selectors import Selector, TensorInfo, class_names
 
 __all__ = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rewriter.errors import Diagnostic
+from rewriter.spec._frozen import FrozenMapping
+from rewriter.spec._location import Key, Location
 from rewriter.spec._selectors import Selector
 
 if TYPE_CHECKING:
@@ -16,52 +17,6 @@ Cache = Literal["forward", "never", "version"]
 Init = Literal["keep", "sample", "raw"]
 Batch = Literal["auto", "never", "always"]
 Memory = Literal["keep", "recompute"]
-Key = str | int
-"""One part of a place inside a document: a mapping's key or a sequence's index."""
-
-
-class FrozenMapping(Mapping[str, Any]):
-    """A mapping that nobody can change; it prints as a dict, pickles and compares equal to one."""
-
-    __slots__ = ("_items",)
-
-    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
-        self._items: dict[str, Any] = dict(items or {})
-
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items))
-
-    def __repr__(self) -> str:
-        return repr(self._items)
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """A place in a spec: ``spec.yaml:3:5``, or ``<spec> rules[0]`` for a mapping given from Python."""
-
-    file: str = "<spec>"
-    line: int | None = None
-    column: int | None = None
-    path: str = ""
-    source: str | None = None
-
-    def __str__(self) -> str:
-        if self.line is not None:
-            return f"{self.file}:{self.line}:{self.column}"
-        return f"{self.file} {self.path}".rstrip()
-
-    def diagnose(self, message: str, hint: str = "") -> Diagnostic:
-        """Return a problem found at this place, with the spec's line and a caret."""
-        return Diagnostic(message, self.file, self.line, self.column, self.path, self.source, hint)
 
 
 @dataclass(frozen=True, slots=True)

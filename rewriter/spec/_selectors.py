@@ -2,70 +2,99 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewriter.spec._frozen import FrozenMapping
+from rewriter.spec._glob import Glob
+from rewriter.spec._location import Key, Location
+from rewriter.spec._predicates import PREDICATES, Path, Predicate
+from rewriter.spec._tensors import TensorInfo, class_names
+
+__all__ = ["Selector", "TensorInfo", "class_names", "select"]
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a selector sees of one tensor of a model, under one of its names.
+class Selector:
+    """Says of each tensor whether it is meant: all predicates of any alternative hold.
+
+    >>> wanted = select(["blocks.*.q.weight", {"tensor": "bias", "ndim": 1}])
+    >>> wanted.matches(TensorInfo("blocks.3.q.weight"))
+    True
+    >>> [str(one) for one in wanted.alternatives]
+    ['blocks.*.q.weight', '{tensor: bias, ndim: 1}']
 
     Arguments:
-        name: fully qualified, such as ``blocks.0.fc.weight``.
-        module_classes: names of the owner's class and its base classes, see `class_names`.
-        kind: parameter or buffer.
-        shape: in elements per dimension.
-        dtype: without ``torch.``, such as ``float32``.
+        written: as in the spec: a glob, a mapping, or a tuple of both.
+        predicates: what must hold together; empty for a list.
+        listed: one selector for each entry of a list.
     """
 
-    name: str
-    module_classes: tuple[str, ...] = ()
-    kind: Literal["parameter", "buffer"] = "parameter"
-    shape: tuple[int, ...] = ()
-    dtype: str = "float32"
-    requires_grad: bool = True
+    written: Any
+    predicates: tuple[Predicate, ...] = field(default=(), compare=False, repr=False)
+    listed: tuple[Selector, ...] = field(default=(), compare=False, repr=False)
+    by_owner: bool = field(default=False, repr=False)
+    location: Location = field(default=Location(), compare=False, repr=False)
 
     @property
-    def owner(self) -> str:
-        """The path of the module that holds the tensor; empty for the root."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def tensor(self) -> str:
-        """The tensor's own name in its module, such as ``weight``."""
-        return self.name.rpartition(".")[2]
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-
-def class_names(cls: type) -> tuple[str, ...]:
-    """Return every name under which a spec may select modules of class `cls`, base classes too.
-
-    For each class: its bare name, where it is defined, and every shorter dotted name under which the packages
-    above export it (``Linear``, ``torch.nn.modules.linear.Linear``, ``torch.nn.Linear``).
-    """
-    names: dict[str, None] = {}
-    for base in cls.__mro__[:-1]:
-        names[base.__qualname__] = names[base.__name__] = None
-        package = base.__module__
-        names[f"{package}.{base.__qualname__}"] = None
-        while "." in package:
-            package = package.rpartition(".")[0]
-            if getattr(sys.modules.get(package), base.__name__, None) is base:
-                names[f"{package}.{base.__name__}"] = None
-    return tuple(names)
-
-
-@dataclass(frozen=True)
-class Selector:
-    """Says of each tensor whether it is meant."""
-
-    alternatives: Sequence[Selector] = ()
+    def alternatives(self) -> tuple[Selector, ...]:
+        """The selectors that a list ORs, each with its own `location`; without a list, this one alone."""
+        return self.listed or (self,)
 
     def matches(self, info: TensorInfo) -> bool:
         """Return whether any alternative matches the tensor."""
-        raise NotImplementedError
+        if self.listed:
+            return any(alternative.matches(info) for alternative in self.listed)
+        return all(predicate.holds(info) for predicate in self.predicates)
+
+    def __str__(self) -> str:
+        return _show(self.written)
+
+
+def select(
+    written: str | Mapping[str, Any] | Sequence[Any],
+    *,
+    by_owner: bool = False,
+    locate: Callable[..., Location] = lambda *path: Location(),
+) -> Selector:
+    """Compile a selector that has been checked.
+
+    A string and ``path`` are about the tensor's full name. Beside a ``tensor`` key, and with `by_owner`, they
+    may name the tensor's owner instead: ``{path: "blocks.*.fc", tensor: weight}``.
+
+    Arguments:
+        by_owner: the rule is ``joint``.
+        locate: where the selector is written, and where the entry with a given index is.
+    """
+    if isinstance(written, str):
+        return Selector(written, (Path(Glob(written), by_owner),), (), by_owner, locate())
+    if isinstance(written, Mapping):
+        owner_too = by_owner or "tensor" in written
+        predicates = tuple(
+            Path(Glob(value), owner_too) if key == "path" else PREDICATES[key](value)
+            for key, value in written.items()
+        )
+        return Selector(_frozen(written), predicates, (), by_owner, locate())
+    entries = tuple(
+        select(entry, by_owner=by_owner, locate=_at(locate, index)) for index, entry in enumerate(written)
+    )
+    return Selector(tuple(entry.written for entry in entries), (), entries, by_owner, locate())
+
+
+def _at(locate: Callable[..., Location], index: Key) -> Callable[..., Location]:
+    return lambda *path: locate(index, *path)
+
+
+def _frozen(written: Mapping[str, Any]) -> FrozenMapping:
+    return FrozenMapping(
+        {key: tuple(value) if isinstance(value, list) else value for key, value in written.items()}
+    )
+
+
+def _show(written: Any) -> str:
+    if isinstance(written, Mapping):
+        return "{" + ", ".join(f"{key}: {_show(value)}" for key, value in written.items()) + "}"
+    if isinstance(written, tuple):
+        return "[" + ", ".join(_show(value) for value in written) + "]"
+    return str(written).lower() if isinstance(written, bool) else str(written)
