@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from rewriter.spec._json_schema import json_schema
+from rewriter.spec._load import load_spec
 from rewriter.spec._location import Location
 from rewriter.spec._model import Expect, Per, Rule, Spec, Step
-from rewriter.spec._selectors import Selector, TensorInfo, class_names
+from rewriter.spec._selectors import Selector, TensorInfo, class_names, select
 
 __all__ = [
     "Expect",
@@ -16,4 +18,7 @@ __all__ = [
     "Step",
     "TensorInfo",
     "class_names",
+    "json_schema",
+    "load_spec",
+    "select",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from rewriter.spec._schema import SpecForm
 
-_UNWRITABLE = {"not": {}}
+_UNWRITABLE: dict[str, Any] = {"not": {}}
 
 
 def json_schema() -> dict[str, Any]:
