@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from rewriter.io._atomic import check_writable, written_atomically
 from rewriter.io._functions import graph_function
 from rewriter.io._graph_data import graph_from_data, graph_to_data
+from rewriter.io._load import load_model
+from rewriter.io._names import import_object, loadable
+from rewriter.io._save import save_model
 
-__all__ = ["graph_from_data", "graph_function", "graph_to_data"]
+__all__ = [
+    "check_writable",
+    "graph_from_data",
+    "graph_function",
+    "graph_to_data",
+    "import_object",
+    "load_model",
+    "loadable",
+    "save_model",
+    "written_atomically",
+]

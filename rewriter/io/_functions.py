@@ -160,7 +160,7 @@ def _candidates() -> Iterator[tuple[str, Callable[..., Any]]]:
     for namespace in namespaces:
         module = importlib.import_module(namespace)
         for name, value in vars(module).items():
-            if _is_public(name) and isinstance(value, Callable) and _is_computing(value, computing):  # type: ignore[arg-type]
+            if _is_public(name) and _is_computing(value, computing):
                 yield f"{namespace}.{name}", value
     for name in dir(torch._C._VariableFunctions):
         if _is_public(name) or name == "_weight_norm":
@@ -170,7 +170,7 @@ def _candidates() -> Iterator[tuple[str, Callable[..., Any]]]:
             yield f"torch._C._nn.{name}", getattr(torch._C._nn, name)
 
 
-def _is_computing(function: Callable[..., Any], computing: set[Callable[..., Any]]) -> bool:
+def _is_computing(function: Any, computing: set[Callable[..., Any]]) -> bool:
     try:
         return function in computing
     except TypeError:

@@ -1,0 +1,74 @@
+"""Output files that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rewriter.errors import ModelFileError
+
+
+def check_writable(path: str | os.PathLike[str], force: bool) -> Path:
+    """Return `path` with links followed, once it is clear that an output may go there.
+
+    Raises:
+        ModelFileError: something is there and `force` is not given, it is no regular file, or has no folder.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ModelFileError(f"{path} is not a regular file; choose another name for the output")
+    if target.exists() and not force:
+        raise ModelFileError(f"{path} exists; --force (or force=True) overwrites it")
+    if not target.parent.is_dir():
+        raise ModelFileError(f"{path} cannot be written: the folder {target.parent} does not exist")
+    return target
+
+
+@contextlib.contextmanager
+def written_atomically(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Give the body a temporary file beside `path`, and rename it to `path` once the body is through.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with written_atomically(f"{folder}/out.txt") as temporary:
+    ...         _ = temporary.write_text("all of it")
+    ...     Path(f"{folder}/out.txt").read_text()
+    'all of it'
+
+    Whatever ends the body early, an interrupt included, leaves `path` as it was and nothing beside it.
+
+    Raises:
+        ModelFileError: as `check_writable`, or the system refuses to write there.
+    """
+    target = check_writable(path, force)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    except OSError as problem:
+        raise ModelFileError(f"{path} cannot be written: {problem.strerror}") from problem
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _publish(temporary, target, force)
+    except OSError as problem:
+        raise ModelFileError(f"{path} cannot be written: {problem.strerror or problem}") from problem
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, target: Path, force: bool) -> None:
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+    if not force and target.exists():
+        raise ModelFileError(f"{target} appeared meanwhile; --force (or force=True) overwrites it")
+    temporary.replace(target)
+
+
+def _umask() -> int:
+    # The mask can only be read by setting it.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
