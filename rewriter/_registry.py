@@ -132,7 +132,7 @@ def _load_catalog() -> None:
 
 def _signature(factory: Callable[..., torch.nn.Module]) -> inspect.Signature:
     # A class without a constructor of its own shows torch's ``(*args, **kwargs)``, and takes none of them.
-    if isinstance(factory, type) and factory.__init__ is torch.nn.Module.__init__:
+    if getattr(factory, "__init__", None) is torch.nn.Module.__init__:
         return inspect.Signature()
     return inspect.signature(factory)
 

@@ -75,10 +75,11 @@ def _explain(error: ErrorDetails, base: tuple[Key, ...], form: type[BaseModel]) 
         return Problem(path, f"{subject} {error['msg']}, found {describe(found)}")
     if kind in ("literal_error", "unknown_choice"):
         choices = context.get("choices") or re.findall(r"'([^']*)'", context["expected"])
-        named = " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])])
+        named = error["msg"]
+        if kind == "literal_error":
+            named = f"must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         word = found if isinstance(found, str) else ""
-        message = f"{subject} must be {named}, found {describe(found)}"
-        return Problem(path, message, "", word, choices)
+        return Problem(path, f"{subject} {named}, found {describe(found)}", "", word, choices)
     if kind == "string_pattern_mismatch":
         on_key = "[key]" in error["loc"]
         return Problem(path, f"{describe(found)} is not {PATTERNS[context['pattern']]}", on_key=on_key)

@@ -76,7 +76,9 @@ def _extent(written: Any) -> Any:
 
 def _dtype(written: str) -> str:
     if written.removeprefix("torch.") not in DTYPES:
-        raise PydanticCustomError("unknown_choice", "unknown dtype", {"choices": list(DTYPES)})
+        raise PydanticCustomError(
+            "unknown_choice", "must be a dtype such as 'float32'", {"choices": list(DTYPES)}
+        )
     return written
 
 

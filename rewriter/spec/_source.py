@@ -44,14 +44,12 @@ class Document:
             return Location(self.file, path=dotted(path))
         node, mark = self.root, self.root.mark
         for depth, part in enumerate(path):
-            children = node.value if isinstance(node.value, dict) else dict(node.children())
-            if part not in children:
+            child = node.child(part)
+            if child is None:
                 break
-            if key and depth == len(path) - 1 and node.keys is not None:
-                mark = node.keys[str(part)]
-                break
-            node = children[part]
-            mark = node.mark
+            last = depth == len(path) - 1
+            mark = node.keys[str(part)] if key and last and node.keys is not None else child.mark
+            node = child
         return _location(self.file, self.lines, mark, dotted(path))
 
 

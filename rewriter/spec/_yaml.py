@@ -56,11 +56,13 @@ class Node:
     size: int = 1
     height: int = 0
 
-    def children(self) -> Iterator[tuple[Key, Node]]:
+    def child(self, key: Key) -> Node | None:
+        """Return what stands at a mapping's key or a sequence's index."""
         if isinstance(self.value, dict):
-            yield from self.value.items()
-        elif isinstance(self.value, list):
-            yield from enumerate(self.value)
+            found: Node | None = self.value.get(key)
+            return found
+        inside = isinstance(self.value, list) and isinstance(key, int) and key < len(self.value)
+        return self.value[key] if inside else None
 
     def plain(self) -> Any:
         """Return dicts, lists and scalars without places."""
