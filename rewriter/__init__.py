@@ -20,20 +20,20 @@ from rewriter.errors import (
 
 if TYPE_CHECKING:
     from rewriter._registry import register
-    from rewriter.bake import bake
-    from rewriter.plan import Plan, Site, plan
-    from rewriter.rewrite import rewrite
+    from rewriter._bake import bake
+    from rewriter.planning import Plan, Site, plan
+    from rewriter._rewrite import rewrite
     from rewriter.spec import Spec, load_spec
 
 _HOMES = {
-    "Plan": "rewriter.plan",
-    "Site": "rewriter.plan",
+    "Plan": "rewriter.planning",
+    "Site": "rewriter.planning",
     "Spec": "rewriter.spec",
-    "bake": "rewriter.bake",
+    "bake": "rewriter._bake",
     "load_spec": "rewriter.spec",
-    "plan": "rewriter.plan",
+    "plan": "rewriter.planning",
     "register": "rewriter._registry",
-    "rewrite": "rewriter.rewrite",
+    "rewrite": "rewriter._rewrite",
 }
 
 __all__ = [

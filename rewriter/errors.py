@@ -59,7 +59,19 @@ class SpecError(RewriterError):
 
 
 class PlanError(RewriterError):
-    """A spec that is well formed and does not fit the model."""
+    """A spec that is well formed and does not fit the model; `diagnostics` lists every problem that has a place."""
+
+    def __init__(self, message: str, diagnostics: Sequence[Diagnostic] = ()) -> None:
+        self.diagnostics: tuple[Diagnostic, ...] = tuple(diagnostics)
+        super().__init__(message)
+
+    @classmethod
+    def of(cls, diagnostics: Sequence[Diagnostic]) -> PlanError:
+        """Return one error that reports all of `diagnostics`."""
+        return cls("\n".join(str(diagnostic) for diagnostic in diagnostics), diagnostics)
+
+    def __reduce__(self) -> tuple[type[PlanError], tuple[str, tuple[Diagnostic, ...]]]:
+        return (PlanError, (str(self), self.diagnostics))
 
 
 class CaptureError(RewriterError):

@@ -1,0 +1,198 @@
+"""bake: turn computed tensors back into plain ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import PlanError
+from rewriter.passes import Rewriting, restore_pass, run_passes
+from rewriter.planning import Entry, survey
+from rewriter.runtime import ParametrizedTensor, RewrittenModule, detach, release, site_path
+from rewriter.runtime._owner import SESSION
+from rewriter.spec._glob import Glob
+
+Keep = Literal["value", "original"]
+
+
+@dataclass
+class Baked:
+    """One site on its way back: where it is, and the values that replace it."""
+
+    site: ParametrizedTensor
+    entries: list[Entry]
+    values: list[Tensor]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def bake(
+    model: nn.Module, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
+) -> nn.Module:
+    """Return the model with its parametrizations evaluated into plain tensors.
+
+    >>> import torch, rewriter
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    >>> plain = rewriter.bake(rewriter.rewrite(model, spec))
+    >>> type(plain).__name__, list(plain.state_dict())
+    ('Sequential', ['0.weight', '0.bias'])
+
+    The class, names, order and kinds of tensors are those of the model that was rewritten. The values are the ones
+    that a forward in evaluation mode uses; no state of a parametrization advances.
+
+    Arguments:
+        model: a rewritten model, or one that contains rewritten models.
+        only: rule names and globs of tensor names; the rest stays parametrized.
+        keep: ``"value"``, or ``"original"`` to put the stored tensors back and so undo the parametrization.
+        inplace: without a copy.
+
+    Raises:
+        PlanError: a pattern of `only` matches nothing, or a site keeps no tensor that could be put back; the model is
+            as it was.
+    """
+    if keep not in ("value", "original"):
+        raise PlanError(f"keep is 'value' or 'original', not {keep!r}")
+    target = model if inplace else copy.deepcopy(model)
+    return _bake(target, only, keep)
+
+
+def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
+    every = _present(target)
+    chosen = _chosen(every, only)
+    baked = [Baked(site, entries, _values(site, keep)) for site, entries in chosen.items()]
+    graphs = [(path, module) for path, module in target.named_modules() if isinstance(module, RewrittenModule)]
+    for _, module in graphs:
+        _restore(module, set(chosen))
+    for one in baked:
+        _put_back(one)
+    for module in list(target.modules()):
+        if SESSION in module.__dict__ and not any(isinstance(child, ParametrizedTensor) for child in module.modules()):
+            release(module)
+    return _plain_roots(target, graphs)
+
+
+def _present(target: nn.Module) -> dict[ParametrizedTensor, list[Entry]]:
+    sites: dict[ParametrizedTensor, list[Entry]] = {}
+    for entry in survey(target):
+        if entry.site is not None:
+            sites.setdefault(entry.site, []).append(entry)
+    return sites
+
+
+def _chosen(
+    every: Mapping[ParametrizedTensor, list[Entry]], only: Sequence[str] | None
+) -> dict[ParametrizedTensor, list[Entry]]:
+    if only is None:
+        return dict(every)
+    chosen: dict[ParametrizedTensor, list[Entry]] = {}
+    for pattern in [only] if isinstance(only, str) else only:
+        matches = Glob(pattern).matches
+        found = {
+            site: entries
+            for site, entries in every.items()
+            if site.record.rule == pattern or any(matches(name) for entry in entries for name in entry.names)
+        }
+        if not found:
+            rules = sorted({site.record.rule for site in every})
+            raise PlanError(
+                f"only={pattern!r} is neither a rule of the model nor matches a parametrized tensor; "
+                f"its rules are {', '.join(map(repr, rules)) or 'none'}"
+            )
+        chosen.update(found)
+    return chosen
+
+
+def _values(site: ParametrizedTensor, keep: Keep) -> list[Tensor]:
+    """The values for the site's members, which may be the stored tensors themselves."""
+    if keep == "original":
+        return _originals(site)
+    value = site.read(*site.read_inputs())
+    return [value] if len(site.record.members) == 1 else list(value)
+
+
+def _originals(site: ParametrizedTensor) -> list[Tensor]:
+    members, originals = site.record.members, site.originals
+    if len(originals) != len(members) or any(
+        tuple(original.shape) != member.shape for original, member in zip(originals, members, strict=False)
+    ):
+        shapes = ", ".join(str(list(original.shape)) for original in originals) or "none"
+        raise PlanError(
+            f"{site.record.name}: {' >> '.join(site.record.chain)} stores tensors of shape {shapes}, which are not "
+            "the tensor it replaced; bake with keep='value'"
+        )
+    return originals
+
+
+def _plain_tensors(baked: Baked) -> list[Tensor]:
+    """Make the parameters and buffers: the Parameter objects that are stored, where their form allows it."""
+    site = baked.site
+    free = [original for original in site.originals if isinstance(original, nn.Parameter)]
+    plain: list[Tensor] = []
+    for member, value in zip(site.record.members, (value.detach() for value in baked.values), strict=True):
+        if member.kind == "buffer":
+            plain.append(value.clone(memory_format=torch.contiguous_format))
+            continue
+        trained = _trained(site, member.requires_grad)
+        reused = next((index for index, original in enumerate(free) if _same_form(original, value)), None)
+        if reused is None:
+            plain.append(nn.Parameter(value.clone(memory_format=torch.contiguous_format), requires_grad=trained))
+        else:
+            original = free.pop(reused)
+            original.data.copy_(value)
+            plain.append(original.requires_grad_(trained))
+    return plain
+
+
+def _same_form(original: Tensor, value: Tensor) -> bool:
+    same = (original.shape, original.dtype, original.device) == (value.shape, value.dtype, value.device)
+    return same and original.is_contiguous()
+
+
+def _trained(site: ParametrizedTensor, before: bool) -> bool:
+    frozen = any(getattr(step, "freezes_original", False) for step in site.steps)
+    if frozen or not site.originals:
+        return before
+    return any(original.requires_grad for original in site.originals)
+
+
+def _restore(module: RewrittenModule, chosen: set[ParametrizedTensor]) -> None:
+    paths = {child: site_path(child) for child in module.modules() if isinstance(child, ParametrizedTensor)}
+    sites = {name: site for site in paths for name in site.record.names}
+    session = next(iter(paths)).session if paths else None
+    if session is None:
+        return
+    rewriting = Rewriting(module, copy.deepcopy(module.graph), paths, sites, session, tuple(paths))
+    run_passes(rewriting, [restore_pass(chosen & set(paths))])
+    module.graph = rewriting.graph
+
+
+def _put_back(baked: Baked) -> None:
+    places: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
+    for entry, value in zip(baked.entries, _plain_tensors(baked), strict=True):
+        for owner, tensor in entry.owners:
+            places.setdefault(id(owner), (owner, {}))[1][tensor] = value
+    for owner, values in places.values():
+        groups: Iterable[dict[str, Tensor]] = [values]
+        if len(baked.entries) == 1:
+            groups = [{tensor: value} for tensor, value in values.items()]
+        for group in groups:
+            detach(owner, group)
+
+
+def _plain_roots(target: nn.Module, graphs: Sequence[tuple[str, RewrittenModule]]) -> nn.Module:
+    """Give every rewritten model that holds no site any more its own class back."""
+    for path, module in reversed(graphs):
+        if any(isinstance(child, ParametrizedTensor) for child in module.modules()):
+            continue
+        plain = module.restored()
+        if not path:
+            return plain
+        parent, _, name = path.rpartition(".")
+        target.get_submodule(parent)._modules[name] = plain
+    return target

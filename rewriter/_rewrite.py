@@ -1,0 +1,143 @@
+"""rewrite: put the parametrizations of a spec into a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from rewriter.errors import CaptureError
+from rewriter.passes import (
+    Rewriting,
+    cache_pass,
+    insert_pass,
+    open_pass,
+    outline,
+    prune_pass,
+    run_passes,
+    verify_against,
+)
+from rewriter.planning._prepare import Prepared, prepare
+from rewriter.planning._resolve import Claim
+from rewriter.planning._survey import Entry
+from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session, attach, open_root, site_path
+from rewriter.spec import Spec, load_spec
+
+
+def rewrite(model: nn.Module, spec: Any, *, capture: str = "auto", inplace: bool = False) -> nn.Module:
+    """Return `model` with the parametrizations of `spec` in it.
+
+    >>> import torch, rewriter
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    >>> new = rewriter.rewrite(model, spec)
+    >>> list(new.state_dict())
+    ['0.bias', '0.parametrizations.weight.original']
+
+    Each selected tensor is evaluated once per forward, however often it is used. Rewriting a rewritten model with
+    the same spec changes nothing.
+
+    Arguments:
+        model: any module, or a GraphModule.
+        spec: a `Spec`, or anything `load_spec` takes.
+        capture: ``"auto"`` traces the model and falls back to keeping its class where it cannot be traced;
+            ``"graph"`` and ``"module"`` ask for one of the two.
+        inplace: reuse the model's own modules and Parameter objects, so that an optimizer stays valid. A model that
+            was traced still comes back as a new module, over the same tensors.
+
+    Raises:
+        SpecError: the spec cannot be read.
+        PlanError: the spec does not fit the model; the model is as it was.
+        CaptureError: the capture asked for is not possible.
+    """
+    if capture not in ("auto", "graph", "module"):
+        raise CaptureError(f"capture is 'auto', 'graph' or 'module', not {capture!r}")
+    read = spec if isinstance(spec, Spec) else load_spec(spec)
+    target = model if inplace else _copied(model)
+    prepared = prepare(target, read, capture)
+    if not prepared.new:
+        return target
+    session = _session(prepared)
+    for claim, site in prepared.new:
+        _attach(claim, site, session)
+    _connect(prepared)
+    if prepared.capture.root == "module":
+        open_root(target, session)
+        return target
+    return _rewrite_graph(target, prepared, session)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as problem:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({problem}); detach what it caches, or use inplace=True"
+        ) from problem
+
+
+def _session(prepared: Prepared) -> Session:
+    return prepared.present[0][1].session if prepared.present else Session()
+
+
+def _attach(claim: Claim, site: ParametrizedTensor, session: Session) -> None:
+    site.session = session
+    _keep_parameters(claim, site)
+    places: dict[int, tuple[nn.Module, list[str]]] = {}
+    for entry in claim.entries:
+        for owner, tensor in entry.owners:
+            places.setdefault(id(owner), (owner, []))[1].append(tensor)
+    for owner, tensors in places.values():
+        groups = [tensors] if len(claim.entries) > 1 else [[tensor] for tensor in tensors]
+        for group in groups:
+            attach(owner, group, site)
+
+
+def _keep_parameters(claim: Claim, site: ParametrizedTensor) -> None:
+    """Store the originals in the model's own Parameter objects where the shapes allow it."""
+    free = [entry.tensor for entry in claim.entries if isinstance(entry.tensor, nn.Parameter)]
+    for name in site.original_names:
+        original = getattr(site, name)
+        for index, parameter in enumerate(free):
+            if isinstance(original, nn.Parameter) and _same_form(parameter, original):
+                parameter.data.copy_(original.data)
+                site._parameters[name] = parameter.requires_grad_(original.requires_grad)
+                del free[index]
+                break
+
+
+def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _connect(prepared: Prepared) -> None:
+    """Tell each site that reads other tensors where they are."""
+    entries = {name: entry for entry in prepared.entries for name in entry.names}
+    for _, site in prepared.new:
+        if site.record.reads:
+            site.place_inputs([_place(entries[name]) for name in site.record.reads])
+
+
+def _place(entry: Entry) -> tuple[nn.Module, str]:
+    return entry.owners[0]
+
+
+def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session) -> nn.Module:
+    graph = prepared.capture.graph
+    assert graph is not None
+    before = outline(graph)
+    sites = [site for _, site in (*prepared.new, *prepared.present)]
+    rewriting = Rewriting(
+        root=root,
+        graph=graph,
+        paths={site: site_path(site) for site in sites},
+        sites={name: site for site in sites for name in site.record.names},
+        session=session,
+        order=sites,
+    )
+    run_passes(rewriting, [open_pass, insert_pass, cache_pass, prune_pass, verify_against(before)])
+    if isinstance(root, RewrittenModule):
+        root.graph = graph
+        return root
+    return RewrittenModule(root, graph)

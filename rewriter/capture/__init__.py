@@ -1,0 +1,19 @@
+"""How a model's uses of its tensors are found."""
+
+from __future__ import annotations
+
+from rewriter.capture._capture import Capture, capture, has_hooks, is_torch_leaf
+from rewriter.capture._leaves import Opened, Opener, Own, bind_call, opener_of, opens
+
+__all__ = [
+    "Capture",
+    "Opened",
+    "Opener",
+    "Own",
+    "bind_call",
+    "capture",
+    "has_hooks",
+    "is_torch_leaf",
+    "opener_of",
+    "opens",
+]

@@ -1,0 +1,87 @@
+"""How the uses of the selected tensors are reached: through one graph, or through the modules that own them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from rewriter.capture._leaves import opener_of
+from rewriter.capture._trace import trace
+from rewriter.errors import CaptureError
+from rewriter.runtime import RewrittenModule, plain_class
+
+
+@dataclass
+class Capture:
+    """The way into a model.
+
+    Arguments:
+        root: ``"graph"`` or ``"module"``.
+        graph: the graph, not yet rewritten; ``None`` in module mode.
+        why: why there is no graph.
+        opaque: path of a module that stays one node → why it could not be looked into.
+    """
+
+    root: str
+    graph: fx.Graph | None = None
+    why: str = ""
+    opaque: dict[str, str] = field(default_factory=dict)
+
+
+def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capture:
+    """Find the way to the tensors owned by the modules at `owners`.
+
+    Arguments:
+        model: the model; unchanged afterwards.
+        owners: paths of the modules whose tensors are selected.
+        mode: ``"auto"``, ``"graph"`` (an error where there is no graph) or ``"module"``.
+
+    Raises:
+        CaptureError: `mode` is ``"graph"`` and the root cannot be traced.
+    """
+    if isinstance(model, fx.GraphModule) and mode in ("auto", "graph"):
+        return Capture("graph", copy.deepcopy(model.graph))
+    if mode == "module":
+        return Capture("module", why="asked for")
+    if is_rewritten_in_place(model):
+        return Capture("module", why="rewritten so before")
+    try:
+        traced = trace(model, _inside(model, owners))
+    except CaptureError as problem:
+        if mode == "graph":
+            raise
+        return Capture("module", why=str(problem))
+    return Capture("graph", traced.graph, opaque=traced.opaque)
+
+
+def is_rewritten_in_place(model: nn.Module) -> bool:
+    """Whether the root itself was opened by module mode."""
+    return plain_class(model) is not type(model) and not isinstance(model, RewrittenModule)
+
+
+def is_torch_leaf(module: nn.Module) -> bool:
+    """Whether torch wrote the module's forward: it is opened or handed its tensors, never traced through."""
+    kind = plain_class(module)
+    return kind.__module__.startswith(("torch.nn.modules.", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a user's hooks run when the module is called, so that the call has to stay one."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(module.__dict__.get(name) for name in hooks)
+
+
+def _inside(model: nn.Module, owners: Sequence[str]) -> set[str]:
+    """The modules that tracing looks into: every one on the way from the root to an owner."""
+    inside = {""}
+    for owner in dict.fromkeys(owners):
+        module, path = model, ""
+        for part in owner.split(".") if owner else ():
+            module, path = module._modules[part], f"{path}.{part}" if path else part  # type: ignore[assignment]
+            if has_hooks(module) or is_torch_leaf(module) or opener_of(module) is not None:
+                break
+            inside.add(path)
+    return inside

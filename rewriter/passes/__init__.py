@@ -1,0 +1,27 @@
+"""The passes over a captured graph, one per file, and the order in which they run."""
+
+from __future__ import annotations
+
+from rewriter.passes._cache import cache_pass
+from rewriter.passes._infra import META, Pass, PassError, Rewriting, note, run_passes
+from rewriter.passes._insert import insert_pass
+from rewriter.passes._open import open_pass
+from rewriter.passes._prune import prune_pass
+from rewriter.passes._restore import restore_pass
+from rewriter.passes._verify import outline, verify_against
+
+__all__ = [
+    "META",
+    "Pass",
+    "PassError",
+    "Rewriting",
+    "cache_pass",
+    "insert_pass",
+    "note",
+    "open_pass",
+    "outline",
+    "prune_pass",
+    "restore_pass",
+    "run_passes",
+    "verify_against",
+]

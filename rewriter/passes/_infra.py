@@ -1,0 +1,106 @@
+"""What a pass is: a change of one graph, with what must hold before it and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from rewriter.errors import RewriterError
+from rewriter.runtime import ParametrizedTensor, Session
+
+META = "reparam"
+"""Key of our entries in ``node.meta``; their content is plain data, so that it survives saving."""
+
+
+class PassError(RewriterError):
+    """A pass left the graph in a state that it promised not to; a defect of this package."""
+
+
+@dataclass
+class Rewriting:
+    """One model on its way through the passes.
+
+    Arguments:
+        root: the model, with the sites attached.
+        graph: its graph, edited in place.
+        paths: site → where it is in the module tree.
+        sites: tensor name → the site that computes it, for every tied name.
+        session: of the rewritten model.
+        order: the sites, each one before the sites it reads.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    paths: dict[ParametrizedTensor, str]
+    sites: dict[str, ParametrizedTensor]
+    session: Session
+    order: Sequence[ParametrizedTensor] = ()
+    holders: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        holders: set[str] = set()
+        for name in self.sites:
+            path = name.rpartition(".")[0]
+            while path not in holders:
+                holders.add(path)
+                path = path.rpartition(".")[0]
+        self.holders = frozenset(holders)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named change of a graph.
+
+    Arguments:
+        name: as it shows in messages.
+        run: makes the change, returns whether there was one.
+        requires: raises PassError unless the pass may run.
+        ensures: raises PassError unless the pass did what it promises.
+    """
+
+    name: str
+    run: Callable[[Rewriting], bool]
+    requires: Callable[[Rewriting], None] = lambda rewriting: None
+    ensures: Callable[[Rewriting], None] = lambda rewriting: None
+
+
+def run_passes(rewriting: Rewriting, passes: Sequence[Pass]) -> None:
+    """Run the passes in order, each between its conditions.
+
+    Raises:
+        PassError: a condition does not hold; the message names the pass and those that ran before it.
+    """
+    done: list[str] = []
+    for step in passes:
+        try:
+            step.requires(rewriting)
+            step.run(rewriting)
+            step.ensures(rewriting)
+        except PassError as problem:
+            before = f" after {', '.join(done)}" if done else ""
+            raise PassError(f"pass {step.name}{before}: {problem}") from problem
+        done.append(step.name)
+
+
+def note(node: fx.Node) -> dict[str, Any]:
+    """Return our entry in the node's metadata; empty where there is none."""
+    entry: dict[str, Any] = node.meta.get(META, {})
+    return entry
+
+
+def reads_of(rewriting: Rewriting) -> list[fx.Node]:
+    """Return the nodes that read a selected tensor from its old place."""
+    return [node for node in rewriting.graph.nodes if node.op == "get_attr" and node.target in rewriting.sites]
+
+
+def evaluations_of(rewriting: Rewriting) -> dict[ParametrizedTensor, list[fx.Node]]:
+    """Return the nodes that evaluate each site, in the graph's order."""
+    site_at = {path: site for site, path in rewriting.paths.items()}
+    found: dict[ParametrizedTensor, list[fx.Node]] = {site: [] for site in rewriting.paths}
+    for node in rewriting.graph.nodes:
+        if node.op == "call_module" and node.target in site_at:
+            found[site_at[node.target]].append(node)
+    return found

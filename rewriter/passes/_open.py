@@ -1,0 +1,76 @@
+"""open: calls of torch.nn leaves that own selected tensors become functions of their tensors."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from rewriter.capture import Own, bind_call, has_hooks, opener_of
+from rewriter.passes._infra import META, Pass, PassError, Rewriting
+
+
+def open_leaves(rewriting: Rewriting) -> bool:
+    """Open every call that can be opened; the others are handed their values by a later pass."""
+    opened = False
+    reads: dict[str, fx.Node] = {}
+    for node in list(rewriting.graph.nodes):
+        if node.op == "call_module" and node.target in rewriting.holders:
+            module = rewriting.root.get_submodule(node.target)
+            if _can_open(rewriting, node.target, module):
+                _open(rewriting, node, module, reads)
+                opened = True
+    return opened
+
+
+def _can_open(rewriting: Rewriting, path: str, module: nn.Module) -> bool:
+    owned = any(f"{path}.{name}" in rewriting.sites for name in (*module._parameters, *module._buffers))
+    return owned and opener_of(module) is not None and not has_hooks(module)
+
+
+def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, reads: dict[str, fx.Node]) -> None:
+    opener = opener_of(module)
+    assert opener is not None
+    path = str(node.target)
+    given = bind_call(module, node.args, node.kwargs)
+    opened = opener(module)
+    names = list(node.kwargs)
+    graph = rewriting.graph
+    with graph.inserting_before(node):
+        further = [
+            _read(rewriting, module, path, argument.name, reads) if isinstance(argument, Own) else argument
+            for argument in opened.arguments
+        ]
+    node.meta[META] = {
+        "opened": path,
+        "arity": len(given),
+        "positional": len(node.args),
+        "keywords": {name: _position(given, node.kwargs[name]) for name in names},
+    }
+    node.op, node.target = "call_function", opened.function
+    node.args, node.kwargs = (*given, *further), {}
+
+
+def _position(given: tuple[object, ...], value: object) -> int:
+    return next(index for index, argument in enumerate(given) if argument is value)
+
+
+def _read(rewriting: Rewriting, module: nn.Module, path: str, name: str, reads: dict[str, fx.Node]) -> fx.Node | None:
+    """Return the node that reads one of the module's attributes: the first one made, since the graph runs down."""
+    absent = name in (*module._parameters, *module._buffers) and getattr(module, name, None) is None
+    target = f"{path}.{name}"
+    if target not in rewriting.sites and absent:
+        return None
+    if target not in reads:
+        reads[target] = rewriting.graph.create_node("get_attr", target)
+        reads[target].meta[META] = {"synthetic": True}
+    return reads[target]
+
+
+def _nothing_left_to_open(rewriting: Rewriting) -> None:
+    for node in rewriting.graph.nodes:
+        if node.op == "call_module" and node.target in rewriting.holders:
+            module = rewriting.root.get_submodule(node.target)
+            if _can_open(rewriting, node.target, module):
+                raise PassError(f"{node.target} is still called as a module")
+
+
+open_pass = Pass("open", open_leaves, ensures=_nothing_left_to_open)

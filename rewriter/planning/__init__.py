@@ -1,0 +1,42 @@
+"""From a spec and a model to a plan, without touching either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter.planning._plan import Plan, Site
+from rewriter.planning._prepare import Prepared, plan_of, prepare
+from rewriter.planning._survey import Entry, survey
+from rewriter.spec import Spec, load_spec
+
+__all__ = ["Entry", "Plan", "Prepared", "Site", "plan", "plan_of", "prepare", "survey"]
+
+
+def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
+    """Say what `rewrite` would do: which rule owns which tensors, how they are reached, how far they move.
+
+    >>> import torch, rewriter
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    >>> rewriter.plan(model, spec).sites[0].name
+    '0.weight'
+
+    Neither the model nor the state of the random number generators changes.
+
+    Arguments:
+        model: any module.
+        spec: a `Spec`, or anything `load_spec` takes.
+        capture: as for `rewrite`.
+
+    Raises:
+        SpecError: the spec cannot be read.
+        PlanError: the spec does not fit the model; every reason is listed.
+        CaptureError: the capture asked for is not possible.
+    """
+    read = spec if isinstance(spec, Spec) else load_spec(spec)
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+        return plan_of(model, prepare(model, read, capture))

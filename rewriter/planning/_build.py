@@ -1,0 +1,269 @@
+"""From a claim to a ParametrizedTensor: constructing the steps and running their right inverses."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter._registry import construct
+from rewriter.planning._resolve import Claim
+from rewriter.planning._survey import Entry, dtype_name
+from rewriter.runtime import Chunked, Layout, Member, ParametrizedTensor, Record, layout_of, right_inverse
+from rewriter.spec import Rule, Step
+
+
+class BuildError(Exception):
+    """A chain that cannot be put on its site; the text says why, the caller where."""
+
+
+def describe(claim: Claim) -> tuple[tuple[str, ...], str]:
+    """Return chain and options as a record has them, without building anything."""
+    rule = claim.rule
+    options = {
+        "cache": rule.cache,
+        "per": rule.per,
+        "reshape": rule.reshape,
+        "from": rule.source,
+        "joint": rule.joint,
+        "inputs": tuple(step.inputs for step in rule.chain),
+        "batch": rule.batch,
+        "memory": rule.memory,
+    }
+    defaults = ("forward", None, None, None, (), ((),) * len(rule.chain), "auto", "keep")
+    shown = [f"{key}={value}" for (key, value), usual in zip(options.items(), defaults, strict=True) if value != usual]
+    return tuple(str(step) for step in rule.chain), ", ".join(shown)
+
+
+@torch.no_grad()
+def build(
+    claim: Claim,
+    inputs: Mapping[str, Tensor],
+    shared: Sequence[nn.Module] | None = None,
+    extra: Mapping[int, Mapping[str, Any]] | None = None,
+) -> ParametrizedTensor:
+    """Construct the site of `claim` from the values its tensors have now; the model is only read.
+
+    Arguments:
+        claim: the rule and the tensors.
+        inputs: values of the further tensors that the chain reads, by name.
+        shared: steps to use instead of new ones (`share: true`).
+        extra: constructor arguments decided over all sites of the rule, by the step's index.
+
+    Raises:
+        BuildError: a step cannot be constructed or inverted, or the chain takes other tensors than there are.
+    """
+    rule = claim.rule
+    values = [_value(entry) for entry in claim.entries]
+    try:
+        per = None if rule.per is None else (rule.per.dim, rule.per.chunks)
+        layout = layout_of(tuple(values[0].shape), per, rule.reshape)
+    except ValueError as problem:
+        raise BuildError(str(problem)) from problem
+    if len(values) > 1 and not layout.plain:
+        raise BuildError("`joint` cannot be combined with `per` or `reshape`")
+    target: Any = values[0] if len(values) == 1 else tuple(values)
+    steps = list(shared) if shared is not None else _construct(rule, layout, target, extra or {})
+    if rule.init == "sample":
+        target = _sample(steps, layout, target)
+    originals, stored, carries = _originals(rule, layout, steps, target, inputs)
+    outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
+    if outer:
+        originals = [layout.outward(originals[0])]
+    chain, options = describe(claim)
+    record = Record(
+        members=tuple(_member(entry) for entry in claim.entries),
+        rule=rule.name,
+        chain=chain,
+        labels=tuple(step.label for step in rule.chain),
+        options=options,
+        cache=rule.cache,
+        stored=tuple(stored),
+        carries=tuple(carries),
+        inputs=tuple(step.inputs for step in rule.chain),
+        source=rule.source,
+        layout=layout,
+        outer=outer,
+        batch=rule.batch,
+        memory=rule.memory,
+    )
+    site = ParametrizedTensor(steps, _stored_tensors(claim, steps, originals), record)
+    site.train(claim.entries[0].owners[0][0].training)
+    return site
+
+
+def _value(entry: Entry) -> Tensor:
+    assert entry.tensor is not None
+    return entry.tensor.detach()
+
+
+def _member(entry: Entry) -> Member:
+    info = entry.infos[0]
+    return Member(entry.names, info.kind, info.shape, info.dtype, entry.persistent, info.requires_grad)
+
+
+def _construct(rule: Rule, layout: Layout, target: Any, extra: Mapping[int, Mapping[str, Any]]) -> list[nn.Module]:
+    """Make the steps, the last one first: each sees the tensor that it will have to produce."""
+    steps: list[nn.Module] = []
+    value = target if layout.plain else layout.inward(target)
+    for index in reversed(range(len(rule.chain))):
+        step = rule.chain[index]
+        weight = value[0] if isinstance(value, (tuple, list)) else value
+        try:
+            module = _make(step, weight, layout, {**step.arguments, **extra.get(index, {})})
+            if index and rule.init != "raw" and not step.inputs:
+                value = _carried(module, right_inverse(module, value), weight.shape)
+        except BuildError:
+            raise
+        except Exception as problem:
+            raise BuildError(f"step {index + 1}, {step}: {_first_line(problem)}") from problem
+        steps.insert(0, module)
+    return steps
+
+
+def _make(step: Step, weight: Tensor, layout: Layout, arguments: Mapping[str, Any]) -> nn.Module:
+    def one(weight: Tensor) -> nn.Module:
+        if step.module is not None:
+            return copy.deepcopy(step.module)
+        assert step.factory is not None
+        return construct(step.factory, weight, arguments)
+
+    if not layout.chunks:
+        return one(weight)
+    module = one(weight)
+    if getattr(module, "batched", False):
+        return module
+    return Chunked([one(chunk) for chunk in weight.unbind(0)])
+
+
+def _carried(module: nn.Module, found: Any, shape: torch.Size) -> Tensor:
+    """Return the one of a step's inputs that the step before it has to produce."""
+    parts = list(found) if isinstance(found, (tuple, list)) else [found]
+    return parts[_carry(module, parts, shape)]
+
+
+def _carry(module: nn.Module, parts: Sequence[Tensor], shape: torch.Size) -> int:
+    declared = getattr(module, "chain_input", None)
+    if declared is not None:
+        return min(int(declared), len(parts) - 1)
+    return next((index for index, part in enumerate(parts) if part.shape == shape), 0)
+
+
+def _sample(steps: Sequence[nn.Module], layout: Layout, target: Any) -> Any:
+    """Draw a value: from the last step that can draw one, mapped through the steps after it."""
+    for index in reversed(range(len(steps))):
+        if hasattr(steps[index], "sample"):
+            value = steps[index].sample()
+            for step in steps[index + 1 :]:
+                value = step(value)
+            return value if layout.plain else layout.outward(value)
+    raise BuildError("`init: sample` needs a step that can draw from its space, and none of the chain can")
+
+
+def _originals(
+    rule: Rule, layout: Layout, steps: Sequence[nn.Module], target: Any, inputs: Mapping[str, Tensor]
+) -> tuple[list[Tensor], list[int], list[int]]:
+    """Run the right inverses, last step first; return the stored tensors and how the steps share them."""
+    value = target if layout.plain else layout.inward(target)
+    stored: list[list[Tensor]] = []
+    carries: list[int] = []
+    for index in reversed(range(len(steps))):
+        step, further = steps[index], [inputs[name] for name in rule.chain[index].inputs]
+        try:
+            found = value if rule.init == "raw" else right_inverse(step, value, further)
+        except Exception as problem:
+            raise BuildError(
+                f"step {index + 1}, {rule.chain[index]}: its right inverse fails on the tensor: {_first_line(problem)}"
+                " (with `init: raw` the tensor is stored as it is)"
+            ) from problem
+        parts = list(found) if isinstance(found, (tuple, list)) else [found]
+        _check_arity(step, rule.chain[index], len(parts) + len(further))
+        if index == 0 and rule.source is None:
+            stored.append([part.clone() for part in parts])
+            carries.append(0)
+        else:
+            shape = value.shape if isinstance(value, Tensor) else torch.Size()
+            carry = _carry(step, parts, shape)
+            carries.append(carry)
+            value = parts.pop(carry)
+            stored.append([part.clone() for part in parts])
+    stored.reverse()
+    carries.reverse()
+    flat = [part.contiguous() for parts in stored for part in parts]
+    return flat, [len(parts) for parts in stored], carries
+
+
+def _check_arity(step: nn.Module, named: Step, given: int) -> None:
+    try:
+        signature = inspect.signature(step.forward)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*range(given))
+    except TypeError as problem:
+        raise BuildError(
+            f"{named}: its forward takes {signature}, and the chain gives it {given} tensors"
+            " (several stored tensors come from a right_inverse that returns them, further ones from `inputs`)"
+        ) from problem
+
+
+def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequence[Tensor]) -> list[Tensor]:
+    first = claim.entries[0].infos[0]
+    trained = any(entry.infos[0].requires_grad for entry in claim.entries)
+    frozen = any(getattr(step, "freezes_original", False) for step in steps)
+    if not trained:
+        for step in steps:
+            step.requires_grad_(False)
+    if first.kind == "buffer" or not all(
+        original.is_floating_point() or original.is_complex() for original in originals
+    ):
+        return [nn.Parameter(o, requires_grad=False) if first.kind == "parameter" else o for o in originals]
+    return [nn.Parameter(original, requires_grad=trained and not frozen) for original in originals]
+
+
+def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Tensor]) -> float | None:
+    """Return how far the chain moves the tensor, relative to its norm; ``None`` where there are no numbers (meta).
+
+    Raises:
+        BuildError: the chain fails, or gives another shape or dtype and the rule is not `unsafe`.
+    """
+    try:
+        with torch.no_grad():
+            value = site.read(*[inputs[name] for name in site.record.reads])
+    except Exception as problem:
+        raise BuildError(f"evaluating the chain fails: {_first_line(problem)}") from problem
+    results = [value] if len(claim.entries) == 1 else list(value)
+    moved: float | None = 0.0
+    for entry, result in zip(claim.entries, results, strict=True):
+        before = _value(entry)
+        if not isinstance(result, Tensor):
+            raise BuildError(f"the chain gives a {type(result).__name__}, not a tensor")
+        if (result.shape, result.dtype) != (before.shape, before.dtype):
+            if not claim.rule.unsafe:
+                raise BuildError(
+                    f"the chain gives {dtype_name(result.dtype)}{list(result.shape)} where the model has "
+                    f"{dtype_name(before.dtype)}{list(before.shape)}; if that is meant, say `unsafe: true`"
+                )
+            moved = None
+        elif before.is_meta:
+            moved = None
+        elif moved is not None:
+            moved = max(moved, _distance(result, before))
+    return moved
+
+
+def _distance(after: Tensor, before: Tensor) -> float:
+    kind = torch.complex128 if before.is_complex() else torch.float64
+    exact = before.to(kind)
+    norm = float(exact.norm())
+    difference = float((after.to(kind) - exact).norm())
+    return difference / norm if norm else difference
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

@@ -1,0 +1,257 @@
+"""Everything that is decided before a model is touched: claims, capture, and the sites themselves, built aside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from rewriter.capture import Capture, capture, has_hooks, is_torch_leaf, opener_of
+from rewriter.errors import Diagnostic, PlanError
+from rewriter.planning._build import BuildError, build, check_value, describe
+from rewriter.planning._plan import Plan, Site
+from rewriter.planning._resolve import Claim, resolve
+from rewriter.planning._survey import Entry, survey
+from rewriter.runtime import ParametrizedTensor
+from rewriter.spec import Rule, Spec
+
+
+@dataclass
+class Prepared:
+    """A rewriting that will succeed: nothing in the model has changed yet.
+
+    Arguments:
+        entries: the model's tensors.
+        capture: the way into the model.
+        new: claims with the sites built for them, each one before the sites it reads.
+        present: sites that the model has already.
+        moved: how far each new site's value moves.
+    """
+
+    spec: Spec
+    entries: list[Entry]
+    capture: Capture
+    new: list[tuple[Claim, ParametrizedTensor]] = field(default_factory=list)
+    present: list[tuple[Claim, ParametrizedTensor]] = field(default_factory=list)
+    moved: dict[ParametrizedTensor, float | None] = field(default_factory=dict)
+
+
+def prepare(model: nn.Module, spec: Spec, mode: str) -> Prepared:
+    """Resolve, capture and build; the model is only read.
+
+    Raises:
+        PlanError: the spec does not fit the model; every reason is listed.
+        CaptureError: `mode` asks for a graph and there is none.
+    """
+    entries = survey(model)
+    claims, problems = resolve(spec, entries)
+    present, claims = _split_present(claims, problems)
+    claims = [claim for claim in claims if not _refused(claim, problems)]
+    claims = _in_order(claims, entries, problems)
+    if problems:
+        raise PlanError.of(problems)
+    owners = [name.rpartition(".")[0] for claim, _ in present for entry in claim.entries for name in entry.names]
+    owners += [name.rpartition(".")[0] for claim in claims for entry in claim.entries for name in entry.names]
+    prepared = Prepared(spec, entries, capture(model, owners, mode), present=present)
+    _build_all(prepared, claims, problems)
+    if problems:
+        raise PlanError.of(problems)
+    return prepared
+
+
+def plan_of(model: nn.Module, prepared: Prepared) -> Plan:
+    """Return what was prepared as a plan."""
+    built = {id(claim.entries[0]): (site, False) for claim, site in prepared.new}
+    built |= {id(claim.entries[0]): (site, True) for claim, site in prepared.present}
+    sites = []
+    for entry in prepared.entries:
+        if id(entry) in built:
+            site, present = built[id(entry)]
+            how, why = _how_captured(model, prepared.capture, site)
+            sites.append(Site(site.record, how, why, prepared.moved.get(site, 0.0), present))
+    return Plan(tuple(sites), prepared.spec.source, prepared.capture.root, prepared.capture.why)
+
+
+def _split_present(
+    claims: Iterable[Claim], problems: list[Diagnostic]
+) -> tuple[list[tuple[Claim, ParametrizedTensor]], list[Claim]]:
+    present: list[tuple[Claim, ParametrizedTensor]] = []
+    new: list[Claim] = []
+    for claim in claims:
+        site = next((entry.site for entry in claim.entries if entry.site is not None), None)
+        if site is None:
+            new.append(claim)
+        elif site.record.identity == describe(claim) and site.record.rule == claim.rule.name:
+            present.append((claim, site))
+        else:
+            wanted = " >> ".join(str(step) for step in claim.rule.chain)
+            has = " >> ".join(site.record.chain)
+            problems.append(
+                claim.rule.location.diagnose(
+                    f"{claim.name} is already parametrized by rule {site.record.rule!r} ({has}); "
+                    f"rule {claim.rule.name!r} wants {wanted}",
+                    "bake the model first, or leave the tensor out with `except`",
+                )
+            )
+    return present, new
+
+
+def _refused(claim: Claim, problems: list[Diagnostic]) -> bool:
+    for entry in claim.entries:
+        if isinstance(entry.tensor, UninitializedTensorMixin):
+            problems.append(
+                claim.rule.where("select").diagnose(
+                    f"{entry.name} belongs to a lazy module and has no shape yet",
+                    "run the model once, then rewrite it",
+                )
+            )
+            return True
+    return False
+
+
+def _in_order(claims: list[Claim], entries: Sequence[Entry], problems: list[Diagnostic]) -> list[Claim]:
+    """Sort the claims so that each comes before those it reads; report unknown names and circles."""
+    known = {name for entry in entries for name in entry.names}
+    owner = {name: claim for claim in claims for entry in claim.entries for name in entry.names}
+    ordered: list[Claim] = []
+    state: dict[int, str] = {}
+
+    def visit(claim: Claim, trail: tuple[str, ...]) -> None:
+        if state.get(id(claim)) == "done":
+            return
+        if state.get(id(claim)) == "open":
+            circle = " → ".join((*trail, claim.name))
+            problems.append(claim.rule.location.diagnose(f"{claim.name} is computed from itself: {circle}"))
+            return
+        state[id(claim)] = "open"
+        for name in reads_of(claim.rule):
+            if name not in known:
+                problems.append(
+                    claim.rule.where("from" if claim.rule.source == name else "chain").diagnose(
+                        f"{claim.name} is computed from {name!r}, which the model does not have"
+                    )
+                )
+            elif name in owner:
+                visit(owner[name], (*trail, claim.name))
+        state[id(claim)] = "done"
+        ordered.append(claim)
+
+    for claim in claims:
+        visit(claim, ())
+    return ordered[::-1]
+
+
+def reads_of(rule: Rule) -> list[str]:
+    """Return the names of the further tensors that a rule's chain takes."""
+    source = [rule.source] if rule.source is not None else []
+    return source + [name for step in rule.chain for name in step.inputs]
+
+
+def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic]) -> None:
+    values = _Values(prepared)
+    shared: dict[str, list[nn.Module]] = {}
+    extra = _planned_together(claims)
+    failures: dict[tuple[str, str], list[str]] = {}
+    rules: dict[str, Rule] = {}
+    for claim in reversed(claims):
+        rule = claim.rule
+        rules[rule.name] = rule
+        try:
+            inputs = {name: values[name] for name in reads_of(rule)}
+            site = build(claim, inputs, shared.get(rule.name), extra.get(id(claim)))
+            prepared.moved[site] = check_value(claim, site, inputs)
+        except BuildError as problem:
+            failures.setdefault((rule.name, str(problem)), []).append(claim.name)
+            continue
+        if rule.share:
+            shared.setdefault(rule.name, site.steps)
+        prepared.new.insert(0, (claim, site))
+        values.add(claim, site)
+    for (name, text), sites in failures.items():
+        more = f" (and {len(sites) - 1} more sites)" if len(sites) > 1 else ""
+        problems.append(rules[name].where("chain").diagnose(f"rule {name!r} on {sites[-1]}{more}: {text}"))
+
+
+class _Values:
+    """The tensors that chains read, with the values that their own chains will give them."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.sites: dict[str, tuple[ParametrizedTensor, int]] = {}
+        for entry in prepared.entries:
+            if entry.tensor is not None:
+                self.tensors.update(dict.fromkeys(entry.names, entry.tensor))
+        for claim, site in prepared.present:
+            self.add(claim, site)
+
+    def add(self, claim: Claim, site: ParametrizedTensor) -> None:
+        for index, entry in enumerate(claim.entries):
+            self.sites.update(dict.fromkeys(entry.names, (site, index)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sites:
+            return self.tensors[name].detach()
+        site, index = self.sites[name]
+        with torch.no_grad():
+            value = site.read(*[self[read] for read in site.record.reads])
+        result: Tensor = value if len(site.record.members) == 1 else value[index]
+        return result
+
+
+def _planned_together(claims: Sequence[Claim]) -> dict[int, dict[int, Mapping[str, Any]]]:
+    """Ask parametrizations that decide over all sites of a rule (a global budget) for their arguments."""
+    extra: dict[int, dict[int, Mapping[str, Any]]] = {}
+    by_rule: dict[str, list[Claim]] = {}
+    for claim in reversed(claims):
+        by_rule.setdefault(claim.rule.name, []).append(claim)
+    for group in by_rule.values():
+        for index, step in enumerate(group[0].rule.chain):
+            planner = getattr(step.factory, "plan_sites", None)
+            if planner is None:
+                continue
+            weights = [claim.entries[0].tensor for claim in group]
+            for claim, arguments in zip(group, planner(weights, **step.arguments), strict=True):
+                extra.setdefault(id(claim), {})[index] = arguments
+    return extra
+
+
+def _how_captured(model: nn.Module, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
+    if way.root == "module":
+        return "module", way.why
+    assert way.graph is not None
+    ways: dict[tuple[str, str], None] = {}
+    for name in site.record.names:
+        path, _, _ = name.rpartition(".")
+        ways.update(dict.fromkeys(_uses(model, way, name, path)))
+    if not ways:
+        return "unused", "no forward of the model reads it"
+    first = next(iter(ways))
+    return first if len(ways) == 1 else (first[0], "; ".join(dict.fromkeys(why for _, why in ways if why)))
+
+
+def _uses(model: nn.Module, way: Capture, name: str, path: str) -> Iterable[tuple[str, str]]:
+    assert way.graph is not None
+    for node in way.graph.find_nodes(op="get_attr", target=name):
+        yield ("graph", "read directly") if node.users else ("unused", "read, and not used")
+    prefix = path
+    while True:
+        for _ in way.graph.find_nodes(op="call_module", target=prefix)[:1]:
+            module = model.get_submodule(prefix)
+            kind = type(module).__name__
+            if prefix in way.opaque:
+                yield "handed", f"{prefix or 'the root'} stays one node: {way.opaque[prefix]}"
+            elif prefix == path and opener_of(module) is not None and not has_hooks(module):
+                yield "opened", f"{kind} as a function of its tensors"
+            elif has_hooks(module):
+                yield "handed", f"{prefix} ({kind}) has hooks, which keep it one call"
+            elif is_torch_leaf(module):
+                yield "handed", f"{prefix} ({kind}) takes its tensors by name"
+            else:
+                yield "handed", f"{prefix} ({kind}) is one node of the graph"
+        if not prefix:
+            return
+        prefix = prefix.rpartition(".")[0]

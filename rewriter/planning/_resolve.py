@@ -1,0 +1,156 @@
+"""Which rule owns which tensors: every selector is resolved here, once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rewriter.errors import Diagnostic
+from rewriter.planning._survey import Entry
+from rewriter.spec import Rule, Selector, Spec
+
+
+@dataclass
+class Claim:
+    """A rule's hold on one site: a single tensor, or the tensors of a `joint` rule."""
+
+    rule: Rule
+    entries: list[Entry]
+
+    @property
+    def name(self) -> str:
+        """The site's name: its first tensor's."""
+        return self.entries[0].name
+
+
+def resolve(spec: Spec, entries: Sequence[Entry]) -> tuple[list[Claim], list[Diagnostic]]:
+    """Return the claims of all rules in the model's order, and every way in which the spec does not fit."""
+    problems: list[Diagnostic] = []
+    claims: list[Claim] = []
+    for rule in spec.rules:
+        matched = _matched(rule, entries, problems)
+        claims.extend(_joint_claims(rule, matched, entries, problems) if rule.joint else _claims(rule, matched))
+    claims = _settle_overlaps(claims, problems)
+    for rule in spec.rules:
+        count = sum(claim.rule is rule for claim in claims)
+        if count not in rule.expect and not _explained(rule, problems):
+            problems.append(
+                rule.where("expect").diagnose(
+                    f"rule {rule.name!r} owns {count} sites; it expects {rule.expect}",
+                    _overridden(rule, spec),
+                )
+            )
+    order = {id(entry): index for index, entry in enumerate(entries)}
+    kept = [claim for claim in claims if claim.rule.chain]
+    return sorted(kept, key=lambda claim: order[id(claim.entries[0])]), problems
+
+
+def _matched(rule: Rule, entries: Sequence[Entry], problems: list[Diagnostic]) -> list[Entry]:
+    selected = _select(rule, "select", rule.select, entries, problems)
+    if rule.exclude is None:
+        return selected
+    excluded = {id(entry) for entry in _select(rule, "except", rule.exclude, entries, problems)}
+    return [entry for entry in selected if id(entry) not in excluded]
+
+
+def _select(
+    rule: Rule, key: str, selector: Selector, entries: Sequence[Entry], problems: list[Diagnostic]
+) -> list[Entry]:
+    found: dict[int, Entry] = {}
+    alternatives = selector.alternatives or (selector,)
+    for index, alternative in enumerate(alternatives):
+        matches = [entry for entry in entries if any(map(alternative.matches, entry.infos))]
+        found.update((id(entry), entry) for entry in matches)
+        if not matches and not (key == "select" and rule.expect.minimum == 0):
+            place = rule.where(key, index) if len(alternatives) > 1 else rule.where(key)
+            problems.append(
+                place.diagnose(
+                    f"rule {rule.name!r}: {key} {alternative} matches no tensor of the model",
+                    _nearest(str(alternative), entries),
+                )
+            )
+    return [entry for entry in entries if id(entry) in found]
+
+
+def _nearest(pattern: str, entries: Sequence[Entry]) -> str:
+    names = [name for entry in entries for name in entry.names]
+    if not names:
+        return "the model has no tensors"
+    near = difflib.get_close_matches(pattern.strip("'\""), names[:5000], n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(name) for name in near)}?"
+    shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+    return f"the model's tensors are {shown}"
+
+
+def _claims(rule: Rule, matched: list[Entry]) -> list[Claim]:
+    return [Claim(rule, [entry]) for entry in matched]
+
+
+def _joint_claims(
+    rule: Rule, matched: list[Entry], entries: Sequence[Entry], problems: list[Diagnostic]
+) -> list[Claim]:
+    by_name = {name: entry for entry in entries for name in entry.names}
+    owners = dict.fromkeys(info.owner for entry in matched for info in entry.infos)
+    claims = []
+    for owner in owners:
+        names = [f"{owner}.{tensor}" if owner else tensor for tensor in rule.joint]
+        members = [by_name[name] for name in names if name in by_name]
+        if len(members) == len(names):
+            claims.append(Claim(rule, members))
+        else:
+            missing = [name for name in names if name not in by_name]
+            problems.append(
+                rule.where("joint").diagnose(
+                    f"rule {rule.name!r}: {owner or 'the model'} has no {', '.join(missing)}",
+                    "leave the module out with `except`, or take the name out of `joint`",
+                )
+            )
+    return claims
+
+
+def _settle_overlaps(claims: list[Claim], problems: list[Diagnostic]) -> list[Claim]:
+    by_entry: dict[int, list[Claim]] = {}
+    for claim in claims:
+        for entry in claim.entries:
+            by_entry.setdefault(id(entry), []).append(claim)
+    dropped: set[int] = set()
+    reported: set[tuple[str, ...]] = set()
+    for rivals in by_entry.values():
+        if len(rivals) == 1:
+            continue
+        beaten = {name for claim in rivals for name in claim.rule.overrides}
+        left = [claim for claim in rivals if claim.rule.name not in beaten]
+        dropped.update(id(claim) for claim in rivals if claim.rule.name in beaten)
+        rules = tuple(claim.rule.name for claim in left)
+        if len(left) > 1 and rules not in reported:
+            reported.add(rules)
+            problems.append(
+                left[1]
+                .rule.where("select")
+                .diagnose(
+                    f"{left[1].name} is claimed by the rules {', '.join(map(repr, rules))}",
+                    f"narrow one of them, or let one win: `overrides: [{rules[0]}]` in rule {rules[1]!r}",
+                )
+            )
+        elif not left:
+            problems.append(
+                rivals[0]
+                .rule.where("overrides")
+                .diagnose(
+                    f"{rivals[0].name}: the rules {', '.join(repr(claim.rule.name) for claim in rivals)} override "
+                    "each other",
+                    "let only one of them override",
+                )
+            )
+    return [claim for claim in claims if id(claim) not in dropped]
+
+
+def _explained(rule: Rule, problems: list[Diagnostic]) -> bool:
+    return any(problem.message.startswith(f"rule {rule.name!r}: select") for problem in problems)
+
+
+def _overridden(rule: Rule, spec: Spec) -> str:
+    winners = [other.name for other in spec.rules if rule.name in other.overrides]
+    return f"some of its sites went to {', '.join(map(repr, winners))}, which overrides it" if winners else ""

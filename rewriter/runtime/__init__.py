@@ -1,0 +1,43 @@
+"""What a rewritten model consists of while it runs."""
+
+from __future__ import annotations
+
+from rewriter.runtime._assign import assign_value, invert, right_inverse
+from rewriter.runtime._chunked import Chunked
+from rewriter.runtime._graph_module import RewrittenModule
+from rewriter.runtime._layout import Layout, layout_of
+from rewriter.runtime._owner import (
+    HANDED,
+    attach,
+    detach,
+    open_root,
+    plain_class,
+    release,
+    site_path,
+    sites_of,
+)
+from rewriter.runtime._record import Member, Record
+from rewriter.runtime._scope import Session
+from rewriter.runtime._tensor import ParametrizedTensor
+
+__all__ = [
+    "Chunked",
+    "HANDED",
+    "Layout",
+    "Member",
+    "ParametrizedTensor",
+    "Record",
+    "RewrittenModule",
+    "Session",
+    "assign_value",
+    "attach",
+    "detach",
+    "invert",
+    "layout_of",
+    "open_root",
+    "plain_class",
+    "release",
+    "right_inverse",
+    "site_path",
+    "sites_of",
+]

@@ -1,0 +1,100 @@
+"""The rewritten model of a traceable root: its own module tree under a graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+
+from rewriter.io._graph_data import graph_from_data, graph_to_data
+from rewriter.runtime._owner import plain_class, sites_of
+from rewriter.runtime._shell import Shell
+
+_NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls"})
+
+
+class RewrittenModule(fx.GraphModule):
+    """A graph over the module tree of the model that was rewritten.
+
+    The submodules, tensors, hooks and plain attributes are the model's own, under their own names, so that the state
+    dict reads as torch's parametrizations would have it. The graph travels as data when the model is pickled: reading
+    it back runs no code and traces nothing.
+
+    Arguments:
+        root: the model whose tree is taken over.
+        graph: the graph to run.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        origin = plain_class(root)
+        super().__init__(nn.Module(), fx.Graph(), class_name=origin.__name__)
+        added = set(self.__dict__) - set(root.__dict__)
+        self.__dict__.update({name: value for name, value in root.__dict__.items() if name not in _NOT_COPIED})
+        self.__dict__["_reparam_class"] = fx.GraphModule if issubclass(origin, fx.GraphModule) else origin
+        self.__dict__["_reparam_name"] = origin.__name__
+        self.__dict__["_reparam_added"] = sorted(added)
+        self.graph = graph
+
+    def restored(self) -> nn.Module:
+        """Return the model in the class that it had, over the same modules and tensors, without this graph's sites."""
+        origin = self._reparam_class
+        if origin is fx.GraphModule:
+            module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
+        else:
+            module = origin.__new__(origin)
+        added = {*self._reparam_added, *_NOT_COPIED, "_reparam_class", "_reparam_name", "_reparam_added"}
+        module.__dict__.update({name: value for name, value in self.__dict__.items() if name not in added})
+        if isinstance(module, fx.GraphModule):
+            module.graph = self.graph
+        return module
+
+    def __getattr__(self, name: str) -> Any:
+        if "_modules" in self.__dict__ and name in sites_of(self):
+            return sites_of(self)[name].current_member(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = self.__dict__.get("_reparam_class", nn.Module)
+            if hasattr(origin, name):
+                raise AttributeError(
+                    f"{origin.__name__}.{name} is not part of the graph that the model was rewritten to; "
+                    "bake() gives the class back, and rewrite(…, capture='module') keeps it"
+                ) from None
+            raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        clone: RewrittenModule = RewrittenModule.__new__(RewrittenModule)
+        memo[id(self)] = clone
+        _revive(clone, copy.deepcopy(self._carried(), memo), copy.deepcopy(self.graph, memo))
+        return clone
+
+    def __copy__(self) -> RewrittenModule:
+        clone: RewrittenModule = RewrittenModule.__new__(RewrittenModule)
+        _revive(clone, self._carried(), copy.deepcopy(self.graph))
+        return clone
+
+    def __reduce__(self) -> Any:
+        return (rebuild_rewritten, (graph_to_data(self.graph),), self._carried())
+
+    def _carried(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+
+
+def rebuild_rewritten(graph: dict[str, Any]) -> Shell:
+    """Make a shell that becomes a rewritten model once its state is read: the first half of unpickling one."""
+
+    def become(shell: nn.Module, state: dict[str, Any]) -> None:
+        clone: Any = shell
+        clone.__class__ = type(RewrittenModule.__new__(RewrittenModule))
+        clone.__dict__.update(state)
+        _revive(clone, state, graph_from_data(graph, clone))
+
+    return Shell(become)
+
+
+def _revive(clone: RewrittenModule, state: dict[str, Any], graph: fx.Graph) -> None:
+    clone.__dict__.update(state)
+    clone.__dict__["_tracer_cls"] = None
+    type(clone).__name__ = state["_reparam_name"]
+    clone.graph = graph

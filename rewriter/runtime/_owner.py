@@ -1,0 +1,170 @@
+"""Modules whose tensors are computed: what reading, calling, copying and pickling them means.
+
+A module that owns a parametrized tensor keeps an empty slot (`None`) for it, which holds the tensor's place in the
+order of parameters and shows in no state dict. Its class becomes a subclass of the same name, in which the tensor's
+name is a property. Graphs never read that property; user code does, and so do modules that torch.fx cannot trace.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from rewriter.runtime._scope import Frame, Session
+from rewriter.runtime._shell import Shell
+from rewriter.runtime._tensor import ParametrizedTensor
+
+CONTAINER = "parametrizations"
+SESSION = "_reparam_session"
+HANDED = "handed_tensors"
+
+
+def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -> None:
+    """Put `site` in the place of the tensors it computes; their slots stay, empty."""
+    for tensor in tensors:
+        _slots(owner, tensor)[tensor] = None
+    if CONTAINER not in owner._modules:
+        owner.add_module(CONTAINER, nn.ModuleDict())
+    container = owner._modules[CONTAINER]
+    assert isinstance(container, nn.ModuleDict)
+    container[tensors[0]] = site
+    if isinstance(owner, nn.RNNBase):
+        owner.__dict__.pop("_flat_weights", None)
+    _adopt(owner, tuple(sites_of(owner)), site.session)
+
+
+def detach(owner: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Take the site that computes the tensors in `values` off `owner`, and put the values in their slots."""
+    container = owner._modules[CONTAINER]
+    assert isinstance(container, nn.ModuleDict)
+    del container[next(tensor for tensor in values if tensor in container)]
+    if not len(container):
+        del owner._modules[CONTAINER]
+        release(owner)
+    else:
+        _adopt(owner, tuple(sites_of(owner)), next(iter(sites_of(owner).values())).session)
+    for tensor, value in values.items():
+        _slots(owner, tensor)[tensor] = value
+    if isinstance(owner, nn.RNNBase) and CONTAINER not in owner._modules:
+        owner._init_flat_weights()
+
+
+def open_root(root: nn.Module, session: Session) -> None:
+    """Make a call of `root` one forward: every site below it is evaluated once in it."""
+    _adopt(root, tuple(sites_of(root)), session)
+
+
+def release(module: nn.Module) -> None:
+    """Give `module` its own class back."""
+    if isinstance(module, fx.GraphModule):
+        return
+    module.__class__ = plain_class(module)
+    module.__dict__.pop(SESSION, None)
+
+
+def sites_of(owner: nn.Module) -> dict[str, ParametrizedTensor]:
+    """Return the sites that `owner` holds, by tensor name; a joint site under each of its tensors."""
+    container = owner._modules.get(CONTAINER)
+    found: dict[str, ParametrizedTensor] = {}
+    for key, site in container._modules.items() if container is not None else ():
+        if isinstance(site, ParametrizedTensor):
+            members = site.record.members
+            found.update({key: site} if len(members) == 1 else {member.tensor: site for member in members})
+    return found
+
+
+def site_path(site: ParametrizedTensor) -> str:
+    """Return where a site is in the module tree of its model."""
+    owner, _, tensor = site.record.name.rpartition(".")
+    return f"{owner}.{CONTAINER}.{tensor}" if owner else f"{CONTAINER}.{tensor}"
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that `module` had before its tensors were parametrized."""
+    kind: type[nn.Module] = type(module)
+    return getattr(kind, "_reparam_plain", kind)
+
+
+def rebuild_owner(plain: type[nn.Module], tensors: Sequence[str]) -> Shell:
+    """Make a shell that becomes an owner once its state is read: the first half of copying or unpickling one."""
+
+    def become(shell: nn.Module, state: dict[str, Any]) -> None:
+        shell.__class__ = _owner_class(plain, tuple(tensors))
+        plain.__setstate__(shell, state)  # type: ignore[attr-defined]
+
+    return Shell(become)
+
+
+def _slots(owner: nn.Module, tensor: str) -> dict[str, Any]:
+    return owner._parameters if tensor in owner._parameters else owner._buffers
+
+
+def _adopt(owner: nn.Module, tensors: tuple[str, ...], session: Session) -> None:
+    if isinstance(owner, fx.GraphModule):
+        return
+    owner.__class__ = _owner_class(plain_class(owner), tensors)
+    owner.__dict__[SESSION] = session
+
+
+@functools.lru_cache(maxsize=None)
+def _owner_class(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handed = kwargs.pop(HANDED, None)
+        session: Session = self.__dict__[SESSION]
+        if handed is None and session.frame is not None:
+            return plain.forward(self, *args, **kwargs)
+        frame = Frame()
+        if handed is not None:
+            frame.values.update(zip(handed_sites(self), handed, strict=True))
+        with session.begin(frame):
+            return plain.forward(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: int) -> Any:
+        state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else self.__dict__
+        return (rebuild_owner, (plain, tensors), state)
+
+    def assign(self: Any, name: str, value: Any) -> None:
+        if name in tensors:
+            from rewriter.runtime._assign import assign_value
+
+            assign_value(sites_of(self)[name], name, value)
+        else:
+            plain.__setattr__(self, name, value)
+
+    body: dict[str, Any] = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "_reparam_plain": plain,
+        "__reduce_ex__": reduce,
+        "__setattr__": assign,
+        "forward": functools.wraps(plain.forward)(forward),
+    }
+    body.update({tensor: _value_property(tensor) for tensor in tensors})
+    if issubclass(plain, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
+    return type(plain.__name__, (plain,), body)
+
+
+def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:
+    """Return the sites in `module` whose values it can be handed, in the order in which it expects them."""
+    found = (site for site in module.modules() if isinstance(site, ParametrizedTensor))
+    return [site for site in found if site.record.cache != "never"]
+
+
+def _value_property(tensor: str) -> property:
+    def read(self: Any) -> Any:
+        return sites_of(self)[tensor].current_member(tensor)
+
+    return property(read, doc=f"The value of `{tensor}`, computed by its chain of parametrizations.")
+
+
+def _flat_weights(self: Any) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _ignore_flat_weights(self: Any, weights: list[Tensor | None]) -> None:
+    """RNNBase keeps this list up to date by itself; an owner computes it."""
