@@ -159,6 +159,13 @@ def _weights(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
     raise ModelFileError(f"{path} holds a {type(loaded).__name__}, not a model")
 
 
+def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # safetensors stores tied tensors under one of their names.
+    tensors = module.state_dict(keep_vars=True)
+    stored = {id(tensors[name]): value for name, value in weights.items() if name in tensors}
+    return {name: stored[id(tensor)] for name, tensor in tensors.items() if id(tensor) in stored}
+
+
 def _is_state_dict(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
@@ -184,7 +191,7 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     if not isinstance(module, nn.Module):
         raise ModelFileError(f"the model factory made a {type(module).__name__}, not a torch.nn.Module")
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict({**_tied(module, weights), **weights})
     except RuntimeError as problem:
         lines = [line.strip() for line in str(problem).splitlines()]
         raise ModelFileError(

@@ -1,0 +1,8 @@
+"""Plain files of a model for other programs: TorchScript, ExportedProgram, ONNX, safetensors."""
+
+from __future__ import annotations
+
+from rewriter.export._examples import example_tensor
+from rewriter.export._export import FORMATS, Format, export_model
+
+__all__ = ["FORMATS", "Format", "example_tensor", "export_model"]

@@ -1,0 +1,134 @@
+"""Every format gives the model's outputs back in the program that reads it, or says why it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import fx, nn
+
+from rewriter.errors import CaptureError, ModelFileError, RewriterError
+from rewriter.export import example_tensor, export_model
+from rewriter.io import load_model
+
+X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+
+
+class Untypable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x, **options):
+        return self.fc(x)
+
+
+def _tied():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).eval()
+
+
+def test_module(model, tmp_path):
+    export_model(model, tmp_path / "out.pt")
+    assert torch.equal(load_model(tmp_path / "out.pt")(X), model(X))
+
+
+@pytest.mark.parametrize("form", ["module", "graph", "program"])
+def test_torchscript(model, tmp_path, form):
+    given = {
+        "module": lambda: model,
+        "graph": lambda: fx.symbolic_trace(model),
+        "program": lambda: torch.export.export(model, (X,)),
+    }[form]()
+    export_model(given, tmp_path / "out.pt", format="torchscript")
+    assert torch.allclose(torch.jit.load(tmp_path / "out.pt")(X), model(X))
+
+
+def test_what_cannot_be_scripted_is_traced_with_example_inputs(tmp_path):
+    model = Untypable()
+    with pytest.raises(CaptureError, match=r"(?s)torch.jit.script does not take the Untypable.*--example"):
+        export_model(model, tmp_path / "out.pt", format="torchscript")
+    assert os.listdir(tmp_path) == []
+    export_model(model, tmp_path / "out.pt", format="torchscript", example_inputs=[X])
+    assert torch.allclose(torch.jit.load(tmp_path / "out.pt")(X), model(X))
+
+
+def test_pt2(model, tmp_path):
+    export_model(model, tmp_path / "out.pt2", format="pt2", example_inputs=[X])
+    assert torch.allclose(load_model(tmp_path / "out.pt2").module()(X), model(X))
+
+
+def test_safetensors_keeps_ties(tmp_path):
+    model = _tied()
+    export_model(model, tmp_path / "out.safetensors", format="safetensors")
+    safetensors = pytest.importorskip("safetensors.torch")
+    assert len(safetensors.load_file(tmp_path / "out.safetensors")) == 1
+    again = load_model(tmp_path / "out.safetensors", model=_tied)
+    assert again["head"].weight is again["embed"].weight
+    assert torch.equal(again["embed"].weight, model["embed"].weight)
+
+
+def test_onnx(model, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_model(model, tmp_path / "out.onnx", format="onnx", example_inputs=[X])
+    session = runtime.InferenceSession(tmp_path / "out.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    assert torch.allclose(torch.from_numpy(got), model(X), atol=1e-5)
+    assert os.listdir(tmp_path) == ["out.onnx"]
+
+
+def test_onnx_without_its_packages_names_the_extra(model, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name))
+    with pytest.raises(CaptureError, match=r"pip install 'reparam\[onnx\]'"):
+        export_model(model, tmp_path / "out.onnx", format="onnx", example_inputs=[X])
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_formats_that_need_example_inputs_say_so(model, tmp_path, format):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(CaptureError, match="needs example inputs"):
+        export_model(model, tmp_path / "out", format=format)
+
+
+def test_an_unknown_format_is_refused(model, tmp_path):
+    with pytest.raises(ModelFileError, match="known are module, torchscript"):
+        export_model(model, tmp_path / "out", format="tflite")
+
+
+def test_an_existing_file_is_kept(model, tmp_path):
+    (tmp_path / "out.pt").write_text("precious")
+    with pytest.raises(ModelFileError, match="--force"):
+        export_model(model, tmp_path / "out.pt", format="torchscript")
+    assert (tmp_path / "out.pt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype"),
+    [
+        ("float32[2,3,8]", (2, 3, 8), torch.float32),
+        ("torch.int64[ 4 ]", (4,), torch.int64),
+        ("bool[]", (), torch.bool),
+        ("bfloat16[1,2]", (1, 2), torch.bfloat16),
+    ],
+)
+def test_example_inputs_are_read_from_text(text, shape, dtype):
+    example = example_tensor(text)
+    assert (tuple(example.shape), example.dtype) == (shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "float32", "float32[2,]", "float32[-1]", "load[2]", "nn[2]", "float32[2][3]"]
+)
+def test_a_wrong_example_input_is_refused(text):
+    with pytest.raises(RewriterError, match=r"dtype\[size"):
+        example_tensor(text)
