@@ -71,9 +71,9 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
         _restore(module, set(chosen))
     for one in baked:
         _put_back(one)
-    for module in list(target.modules()):
-        if SESSION in module.__dict__ and not any(isinstance(child, ParametrizedTensor) for child in module.modules()):
-            release(module)
+    for opened in list(target.modules()):
+        if SESSION in opened.__dict__ and not any(isinstance(child, ParametrizedTensor) for child in opened.modules()):
+            release(opened)
     return _plain_roots(target, graphs)
 
 

@@ -102,7 +102,8 @@ def _keep_parameters(claim: Claim, site: ParametrizedTensor) -> None:
         for index, parameter in enumerate(free):
             if isinstance(original, nn.Parameter) and _same_form(parameter, original):
                 parameter.data.copy_(original.data)
-                site._parameters[name] = parameter.requires_grad_(original.requires_grad)
+                parameter.requires_grad = original.requires_grad
+                site._parameters[name] = parameter
                 del free[index]
                 break
 

@@ -5,11 +5,9 @@ Each does what the module of that name does, unbatched inputs and absent states 
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple  # noqa: UP035  (TorchScript reads these)
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from rewriter.io._functions import graph_function
 
@@ -17,11 +15,11 @@ from rewriter.io._functions import graph_function
 @graph_function
 def rnn_tanh_cell(
     input: Tensor,
-    hx: Optional[Tensor],
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
-    b_ih: Optional[Tensor],
-    b_hh: Optional[Tensor],
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
 ) -> Tensor:
     """One step of `torch.nn.RNNCell` with tanh: input (N, H_in) or (H_in), hx (N, H) or (H)."""
     batched = _check_cell_input(input, "RNNCell")
@@ -33,11 +31,11 @@ def rnn_tanh_cell(
 @graph_function
 def rnn_relu_cell(
     input: Tensor,
-    hx: Optional[Tensor],
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
-    b_ih: Optional[Tensor],
-    b_hh: Optional[Tensor],
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
 ) -> Tensor:
     """One step of `torch.nn.RNNCell` with ReLU."""
     batched = _check_cell_input(input, "RNNCell")
@@ -49,11 +47,11 @@ def rnn_relu_cell(
 @graph_function
 def gru_cell(
     input: Tensor,
-    hx: Optional[Tensor],
+    hx: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
-    b_ih: Optional[Tensor],
-    b_hh: Optional[Tensor],
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
 ) -> Tensor:
     """One step of `torch.nn.GRUCell`."""
     batched = _check_cell_input(input, "GRUCell")
@@ -65,12 +63,12 @@ def gru_cell(
 @graph_function
 def lstm_cell(
     input: Tensor,
-    hx: Optional[Tuple[Tensor, Tensor]],
+    hx: tuple[Tensor, Tensor] | None,
     w_ih: Tensor,
     w_hh: Tensor,
-    b_ih: Optional[Tensor],
-    b_hh: Optional[Tensor],
-) -> Tuple[Tensor, Tensor]:
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """One step of `torch.nn.LSTMCell`; returns the new hidden and cell states."""
     batched = _check_cell_input(input, "LSTMCell")
     if hx is None:
@@ -91,7 +89,7 @@ def _check_cell_input(input: Tensor, kind: str) -> bool:
     return input.dim() == 2
 
 
-def _cell_state(input: Tensor, hx: Optional[Tensor], hidden: int, batched: bool) -> Tuple[Tensor, Tensor]:
+def _cell_state(input: Tensor, hx: Tensor | None, hidden: int, batched: bool) -> tuple[Tensor, Tensor]:
     x = input if batched else input.unsqueeze(0)
     if hx is None:
         return x, torch.zeros(x.size(0), hidden, dtype=x.dtype, device=x.device)
@@ -102,11 +100,11 @@ def _cell_state(input: Tensor, hx: Optional[Tensor], hidden: int, batched: bool)
 def padded_conv1d(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
-    pad: List[int],
+    bias: Tensor | None,
+    pad: list[int],
     mode: str,
-    stride: List[int],
-    dilation: List[int],
+    stride: list[int],
+    dilation: list[int],
     groups: int,
 ) -> Tensor:
     """`torch.nn.Conv1d` with a padding mode other than zeros; `pad` as `torch.nn.functional.pad` takes it."""
@@ -117,11 +115,11 @@ def padded_conv1d(
 def padded_conv2d(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
-    pad: List[int],
+    bias: Tensor | None,
+    pad: list[int],
     mode: str,
-    stride: List[int],
-    dilation: List[int],
+    stride: list[int],
+    dilation: list[int],
     groups: int,
 ) -> Tensor:
     """`torch.nn.Conv2d` with a padding mode other than zeros."""
@@ -132,11 +130,11 @@ def padded_conv2d(
 def padded_conv3d(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
-    pad: List[int],
+    bias: Tensor | None,
+    pad: list[int],
     mode: str,
-    stride: List[int],
-    dilation: List[int],
+    stride: list[int],
+    dilation: list[int],
     groups: int,
 ) -> Tensor:
     """`torch.nn.Conv3d` with a padding mode other than zeros."""

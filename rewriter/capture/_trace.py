@@ -75,7 +75,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, root: nn.Module, inside: set[str]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self.inside = inside
         self.opaque: dict[str, str] = {}
         self.paths: dict[nn.Module, str] = {}

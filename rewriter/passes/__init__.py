@@ -6,8 +6,10 @@ from rewriter.passes._cache import cache_pass
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, note, run_passes
 from rewriter.passes._insert import insert_pass
 from rewriter.passes._open import open_pass
+from rewriter.passes._print import print_graph
 from rewriter.passes._prune import prune_pass
 from rewriter.passes._restore import restore_pass
+from rewriter.passes._unfold import scriptable, unfolded
 from rewriter.passes._verify import outline, verify_against
 
 __all__ = [
@@ -20,8 +22,11 @@ __all__ = [
     "note",
     "open_pass",
     "outline",
+    "print_graph",
     "prune_pass",
     "restore_pass",
     "run_passes",
+    "scriptable",
+    "unfolded",
     "verify_against",
 ]

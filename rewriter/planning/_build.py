@@ -143,7 +143,8 @@ def _make(step: Step, weight: Tensor, layout: Layout, arguments: Mapping[str, An
 def _carried(module: nn.Module, found: Any, shape: torch.Size) -> Tensor:
     """Return the one of a step's inputs that the step before it has to produce."""
     parts = list(found) if isinstance(found, (tuple, list)) else [found]
-    return parts[_carry(module, parts, shape)]
+    carried: Tensor = parts[_carry(module, parts, shape)]
+    return carried
 
 
 def _carry(module: nn.Module, parts: Sequence[Tensor], shape: torch.Size) -> int:
@@ -156,8 +157,9 @@ def _carry(module: nn.Module, parts: Sequence[Tensor], shape: torch.Size) -> int
 def _sample(steps: Sequence[nn.Module], layout: Layout, target: Any) -> Any:
     """Draw a value: from the last step that can draw one, mapped through the steps after it."""
     for index in reversed(range(len(steps))):
-        if hasattr(steps[index], "sample"):
-            value = steps[index].sample()
+        draw: Any = getattr(steps[index], "sample", None)
+        if draw is not None:
+            value = draw()
             for step in steps[index + 1 :]:
                 value = step(value)
             return value if layout.plain else layout.outward(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from rewriter.capture import Capture, capture, has_hooks, is_torch_leaf, opener_of
 from rewriter.errors import Diagnostic, PlanError
@@ -102,7 +102,7 @@ def _split_present(
 
 def _refused(claim: Claim, problems: list[Diagnostic]) -> bool:
     for entry in claim.entries:
-        if isinstance(entry.tensor, UninitializedTensorMixin):
+        if entry.tensor is not None and is_lazy(entry.tensor):
             problems.append(
                 claim.rule.where("select").diagnose(
                     f"{entry.name} belongs to a lazy module and has no shape yet",

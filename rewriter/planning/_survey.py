@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rewriter.runtime import ParametrizedTensor, plain_class, sites_of
@@ -85,14 +87,15 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None, Parametriz
 def _info(
     full: str, name: str, module: nn.Module, tensor: Tensor | None, site: ParametrizedTensor | None
 ) -> TensorInfo:
-    classes = _class_names(plain_class(module))
+    kind_of_owner: Any = plain_class(module)
+    classes = _class_names(kind_of_owner)
     if site is not None:
         member = site.member(name)
         kind, shape, dtype, trained = member.kind, member.shape, member.dtype, member.requires_grad
     else:
         assert tensor is not None
         kind = "parameter" if name in module._parameters else "buffer"
-        shape = () if isinstance(tensor, nn.parameter.UninitializedTensorMixin) else tuple(tensor.shape)
+        shape = () if is_lazy(tensor) else tuple(tensor.shape)
         dtype, trained = dtype_name(tensor.dtype), tensor.requires_grad
     return TensorInfo(full, classes, "parameter" if kind == "parameter" else "buffer", shape, dtype, trained)
 
@@ -103,5 +106,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _class_names(kind: type[nn.Module]) -> tuple[str, ...]:
+def _class_names(kind: Any) -> tuple[str, ...]:
     return class_names(kind)

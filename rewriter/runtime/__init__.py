@@ -21,8 +21,8 @@ from rewriter.runtime._scope import Session
 from rewriter.runtime._tensor import ParametrizedTensor
 
 __all__ = [
-    "Chunked",
     "HANDED",
+    "Chunked",
     "Layout",
     "Member",
     "ParametrizedTensor",

@@ -63,6 +63,16 @@ class RewrittenModule(fx.GraphModule):
                 ) from None
             raise
 
+    def __prepare_scriptable__(self) -> fx.GraphModule:
+        from rewriter.passes import scriptable
+
+        return scriptable(self)
+
+    def __str__(self) -> str:
+        from rewriter.passes import print_graph
+
+        return f"{nn.Module.__repr__(self)}\n\n{print_graph(self)}"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         clone: RewrittenModule = RewrittenModule.__new__(RewrittenModule)
         memo[id(self)] = clone

@@ -84,16 +84,17 @@ def site_path(site: ParametrizedTensor) -> str:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that `module` had before its tensors were parametrized."""
-    kind: type[nn.Module] = type(module)
-    return getattr(kind, "_reparam_plain", kind)
+    kind: Any = type(module)
+    plain: type[nn.Module] = getattr(kind, "_reparam_plain", kind)
+    return plain
 
 
-def rebuild_owner(plain: type[nn.Module], tensors: Sequence[str]) -> Shell:
+def rebuild_owner(plain: Any, tensors: Sequence[str]) -> Shell:
     """Make a shell that becomes an owner once its state is read: the first half of copying or unpickling one."""
 
     def become(shell: nn.Module, state: dict[str, Any]) -> None:
         shell.__class__ = _owner_class(plain, tuple(tensors))
-        plain.__setstate__(shell, state)  # type: ignore[attr-defined]
+        plain.__setstate__(shell, state)
 
     return Shell(become)
 
@@ -105,12 +106,15 @@ def _slots(owner: nn.Module, tensor: str) -> dict[str, Any]:
 def _adopt(owner: nn.Module, tensors: tuple[str, ...], session: Session) -> None:
     if isinstance(owner, fx.GraphModule):
         return
-    owner.__class__ = _owner_class(plain_class(owner), tensors)
+    plain: Any = plain_class(owner)
+    owner.__class__ = _owner_class(plain, tensors)
     owner.__dict__[SESSION] = session
 
 
-@functools.lru_cache(maxsize=None)
-def _owner_class(plain: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
+@functools.cache
+def _owner_class(plain: Any, tensors: tuple[str, ...]) -> Any:
+    """Return the subclass of `plain` in which `tensors` are computed."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         handed = kwargs.pop(HANDED, None)
         session: Session = self.__dict__[SESSION]

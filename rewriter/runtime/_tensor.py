@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,29 +76,13 @@ class ParametrizedTensor(nn.Module):
         return self.compose(*inputs)
 
     def compose(self, *inputs: Tensor) -> Any:
-        """The chain itself: plain tensor code, traceable by torch.fx step by step."""
-        record = self.record
-        layout = record.layout
-        stored = self.originals
-        if record.outer:
-            stored[0] = layout.inward(stored[0])
-        further: Iterator[Tensor] = iter(inputs)
-        value: Any = None
-        if record.source is not None:
-            value = layout.inward(next(further))
-        for index, step in enumerate(self.steps):
-            arguments, stored = stored[: record.stored[index]], stored[record.stored[index] :]
-            if value is not None:
-                arguments.insert(record.carries[index], value)
-            arguments += [next(further) for _ in record.inputs[index]]
-            value = step(*arguments)
-        if len(record.members) > 1:
-            return tuple(value)
-        return value if layout.plain else layout.outward(value)
+        """Apply the steps to the stored tensors, in the precision that is on."""
+        return apply_chain(self.record, self.steps, self.originals, inputs)
 
     def settled(self) -> ParametrizedTensor:
         """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here."""
-        return _settled(self)
+        clone: ParametrizedTensor = _settled(self)
+        return clone
 
     def read(self, *inputs: Tensor) -> Any:
         """Return the value without advancing any state, random numbers included."""
@@ -105,11 +90,8 @@ class ParametrizedTensor(nn.Module):
             return self.settled().evaluate(*inputs)
 
     def _device_type(self) -> str | None:
-        for tensor in self.parameters():
-            return tensor.device.type
-        for tensor in self.buffers():
-            return tensor.device.type
-        return None
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((tensor.device.type for tensor in tensors), None)
 
     # How a module that torch.fx cannot trace reads the value: an attribute access finds the running forward.
 
@@ -147,6 +129,36 @@ class ParametrizedTensor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.record.name} = {' >> '.join(self.record.chain)}, cache={self.record.cache}"
+
+
+def apply_chain(
+    record: Record, steps: Sequence[Callable[..., Any]], originals: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Any:
+    """Return what `steps` make of the stored tensors: plain tensor code, which torch.fx can record step by step.
+
+    Arguments:
+        record: says which step reads what.
+        steps: the parametrizations, or what stands for them.
+        originals: the stored tensors.
+        inputs: the tensors named in ``record.reads``.
+    """
+    layout = record.layout
+    stored = list(originals)
+    if record.outer:
+        stored[0] = layout.inward(stored[0])
+    further = iter(inputs)
+    value: Any = None
+    if record.source is not None:
+        value = layout.inward(next(further))
+    for index, step in enumerate(steps):
+        arguments, stored = stored[: record.stored[index]], stored[record.stored[index] :]
+        if value is not None:
+            arguments.insert(record.carries[index], value)
+        arguments += [next(further) for _ in record.inputs[index]]
+        value = step(*arguments)
+    if len(record.members) > 1:
+        return tuple(value[index] for index in range(len(record.members)))
+    return value if layout.plain else layout.outward(value)
 
 
 class _Reference:
