@@ -7,8 +7,14 @@ from rewriter.catalog._arithmetic import Scale as Scale
 from rewriter.catalog._arithmetic import Shift as Shift
 from rewriter.catalog._describe import Entry as Entry
 from rewriter.catalog._describe import describe as describe
+from rewriter.catalog._fake_quantize import FakeQuantize as FakeQuantize
+from rewriter.catalog._kronecker import Kronecker as Kronecker
 from rewriter.catalog._lora import Dora as Dora
 from rewriter.catalog._lora import Lora as Lora
+from rewriter.catalog._low_bit import Binary as Binary
+from rewriter.catalog._low_bit import Ternary as Ternary
+from rewriter.catalog._low_rank import FixedRank as FixedRank
+from rewriter.catalog._low_rank import LowRank as LowRank
 from rewriter.catalog._lycoris import LoHa as LoHa
 from rewriter.catalog._lycoris import LoKr as LoKr
 from rewriter.catalog._mask import Mask as Mask
@@ -24,6 +30,7 @@ from rewriter.catalog._pruning import L1Unstructured as L1Unstructured
 from rewriter.catalog._pruning import LnStructured as LnStructured
 from rewriter.catalog._pruning import RandomStructured as RandomStructured
 from rewriter.catalog._pruning import RandomUnstructured as RandomUnstructured
+from rewriter.catalog._quantized_storage import QuantizedStorage as QuantizedStorage
 from rewriter.catalog._rotation_adapters import HRA as HRA
 from rewriter.catalog._rotation_adapters import OFT as OFT
 from rewriter.catalog._skew import Skew as Skew

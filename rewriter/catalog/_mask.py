@@ -115,7 +115,7 @@ def as_mask(mask: Tensor, weight: Tensor | None = None) -> Tensor:
             raise RewriterError(
                 f"a mask of shape {list(mask.shape)} does not fit a weight of shape {list(weight.shape)}"
             )
-        mask = mask.to(weight.device)
+        mask = mask.to(weight.device)[(None,) * (weight.dim() - mask.dim())]
     kept = mask != 0
     if torch.equal(kept.to(mask.dtype), mask):
         return kept
