@@ -21,6 +21,7 @@ from rewriter.errors import (
 if TYPE_CHECKING:
     from rewriter._registry import register
     from rewriter._bake import bake
+    from rewriter._chain import chain
     from rewriter.planning import Plan, Site, plan
     from rewriter._rewrite import rewrite
     from rewriter.spec import Spec, load_spec
@@ -30,6 +31,7 @@ _HOMES = {
     "Site": "rewriter.planning",
     "Spec": "rewriter.spec",
     "bake": "rewriter._bake",
+    "chain": "rewriter._chain",
     "load_spec": "rewriter.spec",
     "plan": "rewriter.planning",
     "register": "rewriter._registry",
@@ -48,6 +50,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "bake",
+    "chain",
     "load_spec",
     "plan",
     "register",

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from rewriter._chain import compose
+
 T = TypeVar("T", bound=Callable[..., torch.nn.Module])
 
 INJECTED = frozenset({"weight", "size"})
@@ -29,7 +31,7 @@ def register(name: str) -> Callable[[T], T]:
     ...         return 2 * X
 
     A constructor argument called ``weight`` receives the tensor that is parametrized, one called ``size`` its
-    shape; all others are arguments a spec can give.
+    shape; all others are arguments a spec can give. The class gets ``>>``, unless it has one.
 
     Arguments:
         name: snake_case, without dots.
@@ -45,6 +47,8 @@ def register(name: str) -> Callable[[T], T]:
         if owner is not None and _identity(owner) != _identity(factory):
             raise ValueError(f"the name {name!r} is taken by {_identity(owner)}; choose another one")
         _registered[name] = factory
+        if isinstance(factory, type) and not hasattr(factory, "__rshift__"):
+            factory.__rshift__ = compose  # type: ignore[attr-defined]
         return factory
 
     return bind

@@ -42,7 +42,7 @@ def resolve(spec: Spec, entries: Sequence[Entry]) -> tuple[list[Claim], list[Dia
                 )
             )
     order = {id(entry): index for index, entry in enumerate(entries)}
-    kept = [claim for claim in claims if claim.rule.chain]
+    kept = [claim for claim in claims if claim.rule.chain or claim.rule.source]
     return sorted(kept, key=lambda claim: order[id(claim.entries[0])]), problems
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rewriter.errors import Diagnostic, SpecError
 from rewriter.spec._location import Key, Location, dotted
+from rewriter.spec._unions import is_module
 from rewriter.spec._yaml import DEEPEST, MOST_NODES, Composer, Mark, Node, Unreadable
 
 LARGEST = 2**20
@@ -91,9 +92,7 @@ def _from_file(path: Path) -> Document:
         with path.open("rb") as file:
             raw = file.read(LARGEST + 1)
     except (OSError, ValueError) as wrong:
-        raise _unreadable(
-            f"the file cannot be read: {getattr(wrong, 'strerror', None) or wrong}", name
-        ) from wrong
+        raise _unreadable(f"the file cannot be read: {getattr(wrong, 'strerror', None) or wrong}", name) from wrong
     if len(raw) > LARGEST:
         raise _unreadable(f"the spec is larger than {LARGEST} bytes", name)
     try:
@@ -118,8 +117,7 @@ def _from_text(text: str, file: str) -> Document:
     except Unreadable as wrong:
         problems.append((wrong.message, wrong.mark))
     diagnostics = [
-        _location(file, lines, mark, "").diagnose(message)
-        for message, mark in [*composer.problems, *problems]
+        _location(file, lines, mark, "").diagnose(message) for message, mark in [*composer.problems, *problems]
     ]
     if root is None:
         raise SpecError(diagnostics)
@@ -143,19 +141,15 @@ class _Copier:
     def copy(self, value: Any, path: tuple[Key, ...]) -> Any:
         self._spent += 1
         if len(path) > DEEPEST or self._spent > MOST_NODES:
-            bound = (
-                f"nested more than {DEEPEST} deep"
-                if len(path) > DEEPEST
-                else f"more than {MOST_NODES} values"
-            )
+            bound = f"nested more than {DEEPEST} deep" if len(path) > DEEPEST else f"more than {MOST_NODES} values"
             raise SpecError([Location(path=dotted(path[:3])).diagnose(bound)])
         if isinstance(value, Mapping):
             for key in value:
                 if not isinstance(key, str):
                     self._problem(path, f"a key must be text, found {key!r:.60}")
-            return {
-                key: self.copy(child, (*path, key)) for key, child in value.items() if isinstance(key, str)
-            }
+            return {key: self.copy(child, (*path, key)) for key, child in value.items() if isinstance(key, str)}
+        if is_module(value) and path[:1] == ("rules",) and path[2:] == ("chain",):
+            return list(value) if type(value).__name__ in ("Sequential", "Chain") else [value]
         if isinstance(value, list | tuple):
             return [self.copy(child, (*path, index)) for index, child in enumerate(value)]
         if isinstance(value, float) and not math.isfinite(value):
@@ -180,9 +174,7 @@ def _location(file: str, lines: Sequence[str], mark: Mark, path: str) -> Locatio
     line, column = mark
     # A caret under the right character of a line of a megabyte helps nobody.
     source = lines[line] if line < len(lines) and len(lines[line]) <= _LONGEST_LINE else None
-    return Location(
-        file, line + 1, column + 1, path, source.replace("\t", " ") if source is not None else None
-    )
+    return Location(file, line + 1, column + 1, path, source.replace("\t", " ") if source is not None else None)
 
 
 def _unreadable(message: str, file: str) -> SpecError:
