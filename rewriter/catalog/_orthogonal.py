@@ -1,24 +1,25 @@
-"""Orthogonal and unitary matrices: orthonormal columns, or rows where the matrix is wide."""
+"""Orthogonal and unitary matrices, and rotations."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter._registry import register
-from rewriter.catalog._maps._cayley import cayley
-from rewriter.catalog._maps._checks import require_matrix, require_shape
+from rewriter.catalog._maps._cayley import cayley, cayley_inverse
+from rewriter.catalog._maps._checks import require_matrix, require_shape, require_square
 from rewriter.catalog._maps._exponential import exponential
 from rewriter.catalog._maps._householder import householder
-from rewriter.catalog._maps._orthonormal import haar, is_orthonormal, orthonormal, reflectors
-from rewriter.catalog._maps._precision import wide_dtype, widen
+from rewriter.catalog._maps._logarithm import logarithm
+from rewriter.catalog._maps._orthonormal import completed, haar, orthonormal, reflectors, rotation
+from rewriter.catalog._maps._precision import Precise, wide_dtype, widen
 from rewriter.errors import RewriterError
 
 
 @register("orthogonal")
-class Orthogonal(nn.Module):
+class Orthogonal(Precise):
     """Matrices with orthonormal columns, or orthonormal rows where they are wide.
 
     >>> import torch
@@ -27,14 +28,15 @@ class Orthogonal(nn.Module):
     True
 
     The parametrization is the one of :func:`torch.nn.utils.parametrizations.orthogonal`: the same tensors
-    give the same matrices, so state dicts are interchangeable.
+    give the same matrices, so state dicts are interchangeable. Complex matrices become unitary.
 
     Arguments:
         map: how a lower triangle becomes orthogonal: the exponential or the Cayley map of a skew matrix, or a
             product of Householder reflections. Without it, ``matrix_exp`` where the weight is square or
             complex, else ``householder``.
         trivialization: map onto the neighbourhood of a base point, kept in the buffer ``base``, of shape
-            ``(..., n, n)`` with n the longer side. Any orthogonal matrix can be assigned then.
+            ``(..., n, n)`` with n the longer side. Any orthogonal matrix can be assigned then. For very tall
+            matrices ``stiefel`` has the same values without the large base.
         weight: of shape ``(..., m, n)``, filled in by the site.
 
     Raises:
@@ -42,7 +44,7 @@ class Orthogonal(nn.Module):
     """
 
     guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide)"
-    cost = "O(n^3) with a base or matrix_exp, else O(n k^2), for n rows and k <= n columns"
+    cost = "O(n^2 k) with a base, else O(n k^2), for n rows and k <= n columns; O(n^3) where n <= 2k"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
     batched = True
 
@@ -67,25 +69,21 @@ class Orthogonal(nn.Module):
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.base: Tensor | None
         if trivialization:
-            n = max(weight.shape[-2:])
-            base = torch.eye(n, dtype=wide_dtype(weight.dtype), device=weight.device)
-            self.register_buffer("base", base.expand(*weight.shape[:-2], n, n).clone())
+            self.register_buffer("base", self._first_base())
         else:
             self.base = None
 
-    def forward(self, X: Tensor) -> Tensor:
+    def value(self, X: Tensor) -> Tensor:
         wide = X.size(-2) < X.size(-1)
-        A = widen(X.mT if wide else X)
+        A = X.mT if wide else X
         if self.map == "matrix_exp":
             Q = exponential(A)
         elif self.map == "cayley":
             Q = cayley(A)
         else:
             Q = householder(A)
-        base = self.base
-        if base is not None:
-            Q = base @ Q
-        return (Q.mT if wide else Q).to(X.dtype)
+        Q = self._rebased(Q)
+        return Q.mT if wide else Q
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -93,23 +91,32 @@ class Orthogonal(nn.Module):
 
         Raises:
             RewriterError: without a base, `value` is not in the image of the map.
+            NotImplementedError: ``map: matrix_exp`` without a base, for a matrix that is not square.
         """
         require_shape("orthogonal", value, self.shape)
         wide = value.size(-2) < value.size(-1)
         W = widen(value.mT if wide else value)
         if self.base is not None:
-            self.base.copy_(_completed(W))
+            self._move_base(W)
             X = torch.zeros_like(W)
+            # The diagonal has the signs of the Householder map: with -1, no reflection is the identity.
             X.diagonal(dim1=-2, dim2=-1).fill_(-1)
         elif self.map == "householder":
             X = reflectors(W)
+        elif self.map == "cayley":
+            X = self._preimage(orthonormal(W), W)
+        elif W.size(-2) == W.size(-1):
+            X = self._preimage(W, W)
         else:
-            raise NotImplementedError("matrix_exp and cayley without trivialization")
+            raise NotImplementedError(
+                "a matrix that is not square has no closed-form logarithm: use `trivialization: true`, or "
+                "`map: cayley` or `householder`"
+            )
         return (X.mT if wide else X).to(value.dtype)
 
     @torch.no_grad()
     def update_base(self, X: Tensor) -> Tensor:
-        """Move the base to the matrix that X stands for and return the tensor that stands for it now."""
+        """Move the base to the matrix that X stands for and return the tensor that stands for it from now on."""
         return self.right_inverse(self.forward(X))
 
     def sample(self) -> Tensor:
@@ -119,11 +126,80 @@ class Orthogonal(nn.Module):
     def extra_repr(self) -> str:
         return f"map={self.map}, trivialization={self.trivialization}"
 
+    def _first_base(self) -> Tensor:
+        n = max(self.shape[-2:])
+        eye = torch.eye(n, dtype=wide_dtype(self.dtype), device=self.device)
+        return eye.repeat(*self.shape[:-2], 1, 1)
 
-def _completed(W: Tensor) -> Tensor:
-    """Return an orthogonal ``(..., n, n)`` matrix that starts with the columns of W made orthonormal."""
-    n, k = W.size(-2), W.size(-1)
-    if n == k:
-        return W if is_orthonormal(W) else orthonormal(W)
-    noise = torch.randn(*W.shape[:-2], n, n - k, dtype=W.dtype, device=W.device)
-    return orthonormal(torch.cat([W, noise], -1))
+    def _rebased(self, Q: Tensor) -> Tensor:
+        base = self.base
+        return Q if base is None else base @ Q
+
+    def _move_base(self, W: Tensor) -> None:
+        assert self.base is not None
+        self.base.copy_(completed(W))
+
+    def _preimage(self, Q: Tensor, W: Tensor) -> Tensor:
+        square = Q.size(-2) == Q.size(-1)
+        try:
+            Q = rotation(W) if square else Q
+        except ValueError as error:
+            raise RewriterError(f"orthogonal: {error}; {_OUTSIDE.format(self.map)}") from None
+        if self.map == "cayley":
+            X = cayley_inverse(Q)
+            reached = cayley(X)
+        else:
+            A = logarithm(Q)
+            X = A.tril() - A.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
+            reached = exponential(X)
+        tolerance = torch.finfo(Q.dtype).eps ** 0.5
+        if not torch.allclose(reached, Q, atol=tolerance):
+            raise RewriterError(f"orthogonal: it has an eigenvalue -1; {_OUTSIDE.format(self.map)}")
+        return X
+
+
+_OUTSIDE = "no tensor stands for it with `map: {}` alone: use `trivialization: true`"
+
+
+@register("special_orthogonal")
+class SpecialOrthogonal(Orthogonal):
+    """Rotations: square orthogonal matrices of determinant one (unitary ones, where complex).
+
+    >>> import torch
+    >>> R = SpecialOrthogonal(weight=torch.eye(3)).sample()
+    >>> torch.allclose(torch.linalg.det(R), torch.tensor(1.0))
+    True
+
+    Arguments:
+        map: the exponential or the Cayley map of a skew matrix.
+        trivialization: map onto the neighbourhood of a base point, kept in the buffer ``base``.
+        weight: of shape ``(..., n, n)``, filled in by the site.
+
+    Raises:
+        RewriterError: the weight is not square.
+    """
+
+    guarantee = "|Q^T Q - I| <= 10 n eps, and the determinant is one"
+    cost = "O(n^3)"
+
+    def __init__(
+        self, map: Literal["matrix_exp", "cayley"] = "matrix_exp", trivialization: bool = True, *, weight: Tensor
+    ) -> None:
+        require_square("special_orthogonal", weight)
+        if map not in ("matrix_exp", "cayley"):
+            raise RewriterError(f"special_orthogonal: map must be matrix_exp or cayley, not {map!r}")
+        super().__init__(map, trivialization, weight=weight)
+
+    def sample(self) -> Tensor:
+        """Return a rotation drawn from the uniform (Haar) distribution."""
+        Q = super().sample()
+        if not Q.is_complex():
+            Q[..., 0] *= torch.linalg.det(widen(Q)).sign().to(Q.dtype).unsqueeze(-1)
+        return Q
+
+    def _move_base(self, W: Tensor) -> None:
+        assert self.base is not None
+        try:
+            self.base.copy_(rotation(W))
+        except ValueError as error:
+            raise RewriterError(f"special_orthogonal: this orthogonal matrix is no rotation, {error}") from None

@@ -1,4 +1,4 @@
-"""The Cayley map of a skew matrix, without forming more of it than the columns asked for."""
+"""The Cayley map from skew matrices to orthogonal ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,34 @@ from torch import Tensor
 
 
 def cayley(X: Tensor) -> Tensor:
-    """Return the first k columns of ``(I + A/2)(I - A/2)^-1`` for the skew A that X stands for."""
+    """Return the first k columns of ``(I + A/2)(I - A/2)^-1``, for the skew A whose lower triangle X holds.
+
+    With ``A = (S, -B^H; B, 0)`` these columns are ``(2 Y - I; B Y)`` for the inverse Y of ``I - S/2 + B^H B/4``, so
+    that one matrix of size k is inverted once, forward and backward.
+
+    Arguments:
+        X: of shape ``(..., n, k)`` with n >= k.
+    """
     n, k = X.size(-2), X.size(-1)
-    S = X[..., :k, :].tril()
-    M = torch.eye(k, dtype=X.dtype, device=X.device) - (S - S.mH) / 2
+    eye = torch.eye(k, dtype=X.dtype, device=X.device)
+    S = X.tril() if n == k else X[..., :k, :].tril()
+    M = torch.sub(eye, S - S.mH, alpha=0.5)
     if n == k:
-        Q: Tensor = 2 * torch.linalg.inv(M) - torch.eye(k, dtype=X.dtype, device=X.device)
+        # The symmetric part of M is the identity: M is never singular.
+        Q: Tensor = torch.linalg.inv_ex(M)[0] * 2 - eye
         return Q
     B = X[..., k:, :]
-    Y = torch.linalg.inv(M + B.mH @ B / 4)
-    return torch.cat([2 * Y - torch.eye(k, dtype=X.dtype, device=X.device), B @ Y], dim=-2)
+    Y = torch.linalg.inv_ex(torch.add(M, B.mH @ B, alpha=0.25))[0]
+    return torch.cat([Y * 2 - eye, B @ Y], dim=-2)
+
+
+def cayley_inverse(Q: Tensor) -> Tensor:
+    """Return the X that :func:`cayley` maps to Q; entries are not finite where ``I + Q`` (its square) is singular."""
+    n, k = Q.size(-2), Q.size(-1)
+    eye = torch.eye(k, dtype=Q.dtype, device=Q.device)
+    M = torch.linalg.inv_ex((Q[..., :k, :] + eye) / 2)[0]
+    # M = I - S/2 + B^H B/4: the skew part of M is all that S needs.
+    S = (M.mH - M).tril()
+    if Q.is_complex():
+        S = S - S.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
+    return S if n == k else torch.cat([S, Q[..., k:, :] @ M], dim=-2)

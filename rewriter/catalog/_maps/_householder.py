@@ -1,19 +1,47 @@
-"""Products of Householder reflections in the compact WY form."""
+"""Products of Householder reflections, by matrix products only."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
-def householder(X: Tensor) -> Tensor:
-    """Return the first k columns of the product of the reflections that X holds, times its signs."""
-    n, k = X.size(-2), X.size(-1)
-    eye = torch.eye(n, k, dtype=X.dtype, device=X.device)
-    V = X.tril(-1) + eye
-    G = V.mH @ V
-    T = G.triu(1) + (G.diagonal(dim1=-2, dim2=-1) / 2).diag_embed()
-    Q = eye - V @ torch.linalg.solve_triangular(T, V[..., :k, :].mH, upper=True)
+def householder(X: Tensor, width: int = 128) -> Tensor:
+    """Return the first k columns of the product of k reflections, with the signs on the diagonal of X.
+
+    Reflection j has the vector of column j of X below the diagonal, under a one. In the compact WY form the product
+    of a block is ``I - V T^-1 V^T`` with the upper triangle T of ``V^T V``, its diagonal halved (Joffrin, Puglisi
+    and others; see Schreiber and Van Loan, "A storage-efficient WY representation", 1989). The diagonal of X only
+    has a sign, so that a zero or a decayed weight still gives an orthogonal matrix.
+
+    Arguments:
+        X: real, of shape ``(..., n, k)`` with n >= k.
+        width: the most reflections in one block. Wider blocks spend more on triangles, narrower ones on overhead.
+    """
+    k = X.size(-1)
+    blocks = (k + width - 1) // width
+    width = (k + blocks - 1) // blocks if blocks > 0 else 1
+    Q = X
+    for i in range(blocks):
+        start = (blocks - 1 - i) * width
+        stop = min(start + width, k)
+        Q = _reflect(X[..., start:, start:stop], Q, i == 0)
     sign = torch.where(X.detach().diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
     signed: Tensor = Q * sign.unsqueeze(-2)
     return signed
+
+
+def _reflect(X: Tensor, trailing: Tensor, last: bool) -> Tensor:
+    """Return the reflections of one block times ``(I, 0; 0, trailing)``; the last block has nothing behind it."""
+    n, b = X.size(-2), X.size(-1)
+    eye = torch.eye(n, b, dtype=X.dtype, device=X.device)
+    V = X.tril(-1) + eye
+    # solve_triangular reads the upper triangle only, so what lies below needs no clearing.
+    T = (V.mT @ V) * (1 - eye[:b] / 2)
+    top = V[..., :b, :].mT
+    if last:
+        return eye - V @ torch.linalg.solve_triangular(T, top, upper=True)
+    right = torch.cat([top, V[..., b:, :].mT @ trailing], dim=-1)
+    moved = V @ torch.linalg.solve_triangular(T, right, upper=True)
+    return torch.cat([eye - moved[..., :b], functional.pad(trailing, [0, 0, b, 0]) - moved[..., b:]], dim=-1)

@@ -1,9 +1,9 @@
-"""Low precision: half-precision weights are computed in float32 and rounded once."""
+"""Precision: weights are computed in at least float32, whatever autocast says, and rounded once."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def widen(X: Tensor) -> Tensor:
@@ -16,3 +16,23 @@ def widen(X: Tensor) -> Tensor:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that :func:`widen` gives."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+class Precise(nn.Module):
+    """A parametrization with one input whose `value` is computed in full precision and rounded once.
+
+    Inside autocast a matrix product would round to half precision, and an orthogonal matrix would not be one.
+    """
+
+    def forward(self, X: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.value(widen(X)).to(X.dtype)
+        else:
+            if not torch.is_autocast_enabled(X.device.type):
+                return self.value(widen(X)).to(X.dtype)
+            with torch.autocast(X.device.type, enabled=False):
+                return self.value(widen(X)).to(X.dtype)
+
+    def value(self, X: Tensor) -> Tensor:
+        """Return the value for X, both at least float32."""
+        raise NotImplementedError
