@@ -32,7 +32,7 @@ _TORCH_CLASSES = frozenset(
 
 
 def loadable(*, builds: Iterable[type] = ()) -> Callable[[F], F]:
-    """Let model files call a function of this package, the first element of what a ``__reduce__`` returns.
+    """Let model files call a function or class of this package, what a ``__reduce__`` returns first.
 
     Whoever writes a file chooses the arguments: the function must treat them as untrusted data.
 

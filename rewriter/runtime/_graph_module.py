@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from rewriter.io._graph_data import graph_from_data, graph_to_data
+from rewriter.io._names import loadable
 from rewriter.runtime._owner import plain_class, sites_of
 from rewriter.runtime._shell import Shell
 
@@ -91,6 +92,7 @@ class RewrittenModule(fx.GraphModule):
         return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
 
 
+@loadable(builds=[Shell])
 def rebuild_rewritten(graph: dict[str, Any]) -> Shell:
     """Make a shell that becomes a rewritten model once its state is read: the first half of unpickling one."""
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rewriter.errors import ModelFileError
+from rewriter.io._names import loadable
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -89,8 +91,11 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return plain
 
 
+@loadable(builds=[Shell])
 def rebuild_owner(plain: Any, tensors: Sequence[str]) -> Shell:
     """Make a shell that becomes an owner once its state is read: the first half of copying or unpickling one."""
+    if not (isinstance(plain, type) and issubclass(plain, nn.Module)):
+        raise ModelFileError(f"the file is damaged: {plain!r} owns tensors and is no module")
 
     def become(shell: nn.Module, state: dict[str, Any]) -> None:
         shell.__class__ = _owner_class(plain, tuple(tensors))

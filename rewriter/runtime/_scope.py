@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rewriter.io._names import loadable
+
 
 class Frame:
     """One running forward: the values evaluated in it, and the modes that were on when it began."""
@@ -41,6 +43,7 @@ class Frame:
         return value
 
 
+@loadable()
 class Session:
     """The forwards now running in one model, one stack for each thread.
 

@@ -1,0 +1,103 @@
+"""``reparam apply`` and ``reparam plan``: put a spec into a model, or say what that would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rewriter.cli._app import app
+from rewriter.cli._inputs import read_examples, read_module, read_spec, stderr, step
+from rewriter.cli._options import (
+    Allow,
+    AllowImport,
+    Capture,
+    Debug,
+    Example,
+    Factory,
+    Force,
+    Json,
+    ModelPath,
+    OptionalOutput,
+    SpecFile,
+    Trust,
+)
+from rewriter.cli._outcome import Outcome
+
+
+@app.command()
+def apply(
+    spec: SpecFile,
+    model_file: ModelPath,
+    output: OptionalOutput = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    capture: Capture = "auto",
+    example: Example = None,
+    model: Factory = None,
+    allow: Allow = None,
+    trust: Trust = False,
+    allow_import: AllowImport = None,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> Outcome:
+    """Put the parametrizations of SPEC into MODEL, check the values, and write OUT."""
+    if dry_run:
+        return _plan(spec, model_file, capture, model, allow, trust, allow_import)
+    if output is None:
+        raise typer.BadParameter("say where to write the model: -o OUT (or --dry-run)")
+    import rewriter
+    from rewriter.cli._verify import verify_rewritten
+    from rewriter.io import check_writable, save_model
+
+    check_writable(output, force)
+    examples = read_examples(example)
+    read = read_spec(spec, allow_import)
+    module = read_module(model_file, model, allow, trust)
+    with step("planning"):
+        planned = rewriter.plan(module, read, capture=capture)
+    stderr.print(str(planned))
+    with step("rewriting"):
+        rewritten = rewriter.rewrite(module, read, capture=capture)
+    with step("checking"):
+        checks = verify_rewritten(module, rewritten, planned, examples)
+    with step(f"writing {output}"):
+        save_model(rewritten, output, force=force)
+    stderr.print(f"wrote {output}: {checks}")
+    return Outcome({**planned.to_dict(), "output": str(output), "checks": checks.to_dict()})
+
+
+@app.command()
+def plan(
+    spec: SpecFile,
+    model_file: ModelPath,
+    capture: Capture = "auto",
+    model: Factory = None,
+    allow: Allow = None,
+    trust: Trust = False,
+    allow_import: AllowImport = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Outcome:
+    """Say which rule of SPEC owns which tensors of MODEL, and how far each would move."""
+    return _plan(spec, model_file, capture, model, allow, trust, allow_import)
+
+
+def _plan(
+    spec: Path,
+    model_file: Path,
+    capture: str,
+    factory: str | None,
+    allow: Sequence[str] | None,
+    trust: bool,
+    allow_import: Sequence[str] | None,
+) -> Outcome:
+    import rewriter
+
+    read = read_spec(spec, allow_import)
+    module = read_module(model_file, factory, allow, trust)
+    with step("planning"):
+        planned: Any = rewriter.plan(module, read, capture=capture)
+    return Outcome(planned.to_dict(), str(planned))

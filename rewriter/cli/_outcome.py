@@ -1,0 +1,74 @@
+"""What a command gives back: one document for programs and the same for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewriter.errors import (
+    CaptureError,
+    ModelFileError,
+    NumericError,
+    PlanError,
+    RewriterError,
+    SpecError,
+)
+
+EXIT_CODES: Mapping[type[RewriterError], int] = {
+    SpecError: 3,
+    PlanError: 4,
+    CaptureError: 4,
+    NumericError: 5,
+    ModelFileError: 6,
+}
+USAGE = 2
+UNEXPECTED = 1
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found or did.
+
+    Arguments:
+        document: JSON data, for ``--json``.
+        text: the same for a person; printed on stdout as it is. A Rich renderable will do.
+    """
+
+    document: Mapping[str, Any]
+    text: Any = field(default="")
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that stands for `error`.
+
+    >>> exit_code(SpecError([])), exit_code(PlanError()), exit_code(RewriterError()), exit_code(OSError())
+    (3, 4, 2, 1)
+    """
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return code
+    return USAGE if isinstance(error, RewriterError) else UNEXPECTED
+
+
+def error_document(error: BaseException, code: int) -> dict[str, Any]:
+    """Return what ``--json`` prints when a command fails."""
+    document: dict[str, Any] = {
+        "kind": type(error).__name__,
+        "message": str(error),
+        "exit_code": code,
+    }
+    if isinstance(error, SpecError):
+        document["diagnostics"] = [
+            {
+                "file": problem.file,
+                "line": problem.line,
+                "column": problem.column,
+                "path": problem.path,
+                "message": problem.message,
+                "hint": problem.hint,
+            }
+            for problem in error.diagnostics
+        ]
+    return {"error": document}
