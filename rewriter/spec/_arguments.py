@@ -80,16 +80,10 @@ class Resolver:
         prefix, dot, _ = name.partition(".")
         if isinstance(factory, type):
             return "" if issubclass(factory, nn.Module) else f"{name!r} is a class, but no torch.nn.Module"
-        home = (
-            self._modules[prefix].__name__
-            if prefix in self._modules
-            else {"torch": "rewriter"}.get(prefix, prefix)
-        )
+        home = self._modules[prefix].__name__ if prefix in self._modules else {"torch": "rewriter"}.get(prefix, prefix)
         package = str(getattr(factory, "__module__", "")).partition(".")[0]
         if dot and package != home.partition(".")[0]:
-            return (
-                f"{name!r} is no parametrization: it comes from {package or 'elsewhere'!r}, not from {home!r}"
-            )
+            return f"{name!r} is no parametrization: it comes from {package or 'elsewhere'!r}, not from {home!r}"
         return ""
 
 

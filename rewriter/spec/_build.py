@@ -48,9 +48,7 @@ def _rule(form: RuleForm, index: int, document: Document, steps: Mapping[tuple[i
     )
 
 
-def _selector(
-    key: str, written: dict[str, Any], base: tuple[Key, ...], document: Document, by_owner: bool
-) -> Selector:
+def _selector(key: str, written: dict[str, Any], base: tuple[Key, ...], document: Document, by_owner: bool) -> Selector:
     def locate(*path: Key) -> Location:
         return document.locate((*base, key, *path))
 

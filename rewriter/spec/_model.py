@@ -65,6 +65,8 @@ class Step:
     location: Location = field(default=Location(), compare=False, repr=False)
 
     def __str__(self) -> str:
+        if not self.arguments:
+            return self.name
         return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.arguments.items())})"
 
 

@@ -76,9 +76,7 @@ def _extent(written: Any) -> Any:
 
 def _dtype(written: str) -> str:
     if written.removeprefix("torch.") not in DTYPES:
-        raise PydanticCustomError(
-            "unknown_choice", "must be a dtype such as 'float32'", {"choices": list(DTYPES)}
-        )
+        raise PydanticCustomError("unknown_choice", "must be a dtype such as 'float32'", {"choices": list(DTYPES)})
     return written
 
 
@@ -142,9 +140,7 @@ class SelectorPredicates(_Strict):
     a `tensor` key, or in a rule with `joint`, it may name the owning module instead."""
     regex: Annotated[str, AfterValidator(_regex)] = Field(default=ABSENT)
     """A Python regular expression that matches the full name from start to end."""
-    module: Annotated[str, Field(pattern=_DOTTED)] = Field(
-        default=ABSENT, examples=["Linear", "torch.nn.Linear"]
-    )
+    module: Annotated[str, Field(pattern=_DOTTED)] = Field(default=ABSENT, examples=["Linear", "torch.nn.Linear"])
     """The owning module's class, bare or dotted; subclasses match."""
     tensor: GlobText = Field(default=ABSENT, examples=["weight"])
     """A glob over the tensor's own name in its module."""
@@ -162,9 +158,7 @@ class SelectorPredicates(_Strict):
     @model_validator(mode="after")
     def _says_something(self) -> SelectorPredicates:
         if not self.model_fields_set:
-            raise ValueError(
-                "a selector without predicates would match everything; write `**` if that is meant"
-            )
+            raise ValueError("a selector without predicates would match everything; write `**` if that is meant")
         return self
 
 
@@ -173,9 +167,7 @@ _Predicates = Annotated[SelectorPredicates, Tag("<mapping>")]
 SelectorForm = Annotated[
     _Pattern
     | _Predicates
-    | Annotated[
-        list[Annotated[_Pattern | _Predicates, forms("text", "mapping")]], Field(min_length=1), Tag("<list>")
-    ],
+    | Annotated[list[Annotated[_Pattern | _Predicates, forms("text", "mapping")]], Field(min_length=1), Tag("<list>")],
     forms("text", "mapping", "list"),
 ]
 

@@ -72,13 +72,10 @@ def select(
     if isinstance(written, Mapping):
         owner_too = by_owner or "tensor" in written
         predicates = tuple(
-            Path(Glob(value), owner_too) if key == "path" else PREDICATES[key](value)
-            for key, value in written.items()
+            Path(Glob(value), owner_too) if key == "path" else PREDICATES[key](value) for key, value in written.items()
         )
         return Selector(_frozen(written), predicates, (), by_owner, locate())
-    entries = tuple(
-        select(entry, by_owner=by_owner, locate=_at(locate, index)) for index, entry in enumerate(written)
-    )
+    entries = tuple(select(entry, by_owner=by_owner, locate=_at(locate, index)) for index, entry in enumerate(written))
     return Selector(tuple(entry.written for entry in entries), (), entries, by_owner, locate())
 
 
@@ -87,9 +84,7 @@ def _at(locate: Callable[..., Location], index: Key) -> Callable[..., Location]:
 
 
 def _frozen(written: Mapping[str, Any]) -> FrozenMapping:
-    return FrozenMapping(
-        {key: tuple(value) if isinstance(value, list) else value for key, value in written.items()}
-    )
+    return FrozenMapping({key: tuple(value) if isinstance(value, list) else value for key, value in written.items()})
 
 
 def _show(written: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rewriter.errors import Diagnostic, SpecError
 from rewriter.spec._location import Key, Location, dotted
-from rewriter.spec._unions import is_module
+from rewriter.spec._unions import unfolded
 from rewriter.spec._yaml import DEEPEST, MOST_NODES, Composer, Mark, Node, Unreadable
 
 LARGEST = 2**20
@@ -148,8 +148,8 @@ class _Copier:
                 if not isinstance(key, str):
                     self._problem(path, f"a key must be text, found {key!r:.60}")
             return {key: self.copy(child, (*path, key)) for key, child in value.items() if isinstance(key, str)}
-        if is_module(value) and path[:1] == ("rules",) and path[2:] == ("chain",):
-            return list(value) if type(value).__name__ in ("Sequential", "Chain") else [value]
+        if path[:1] == ("rules",) and path[2:] == ("chain",):
+            value = unfolded(value)
         if isinstance(value, list | tuple):
             return [self.copy(child, (*path, index)) for index, child in enumerate(value)]
         if isinstance(value, float) and not math.isfinite(value):

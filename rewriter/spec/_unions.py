@@ -34,6 +34,19 @@ def is_module(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.nn.Module)
 
 
+def unfolded(chain: Any) -> Any:
+    """Return a chain given from Python as a list of steps: ``A() >> B()`` is two of them, and a module alone is one."""
+    compose = sys.modules.get("rewriter._chain")
+    steps = chain if isinstance(chain, list | tuple) else [chain] if is_module(chain) else None
+    if steps is None:
+        return chain
+    return [
+        inner
+        for step in steps
+        for inner in (step if compose is not None and isinstance(step, compose.Chain) else [step])
+    ]
+
+
 def forms(*wanted: str) -> Discriminator:
     """Return what chooses between branches by the tags that `shape_of` gives."""
 
@@ -53,7 +66,5 @@ class ModuleForm:
         return core_schema.any_schema()
 
     @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {"not": {}}

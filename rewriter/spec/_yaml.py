@@ -194,9 +194,7 @@ class Composer:
             return _WORDS[text]
         if _LEADING_ZERO.fullmatch(text):
             digits = text.lstrip("+-0") or "0"
-            self.problems.append(
-                (f"{_short(text)} is octal to some readers; write {_short(digits)} or quote it", mark)
-            )
+            self.problems.append((f"{_short(text)} is octal to some readers; write {_short(digits)} or quote it", mark))
             return 0
         if _INTEGER.fullmatch(text):
             number = int(text, 0) if len(text) <= 25 else _LARGEST_INTEGER + 1
