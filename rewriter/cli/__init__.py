@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     try:
         with aside:
-            outcome = app(args=given, prog_name="reparam", standalone_mode=False)
+            outcome = app(args=given or ["--help"], prog_name="reparam", standalone_mode=False)
         if isinstance(outcome, Outcome):
             _show(outcome, as_json)
-        sys.exit(outcome if isinstance(outcome, int) else 0)
+        sys.exit(0 if given else USAGE)
     except BrokenPipeError:
         # Whoever reads has seen enough; the interpreter must not complain when it flushes at exit.
         sys.stdout = None
@@ -64,8 +64,12 @@ def _report(error: Exception, as_json: bool, debug: bool) -> NoReturn:
         code = INTERRUPTED if type(error).__name__ == "Abort" else USAGE
         context = getattr(error, "ctx", None)
         path = getattr(context, "command_path", "reparam")
-        help_text = "" if type(error).__name__ == "NoArgsIsHelpError" else f"\nTry `{path} --help`."
-        _fail(f"{text}{help_text}", {"error": {"kind": "Usage", "message": text, "exit_code": code}}, as_json, code)
+        _fail(
+            f"{text}\nTry `{path} --help`.",
+            {"error": {"kind": "Usage", "message": text, "exit_code": code}},
+            as_json,
+            code,
+        )
     code = exit_code(error)
     text = str(error)
     if code == 1:

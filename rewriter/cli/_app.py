@@ -7,7 +7,6 @@ import typer
 app = typer.Typer(
     name="reparam",
     help="A compiler for model weights: put parametrizations in from a spec, bake them out again.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -94,7 +94,8 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 @loadable(builds=[Shell])
 def rebuild_owner(plain: Any, tensors: Sequence[str]) -> Shell:
     """Make a shell that becomes an owner once its state is read: the first half of copying or unpickling one."""
-    if not (isinstance(plain, type) and issubclass(plain, nn.Module)):
+    known = isinstance(plain, type) and issubclass(plain, nn.Module)
+    if not known:
         raise ModelFileError(f"the file is damaged: {plain!r} owns tensors and is no module")
 
     def become(shell: nn.Module, state: dict[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""Bad input ends in a message and the right exit code; with --json in one document; never in a traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rewriter.errors import NumericError
+
+fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("frobnicate",), 2, "No such command"),
+        (("bake", "model.pt"), 2, "--output"),
+        (("bake", "model.pt", "-o", "x.pt", "--format", "tflite"), 2, "tflite"),
+        (("apply", "spec.yaml", "model.pt"), 2, "-o OUT"),
+        (("bake", "model.pt", "-o", "x.pt", "--example", "nonsense"), 2, "float32[2,3,8]"),
+        (("plan", "missing.yaml", "model.pt"), 3, "does not exist"),
+        (("plan", ".", "model.pt"), 3, "directory"),
+        (("validate", "wrong.yaml"), 3, "wrong.yaml:3:"),
+        (("plan", "nomatch.yaml", "model.pt"), 4, "nomatch.yaml:3:"),
+        (("plan", "spec.yaml", "missing.pt"), 6, "does not exist"),
+        (("plan", "spec.yaml", "spec.yaml"), 6, "no model file"),
+        (("plan", "spec.yaml", "."), 6, "directory"),
+        (("plan", "spec.yaml", "model.pt", "--model", "x"), 6, "package.module:factory"),
+        (("bake", "model.pt", "-o", "nowhere/x.pt"), 6, "does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_bad_input_has_its_exit_code(reparam, folder, arguments, code, message):
+    (folder / "wrong.yaml").write_text("reparam: 1\nrules:\n  - {nam: a, select: '*', chain: [symmetric]}\n")
+    (folder / "nomatch.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: 'x.y', chain: [symmetric]}\n")
+    result = reparam(*arguments)
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+    error = reparam(*arguments, "--json").json["error"]
+    assert error["exit_code"] == code
+    assert message in error["message"]
+
+
+def test_no_arguments_at_all_show_the_help(reparam):
+    result = reparam()
+    assert result.code == 2
+    assert "Usage: reparam" in result.out
+
+
+def test_the_diagnostics_of_a_spec_are_data(reparam, folder):
+    (folder / "wrong.yaml").write_text("reparam: 1\nrules:\n  - {nam: a, select: '*', chain: [symetric]}\n")
+    problems = reparam("validate", "wrong.yaml", "--json").json["error"]["diagnostics"]
+    assert len(problems) >= 2
+    assert all(problem["file"] == "wrong.yaml" and problem["line"] == 3 for problem in problems)
+
+
+def test_a_failed_numeric_check_writes_nothing(reparam, folder, monkeypatch):
+    from rewriter.cli import _verify
+
+    def fail(*arguments):
+        raise NumericError("0.weight should have kept its value")
+
+    monkeypatch.setattr(_verify, "verify_rewritten", fail)
+    result = reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt")
+    assert result.code == 5
+    assert "0.weight" in result.err
+    assert not (folder / "out.pt").exists()
+
+
+def test_a_mistake_in_user_code_is_told_in_one_line(reparam, folder):
+    torch.save(nn.Linear(4, 4).state_dict(), "weights.pt")
+    result = reparam("plan", "spec.yaml", "weights.pt", "--model", "their_code:fail")
+    assert result.code == 1
+    assert "LookupError: the user's own mistake" in result.err
+    debugged = reparam("plan", "spec.yaml", "weights.pt", "--model", "their_code:fail", "--debug")
+    assert "Traceback" in debugged.err
+
+
+def test_a_parametrization_that_fails_is_a_plan_that_does_not_fit(reparam, folder):
+    (folder / "broken.yaml").write_text(
+        "reparam: 1\nimports: {their: their_code}\nrules:\n  - {name: s, select: '*.weight', chain: [their.Broken]}\n"
+    )
+    result = reparam("plan", "broken.yaml", "model.pt", "--allow-import", "their_code")
+    assert result.code == 4
+    assert "the user's own mistake" in result.err
+
+
+def test_an_interrupt_leaves_nothing_behind(reparam, folder, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    before = sorted(path.name for path in folder.iterdir())
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt").code == 130
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@fuzzing
+@given(content=st.binary(max_size=300))
+def test_random_bytes_as_a_spec(reparam, folder, content):
+    (folder / "random.yaml").write_bytes(content)
+    result = reparam("plan", "random.yaml", "model.pt", "--json")
+    assert result.code == 3
+    assert json.loads(result.out)["error"]["diagnostics"]
+
+
+@fuzzing
+@given(start=st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04"]), rest=st.binary(max_size=200))
+def test_random_bytes_as_a_model(reparam, folder, start, rest):
+    (folder / "random.pt").write_bytes(start + rest)
+    assert reparam("plan", "spec.yaml", "random.pt").code == 6
+
+
+@fuzzing
+@given(arguments=st.lists(st.sampled_from(["apply", "bake", "plan", "--json", "-o", "spec.yaml", "model.pt", "--only",
+                                            "", "x", "--force", "--dry-run", "--example", "[", "--keep"])))  # fmt: skip
+def test_random_arguments(reparam, folder, arguments):
+    assert reparam(*arguments).code in (0, 2, 3, 4, 6)

@@ -1,0 +1,50 @@
+"""Starting the command: quickly, and as this package's own whatever else lies on the path."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def _run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT), **environment}
+    return subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=60, cwd="/")
+
+
+def test_help_does_not_import_torch():
+    script = (
+        "import sys\n"
+        "from rewriter.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('torch' in sys.modules, 'numpy' in sys.modules, file=sys.stderr)\n"
+    )
+    for arguments in (["--help"], ["apply", "--help"], ["frobnicate"]):
+        result = _run([sys.executable, "-c", script, *arguments])
+        assert result.stderr.splitlines()[-1] == "False False"
+
+
+def test_a_checkout_runs_with_python_cli_py():
+    result = _run([sys.executable, str(CHECKOUT / "cli.py"), "--help"], PYTHONPATH="")
+    assert result.returncode == 0
+    assert "reparam" in result.stdout
+
+
+def test_a_foreign_cli_module_does_not_matter(tmp_path):
+    (tmp_path / "cli.py").write_text("raise SystemExit('this is the user own cli.py')\n")
+    script = "from rewriter.cli import main; main(['--help'])"
+    result = _run([sys.executable, "-c", script], PYTHONPATH=f"{tmp_path}{os.pathsep}{CHECKOUT}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_package_does_not_ship_a_top_level_cli_module():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    assert project["project"]["scripts"]["reparam"] == "rewriter.cli:main"
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["rewriter*"]
+    assert "py-modules" not in project["tool"]["setuptools"]
