@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         with aside:
             outcome = app(args=given or ["--help"], prog_name="reparam", standalone_mode=False)
+        if outcome == INTERRUPTED:
+            # Typer's translation of an interrupt.
+            raise KeyboardInterrupt
         if isinstance(outcome, Outcome):
             _show(outcome, as_json)
         sys.exit(0 if given else USAGE)
