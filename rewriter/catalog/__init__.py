@@ -33,6 +33,9 @@ from rewriter.catalog._pruning import RandomUnstructured as RandomUnstructured
 from rewriter.catalog._quantized_storage import QuantizedStorage as QuantizedStorage
 from rewriter.catalog._rotation_adapters import HRA as HRA
 from rewriter.catalog._rotation_adapters import OFT as OFT
+from rewriter.catalog._rotation_adapters import RoAd as RoAd
+from rewriter.catalog._scaled_adapters import DeLoRA as DeLoRA
+from rewriter.catalog._scaled_adapters import HiRA as HiRA
 from rewriter.catalog._skew import Skew as Skew
 from rewriter.catalog._sparse_adapters import FourierFT as FourierFT
 from rewriter.catalog._sparse_adapters import Shira as Shira
@@ -41,6 +44,8 @@ from rewriter.catalog._sparse_patterns import NM as NM
 from rewriter.catalog._sparse_patterns import BlockSparse as BlockSparse
 from rewriter.catalog._spectral_norm import SpectralNorm as SpectralNorm
 from rewriter.catalog._symmetric import Symmetric as Symmetric
+from rewriter.catalog._tiled_adapters import C3A as C3A
+from rewriter.catalog._tiled_adapters import MiSS as MiSS
 from rewriter.catalog._vector_adapters import IA3 as IA3
 from rewriter.catalog._vector_adapters import AdaLora as AdaLora
 from rewriter.catalog._vector_adapters import Vera as Vera

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rewriter.catalog._maps._precision import wide_dtype, widen
+from rewriter.catalog._maps._precision import Precise, wide_dtype, widen
 from rewriter.errors import RewriterError
 
 FRESH = "a fresh adapter leaves the value as it is; the base (the original) is not trained"
 
 
-class Adapter(nn.Module):
+class Adapter(Precise):
     """Add a change to a base that is not trained; what is added is all that an adapter has to say.
 
     The weight is seen as a matrix, all dimensions after the first flattened. An adapter made for a float16 or
@@ -40,11 +40,11 @@ class Adapter(nn.Module):
         """Return `delta` with what dropout leaves of it; called in train mode only."""
         return delta
 
-    def forward(self, X: Tensor) -> Tensor:
+    def value(self, X: Tensor) -> Tensor:
         delta = self.delta()
         if self.training:
             delta = self.drop(delta)
-        return (widen(X) + delta.reshape(X.shape)).to(X.dtype)
+        return X + delta.reshape(X.shape)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:

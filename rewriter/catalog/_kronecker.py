@@ -58,8 +58,9 @@ class Kronecker(nn.Module):
         self.dtype, self.device = weight.dtype, weight.device
 
     def forward(self, A: Tensor, B: Tensor) -> Tensor:
-        left, right = widen(A), widen(B)
-        blocks = torch.einsum("...kab,...kcd->...acbd", left, right)
+        left = widen(A).unsqueeze(-2).unsqueeze(-1)
+        right = widen(B).unsqueeze(-2).unsqueeze(-4)
+        blocks = (left * right).sum(-5)
         return blocks.flatten(-2).flatten(-3, -2).to(A.dtype)
 
     @torch.no_grad()

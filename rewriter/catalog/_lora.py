@@ -111,12 +111,12 @@ class Dora(Lora):
         super().__init__(r, lora_alpha, lora_dropout, init_lora_weights, use_rslora, weight=weight)
         self.magnitude = nn.Parameter(_row_norms(widen(weight.detach())))
 
-    def forward(self, X: Tensor) -> Tensor:
+    def value(self, X: Tensor) -> Tensor:
         delta = self.delta()
-        norms = _row_norms((widen(X).flatten(1) + delta).detach())
+        norms = _row_norms((X.flatten(1) + delta).detach())
         if self.training:
             delta = self.drop(delta)
-        return (widen(self.magnitude) / norms * (widen(X).flatten(1) + delta)).reshape(X.shape).to(X.dtype)
+        return (widen(self.magnitude) / norms * (X.flatten(1) + delta)).reshape(X.shape)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:

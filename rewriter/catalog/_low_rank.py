@@ -70,7 +70,7 @@ class LowRank(_Factored):
         super().__init__("low_rank", rank, weight)
 
     def forward(self, U: Tensor, V: Tensor) -> Tensor:
-        return (widen(U) @ widen(V).mT).to(U.dtype)
+        return _product(widen(U), widen(V)).to(U.dtype)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class FixedRank(_Factored):
 
     def forward(self, U: Tensor, s: Tensor, V: Tensor) -> Tensor:
         scales = F.softplus(widen(s)).unsqueeze(-2)
-        return ((_orthonormal(widen(U)) * scales) @ _orthonormal(widen(V)).mT).to(U.dtype)
+        return _product(_orthonormal(widen(U)) * scales, _orthonormal(widen(V))).to(U.dtype)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +129,17 @@ class FixedRank(_Factored):
         U, V = self.random(self.size[-2], self.rank), self.random(self.size[-1], self.rank)
         scales = torch.rand_like(U[..., :1, :]) + 0.5
         return ((_orthonormal(U) * scales) @ _orthonormal(V).mT).to(self.dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    # Inside autocast the product would be rounded to half precision, and with it the rank lost.
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return left @ right.mT
+    else:
+        if not torch.is_autocast_enabled(left.device.type):
+            return left @ right.mT
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right.mT
 
 
 def _orthonormal(X: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
-"""Adapters that rotate the input space of a base that is not trained."""
+"""Adapters that rotate the inputs, or the outputs, of a base that is not trained."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rewriter._registry import register
 from rewriter.catalog._adapter import FRESH, kaiming, matrix_shape, require_rank, zeros
-from rewriter.catalog._maps._precision import widen
+from rewriter.catalog._maps._precision import Precise, widen
 from rewriter.errors import RewriterError
 
 
-class _Rotation(nn.Module):
+class _Rotation(Precise):
     guarantee = FRESH + "; it keeps the singular values of the base"
     freezes_original = True
 
@@ -19,8 +21,8 @@ class _Rotation(nn.Module):
         """Return the matrix with its rows rotated."""
         raise NotImplementedError
 
-    def forward(self, X: Tensor) -> Tensor:
-        return self.rotate(widen(X).flatten(1), False).reshape(X.shape).to(X.dtype)
+    def value(self, X: Tensor) -> Tensor:
+        return self.rotate(X.flatten(1), False).reshape(X.shape)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -128,3 +130,70 @@ class HRA(_Rotation):
             u = normals[:, self.r - 1 - i if backwards else i]
             matrix = matrix - 2 * torch.outer(matrix @ u, u)
         return matrix
+
+
+@register("road")
+class RoAd(Precise):
+    """Rotate and scale the outputs in pairs, each by an angle and a length of its own.
+
+    >>> import torch
+    >>> weight = torch.randn(6, 4)
+    >>> torch.equal(RoAd(group_size=2, weight=weight)(weight), weight)
+    True
+
+    PEFT turns a layer's output, so select the bias too (its rows are turned alike).
+
+    Arguments:
+        variant: ``road_1``: an angle and length per pair; ``road_2``: per output; ``road_4``: two per output.
+        group_size: outputs are paired within groups of this even size: the first half with the second.
+        weight: of shape ``(out, ...)``, filled in by the site.
+
+    Raises:
+        RewriterError: the group size is odd or does not divide the outputs.
+    """
+
+    guarantee = FRESH
+    cost = "about four passes over the tensor"
+    reference = "Liao and Monz 2024, arXiv:2409.00119; peft RoadConfig"
+    freezes_original = True
+
+    def __init__(
+        self,
+        variant: Literal["road_1", "road_2", "road_4"] = "road_1",
+        group_size: int = 64,
+        *,
+        weight: Tensor,
+    ) -> None:
+        super().__init__()
+        rows = weight.shape[0] if weight.dim() else 0
+        if group_size < 2 or group_size % 2 or rows % group_size or not rows:
+            raise RewriterError(
+                f"road's group_size {group_size} is not even, or does not divide the {rows} outputs"
+            )
+        self.width = group_size // 2
+        each = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}[variant]
+        self.road_theta = zeros(weight, (rows // group_size, *each, self.width))
+        self.road_alpha = nn.Parameter(torch.ones_like(self.road_theta))
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Return factors of an output itself and of its partner, as ``(groups, 2, half, 1)``."""
+        theta, alpha = widen(self.road_theta), widen(self.road_alpha)
+        first, second = alpha[:, 0] * theta[:, 0].cos(), alpha[:, -1] * theta[:, -1].sin()
+        shape = [-1, 2, self.width]
+        return first.expand(shape).unsqueeze(-1), second.expand(shape).unsqueeze(-1)
+
+    def value(self, X: Tensor) -> Tensor:
+        first, second = self.columns()
+        pairs = X.reshape(first.shape[0], 2, self.width, -1)
+        partner = torch.stack((-pairs[:, 1], pairs[:, 0]), dim=1)
+        return (pairs * first + partner * second).reshape(X.shape)
+
+    @torch.no_grad()
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Return the value, turned back; not finite where a pair is scaled to zero."""
+        first, second = self.columns()
+        pairs = widen(value).reshape(first.shape[0], 2, self.width, -1)
+        partner = torch.stack((pairs[:, 1], -pairs[:, 0]), dim=1)
+        determinant = first[:, 0] * first[:, 1] + second[:, 0] * second[:, 1]
+        turned = pairs * first.flip(1) + partner * second
+        return (turned / determinant.unsqueeze(1)).reshape(value.shape).to(value.dtype)

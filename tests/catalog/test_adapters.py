@@ -35,6 +35,14 @@ FRESH: list[tuple[str, dict[str, Any]]] = [
     ("shira", {"r": 1, "random_seed": 3}),
     ("fourierft", {"n_frequency": 5}),
     ("trainable_tokens", {"token_indices": [0, 2]}),
+    ("hira", {"r": 2}),
+    ("delora", {"r": 2, "delora_lambda": 2.0}),
+    ("c3a", {"block_size": 2}),
+    ("c3a", {"block_size": 2, "init_weights": False}),
+    ("miss", {"r": 3}),
+    ("road", {"group_size": 2}),
+    ("road", {"group_size": 2, "variant": "road_2"}),
+    ("road", {"group_size": 2, "variant": "road_4"}),
 ]
 IDS = [f"{name}-{i}" for i, (name, _) in enumerate(FRESH)]
 shapes = st.sampled_from([(6, 8), (8, 4), (4, 4, 2), (6, 8, 3, 1)])
@@ -116,6 +124,15 @@ def test_scripts_exports_and_passes_gradcheck(name: str, arguments: dict[str, An
         return torch.func.functional_call(adapter, dict(zip(parameters, given, strict=True)), (weight,))
 
     assert torch.autograd.gradcheck(value_of, tuple(parameters.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("name", "arguments"), FRESH, ids=IDS)
+def test_autocast_does_not_round_the_value(name: str, arguments: dict[str, Any]) -> None:
+    weight = torch.randn(6, 8)
+    adapter = trained(make(name, weight, **arguments)).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = adapter(weight)
+    assert torch.equal(inside, adapter(weight))
 
 
 def test_lora_is_the_formula_of_the_paper_on_matrices_and_kernels() -> None:
@@ -276,6 +293,45 @@ def test_fourierft_is_the_inverse_transform_of_its_spectrum() -> None:
     torch.testing.assert_close(adapter(weight), weight + 2 * torch.fft.ifft2(spectrum).real)
 
 
+def test_hira_and_delora_are_the_formulas_of_the_papers() -> None:
+    weight = torch.randn(6, 8, dtype=torch.float64)
+    hira = trained(make("hira", weight, r=2))
+    torch.testing.assert_close(hira(weight), weight + weight * (hira.hira_B @ hira.hira_A))
+    delora = trained(make("delora", weight, r=2, delora_lambda=3.0))
+    A, B = delora.delora_A, delora.delora_B
+    diagonal = torch.diag_embed(delora.delora_lambda / 2 / (A.norm(dim=1) * B.norm(dim=0)))
+    torch.testing.assert_close(delora(weight), weight + B @ diagonal @ A * weight.norm(dim=0))
+
+
+def test_c3a_is_the_circular_convolution_of_peft() -> None:
+    weight = torch.zeros(6, 4, dtype=torch.float64)
+    adapter = trained(make("c3a", weight, block_size=2))
+    x = torch.eye(4, dtype=torch.float64).reshape(4, 2, 2)
+    product = torch.einsum("inb,mnb->imb", torch.fft.ifft(x), torch.fft.fft(adapter.c3a_kernel))
+    torch.testing.assert_close(adapter(weight), torch.fft.fft(product).real.flatten(1).T / 4)
+
+
+def test_miss_adds_its_block_side_by_side() -> None:
+    weight = torch.zeros(6, 8)
+    adapter = trained(make("miss", weight, r=3))
+    block = adapter.miss_block.T
+    assert torch.equal(adapter(weight), torch.cat([block, block, block[:, :2]], dim=1))
+
+
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+def test_road_is_the_formula_of_the_paper(variant: str) -> None:
+    weight = torch.randn(8, 3, dtype=torch.float64)
+    adapter = trained(make("road", weight, group_size=4, variant=variant))
+    theta, alpha = adapter.road_theta, adapter.road_alpha
+    if variant == "road_1":
+        theta, alpha = theta.repeat(1, 1, 2, 1), alpha.repeat(1, 1, 2, 1)
+    first = (alpha[:, 0] * theta[:, 0].cos()).flatten()
+    second = (alpha[:, -1] * theta[:, -1].sin()).flatten()
+    grouped = weight.reshape(-1, 2, 2, 3)
+    partner = torch.stack((-grouped[:, 1], grouped[:, 0]), dim=1).reshape(weight.shape)
+    torch.testing.assert_close(adapter(weight), weight * first[:, None] + partner * second[:, None])
+
+
 def test_ia3_scales_outputs_or_inputs() -> None:
     weight = torch.randn(3, 4, 2)
     rows, columns = trained(make("ia3", weight)), trained(make("ia3", weight, feedforward=True))
@@ -294,6 +350,8 @@ def test_ia3_scales_outputs_or_inputs() -> None:
         ("oft", {"oft_block_size": 3}, "does not divide the 8 inputs"),
         ("hra", {"r": 3}, "even r"),
         ("hra", {"r": 9, "apply_GS": True, "init_weights": False}, "in 8 dimensions"),
+        ("c3a", {"block_size": 4}, "blocks of 4 do not tile a matrix of 6 x 8"),
+        ("road", {"group_size": 4}, "does not divide the 6 outputs"),
         ("shira", {"r": 4}, "cannot choose 56 of the 48 entries"),
         ("fourierft", {"n_frequency": 0}, "cannot choose 0"),
         ("trainable_tokens", {"token_indices": [0, 6]}, r"with 6 rows: \[6\] are none"),
@@ -305,7 +363,9 @@ def test_what_does_not_fit_is_refused(name: str, arguments: dict[str, Any], mess
         make(name, torch.randn(6, 8), **arguments)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "vera", "loha", "lokr", "oft", "hra", "shira"])
+@pytest.mark.parametrize(
+    "name", ["lora", "dora", "adalora", "vera", "loha", "lokr", "oft", "hra", "shira", "hira", "miss"]
+)
 def test_a_vector_is_refused(name: str) -> None:
     with pytest.raises(RewriterError, match=r"two or more dimensions, this one has shape \[5\]"):
         make(name, torch.randn(5))

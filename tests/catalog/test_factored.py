@@ -135,6 +135,16 @@ def test_gradcheck_scripting_and_export(name: str, arguments: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_autocast_does_not_round_the_value(name: str, arguments: dict[str, Any]) -> None:
+    weight = torch.randn(4, 6)
+    step = make(name, weight, **arguments)
+    factors = step.right_inverse(weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = step(*factors)
+    assert torch.equal(inside, step(*factors))
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_trains_under_torch_with_its_factors_as_originals(name: str, arguments: dict[str, Any]) -> None:
     layer = nn.Linear(6, 4)
     step = make(name, layer.weight, **arguments)
