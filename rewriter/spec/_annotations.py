@@ -60,6 +60,8 @@ class Annotation:
 
     def __str__(self) -> str:
         words = list(dict.fromkeys(_words(self.annotation)))
+        if "a number" in words and "a whole number" in words:
+            words.remove("a whole number")
         return " or ".join(part for part in [", ".join(words[:-1]), words[-1]] if part)
 
 
@@ -92,8 +94,11 @@ def _words(annotation: Any) -> Iterator[str]:
         yield from _words(arguments[0])
     elif origin in (list, tuple, set, frozenset, collections.abc.Sequence):
         inner = [word for argument in arguments if argument is not ... for word in _words(argument)]
-        yield f"a list of {inner[0]}" if inner and len(set(inner)) == 1 else "a list"
+        same = inner[0] if len(set(inner)) == 1 else ""
+        yield "a list" + (f" of {same[2:]}s" if same.startswith("a ") else f" of {same}" if same else "")
     elif origin in (dict, collections.abc.Mapping):
         yield "a mapping"
     else:
-        yield _WORDS.get(annotation) or getattr(annotation, "__name__", None) or str(annotation)
+        yield _WORDS.get(annotation) or (
+            f"a {annotation.__name__}" if isinstance(annotation, type) else str(annotation)
+        )

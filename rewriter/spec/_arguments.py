@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from pydantic import ValidationError
@@ -92,24 +93,28 @@ def _read_signature(factory: Factory) -> _Signature:
         parameters = _registry.arguments_of(factory)
     except (TypeError, ValueError):
         return _Signature({}, {}, open=True)
-    hints = _hints(factory)
     is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = {
         name: parameter
         for name, parameter in parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
-    annotations = {name: Annotation(hints[name]) for name in named if name in hints}
+    annotations = {name: Annotation(hint) for name, hint in _hints(factory, named).items()}
     return _Signature(named, annotations, is_open)
 
 
-def _hints(factory: Factory) -> dict[str, Any]:
-    constructor = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
-    try:
-        return typing.get_type_hints(constructor, include_extras=True)
-    # Annotations may name what only type checkers import; then the constructor itself has to refuse.
-    except Exception:
-        return {}
+def _hints(factory: Factory, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Return the annotations that can be evaluated, each on its own."""
+    constructor: Any = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
+    names = getattr(inspect.unwrap(constructor), "__globals__", {})
+    hints: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if parameter.annotation is not parameter.empty:
+            alone = SimpleNamespace(__annotations__={name: parameter.annotation})
+            # What only type checkers import cannot be evaluated; then the constructor itself has to refuse.
+            with contextlib.suppress(Exception):
+                hints |= typing.get_type_hints(alone, names, include_extras=True)
+    return hints
 
 
 def _check(step: WrittenStep, signature: _Signature, arguments: dict[str, Any]) -> Iterator[Problem]:

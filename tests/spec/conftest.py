@@ -35,6 +35,11 @@ class Window(nn.Module):
         return X
 
 
+class Bound(nn.Module):
+    def __init__(self, by: int | float | None = None, at: "NotDefinedAnywhere" = None):
+        super().__init__()
+
+
 class Open(nn.Module):
     def __init__(self, **options):
         super().__init__()

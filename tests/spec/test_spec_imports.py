@@ -57,3 +57,17 @@ def test_a_name_reaches_only_modules_and_functions_of_its_own_package(name: str)
                 "rules": [{"name": "a", "select": "x", "chain": [name]}],
             }
         )
+
+
+def test_geotorch_needs_no_import_and_its_arguments_are_checked() -> None:
+    pytest.importorskip("geotorch")
+    rule = {"name": "a", "select": "x", "chain": [{"geotorch.SO": {"triv": "cayley"}}]}
+    step = load_spec({"reparam": 1, "rules": [rule]}, allow_imports=()).rules[0].chain[0]
+    assert step.factory is not None and step.factory.__name__ == "SO"
+    for chain, message in [
+        ([{"geotorch.SO": {"trif": "cayley"}}], "did you mean 'triv'"),
+        (["geotorch.S0"], "did you mean 'geotorch.SO'"),
+        (["geotorch.parametrize.torch.load"], "unknown parametrization"),
+    ]:
+        with pytest.raises(SpecError, match=message):
+            load_spec({"reparam": 1, "rules": [rule | {"chain": chain}]})
