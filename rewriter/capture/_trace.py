@@ -68,6 +68,10 @@ def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> 
             graph = tracer.trace(root, concrete_args=concrete or None)
     except Exception as problem:
         raise CaptureError(f"torch.fx cannot trace {type(root).__name__}.forward: {_reason(problem)}") from problem
+    for node in graph.nodes:
+        if isinstance(node.type, str):
+            # An annotation that is still text reaches generated code in a form that TorchScript cannot read.
+            node.type = None
     return Trace(graph, tracer.opaque)
 
 
