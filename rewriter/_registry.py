@@ -48,7 +48,7 @@ def register(name: str) -> Callable[[T], T]:
             raise ValueError(f"the name {name!r} is taken by {_identity(owner)}; choose another one")
         _registered[name] = factory
         if isinstance(factory, type) and not hasattr(factory, "__rshift__"):
-            factory.__rshift__ = compose  # type: ignore[attr-defined]
+            setattr(factory, "__rshift__", compose)  # noqa: B010
         return factory
 
     return bind

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from rewriter.errors import Diagnostic, SpecError
 from rewriter.spec._location import Key
-from rewriter.spec._source import Document
-
-MOST_REPORTED = 100
+from rewriter.spec._source import MOST_REPORTED, Document
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ from rewriter.spec._yaml import DEEPEST, MOST_NODES, Composer, Mark, Node, Unrea
 LARGEST = 2**20
 """Bytes of text that are read."""
 
+MOST_REPORTED = 100
+"""Problems that one error shows; the others are counted."""
+
 ANONYMOUS = "<spec>"
 _LONGEST_LINE = 200
 _SUFFIXES = (".yaml", ".yml", ".json")
@@ -109,19 +112,17 @@ def _from_text(text: str, file: str) -> Document:
     text = text.removeprefix("\ufeff")
     lines = _LINE_BREAK.split(text)
     composer = Composer()
-    problems: list[tuple[str, Mark]] = []
-    root: Node | None = None
+
+    def diagnosed() -> list[Diagnostic]:
+        return [_location(file, lines, mark, "").diagnose(message) for message, mark in composer.problems]
+
     try:
         _refuse_unprintable(text)
         root = composer.compose(text)
     except Unreadable as wrong:
-        problems.append((wrong.message, wrong.mark))
-    diagnostics = [
-        _location(file, lines, mark, "").diagnose(message) for message, mark in [*composer.problems, *problems]
-    ]
-    if root is None:
-        raise SpecError(diagnostics)
-    return Document(root.plain(), file, root, lines, diagnostics)
+        last = _location(file, lines, wrong.mark, "").diagnose(wrong.message, wrong.hint)
+        raise SpecError([*diagnosed()[:MOST_REPORTED], last]) from None
+    return Document(root.plain(), file, root, lines, diagnosed())
 
 
 def _from_mapping(source: Mapping[Any, Any]) -> Document:

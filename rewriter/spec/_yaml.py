@@ -21,6 +21,8 @@ MOST_NODES = 200_000
 DEEPEST = 50
 _LARGEST_INTEGER = 2**63 - 1
 
+_QUOTE = "quote a pattern that starts with * or {"
+
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
@@ -36,11 +38,11 @@ Mark = tuple[int, int]
 
 
 class Unreadable(Exception):
-    """What ends the reading of a text: a message and where."""
+    """What ends the reading of a text: a message, where, and what to do."""
 
-    def __init__(self, message: str, mark: Mark) -> None:
+    def __init__(self, message: str, mark: Mark, hint: str = "") -> None:
         super().__init__(message)
-        self.message, self.mark = message, mark
+        self.message, self.mark, self.hint = message, mark, hint
 
 
 @dataclass(slots=True)
@@ -106,7 +108,8 @@ class Composer:
         except yaml.MarkedYAMLError as wrong:
             mark = wrong.problem_mark or wrong.context_mark
             message = ", ".join(part for part in (wrong.context, wrong.problem) if part)
-            raise Unreadable(f"not YAML: {message}", (mark.line, mark.column) if mark else (0, 0)) from wrong
+            hint = _QUOTE if "alias" in (wrong.context or "") or (mark and _after_brace(text, mark.index)) else ""
+            raise Unreadable(f"not YAML: {message}", (mark.line, mark.column) if mark else (0, 0), hint) from wrong
         except yaml.YAMLError as wrong:
             raise Unreadable(f"not YAML: {wrong}", (0, 0)) from wrong
 
@@ -133,7 +136,7 @@ class Composer:
 
     def _alias(self, anchor: str | None, mark: Mark, depth: int) -> Node:
         if anchor is None or anchor not in self._anchors:
-            raise Unreadable(f"the alias *{anchor} has no anchor &{anchor} above it", mark)
+            raise Unreadable(f"the alias *{anchor} has no anchor &{anchor} above it", mark, _QUOTE)
         node = self._anchors[anchor]
         if node is None:
             raise Unreadable(f"the alias *{anchor} stands inside its own anchor", mark)
@@ -212,6 +215,10 @@ class Composer:
         self._spent += nodes
         if self._spent > MOST_NODES:
             raise Unreadable(f"more than {MOST_NODES} values, with every alias written out", mark)
+
+
+def _after_brace(text: str, index: int) -> bool:
+    return text[:index].endswith("}") and text[index : index + 1] not in ("", "\n")
 
 
 def _plain(event: Any) -> bool:

@@ -162,6 +162,10 @@ STEPS = {
 SYNTAX = {
     "unclosed quote": ("rules: 'a\n‸", "not YAML"),
     "colon in a value": ("rules: a‸: b\n", "not YAML: mapping values are not allowed"),
+    "unquoted star": ("rules:\n  - select: *‸*.weight\n", "quote a pattern that starts with *"),
+    "unquoted star before a word": ("rules:\n  - select: ‸*weight\n", "quote a pattern that starts with *"),
+    "unquoted star in a shape": ("rules:\n  - select: {shape: [3, *‸]}\n", "quote a pattern that starts with *"),
+    "unquoted brace": ("rules:\n  - select: {q,k}‸.weight\n", "quote a pattern that starts with * or {"),
     "unknown alias": ("rules: ‸*nowhere\n", "has no anchor"),
     "alias in itself": ("rules: &a [‸*a]\n", "stands inside its own anchor"),
     "second document": ("rules: []\n‸---\nrules: []\n", "a second document"),
