@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from rewriter.catalog._almost_orthogonal import AlmostOrthogonal as AlmostOrthogonal
 from rewriter.catalog._arithmetic import Affine as Affine
 from rewriter.catalog._arithmetic import Scale as Scale
 from rewriter.catalog._arithmetic import Shift as Shift
+from rewriter.catalog._centred import Centred as Centred
+from rewriter.catalog._conv_spectral_norm import ConvSpectralNorm as ConvSpectralNorm
 from rewriter.catalog._describe import Entry as Entry
 from rewriter.catalog._describe import describe as describe
+from rewriter.catalog._diagonal import BlockDiagonal as BlockDiagonal
+from rewriter.catalog._diagonal import Diagonal as Diagonal
 from rewriter.catalog._fake_quantize import FakeQuantize as FakeQuantize
+from rewriter.catalog._hurwitz import HurwitzStable as HurwitzStable
+from rewriter.catalog._hyperbolic import Lorentz as Lorentz
+from rewriter.catalog._hyperbolic import PoincareBall as PoincareBall
+from rewriter.catalog._invertible import PositiveDeterminant as PositiveDeterminant
+from rewriter.catalog._invertible import UnitDeterminant as UnitDeterminant
 from rewriter.catalog._kronecker import Kronecker as Kronecker
 from rewriter.catalog._lora import Dora as Dora
 from rewriter.catalog._lora import Lora as Lora
@@ -19,17 +29,23 @@ from rewriter.catalog._lycoris import LoHa as LoHa
 from rewriter.catalog._lycoris import LoKr as LoKr
 from rewriter.catalog._mask import Mask as Mask
 from rewriter.catalog._orthogonal import Orthogonal as Orthogonal
+from rewriter.catalog._orthogonal import SpecialOrthogonal as SpecialOrthogonal
 from rewriter.catalog._plumbing import Cast as Cast
 from rewriter.catalog._plumbing import Detach as Detach
 from rewriter.catalog._plumbing import Identity as Identity
 from rewriter.catalog._plumbing import Transpose as Transpose
 from rewriter.catalog._plumbing import WeightDropout as WeightDropout
+from rewriter.catalog._positive import Interval as Interval
+from rewriter.catalog._positive import Positive as Positive
 from rewriter.catalog._pruning import GlobalL1 as GlobalL1
 from rewriter.catalog._pruning import GlobalRandom as GlobalRandom
 from rewriter.catalog._pruning import L1Unstructured as L1Unstructured
 from rewriter.catalog._pruning import LnStructured as LnStructured
 from rewriter.catalog._pruning import RandomStructured as RandomStructured
 from rewriter.catalog._pruning import RandomUnstructured as RandomUnstructured
+from rewriter.catalog._psd import Correlation as Correlation
+from rewriter.catalog._psd import PositiveDefinite as PositiveDefinite
+from rewriter.catalog._psd import PositiveSemidefinite as PositiveSemidefinite
 from rewriter.catalog._quantized_storage import QuantizedStorage as QuantizedStorage
 from rewriter.catalog._rotation_adapters import HRA as HRA
 from rewriter.catalog._rotation_adapters import OFT as OFT
@@ -43,9 +59,15 @@ from rewriter.catalog._sparse_adapters import TrainableTokens as TrainableTokens
 from rewriter.catalog._sparse_patterns import NM as NM
 from rewriter.catalog._sparse_patterns import BlockSparse as BlockSparse
 from rewriter.catalog._spectral_norm import SpectralNorm as SpectralNorm
+from rewriter.catalog._sphere import Simplex as Simplex
+from rewriter.catalog._sphere import Sphere as Sphere
+from rewriter.catalog._stiefel import Grassmann as Grassmann
+from rewriter.catalog._stiefel import Stiefel as Stiefel
 from rewriter.catalog._symmetric import Symmetric as Symmetric
 from rewriter.catalog._tiled_adapters import C3A as C3A
+from rewriter.catalog._tiled_adapters import GraLoRA as GraLoRA
 from rewriter.catalog._tiled_adapters import MiSS as MiSS
+from rewriter.catalog._triangular import Triangular as Triangular
 from rewriter.catalog._vector_adapters import IA3 as IA3
 from rewriter.catalog._vector_adapters import AdaLora as AdaLora
 from rewriter.catalog._vector_adapters import Vera as Vera

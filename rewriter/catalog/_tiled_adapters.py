@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._registry import register
-from rewriter.catalog._adapter import Adapter, require_rank, zeros
+from rewriter.catalog._adapter import Adapter, kaiming, require_rank, zeros
 from rewriter.catalog._maps._precision import widen
 from rewriter.errors import RewriterError
 
@@ -78,3 +78,46 @@ class MiSS(Adapter):
 
     def delta(self) -> Tensor:
         return widen(self.miss_block).mT.repeat(1, self.times)[:, : self.columns]
+
+
+@register("gralora")
+class GraLoRA(Adapter):
+    """Cut the weight into k x k tiles and add a change of rank r / k to each (granular LoRA).
+
+    >>> import torch
+    >>> adapter = GraLoRA(r=4, gralora_k=2, weight=torch.randn(6, 8))
+    >>> adapter.gralora_A.shape, adapter.gralora_B.shape
+    (torch.Size([2, 4, 4]), torch.Size([2, 4, 3]))
+
+    PEFT's hybrid form is this step and then ``lora``.
+
+    Arguments:
+        r: rank of all tiles of a row together; a multiple of `gralora_k`.
+        alpha: numerator of the scale.
+        gralora_k: number of tiles in either direction; divides both dimensions.
+        weight: of shape ``(out, in, ...)``, seen as ``out x (in · ...)``; filled in by the site.
+
+    Raises:
+        RewriterError: the tiles or the rank do not fit, or the weight is a vector.
+    """
+
+    cost = "O(r · entries / k)"
+    reference = "Jung et al. 2025, arXiv:2505.20355; peft GraloraConfig"
+
+    def __init__(self, r: int = 32, alpha: float = 64, gralora_k: int = 2, *, weight: Tensor) -> None:
+        super().__init__("gralora", weight)
+        require_rank("gralora", r)
+        if gralora_k < 1 or self.rows % gralora_k or self.columns % gralora_k or r % gralora_k:
+            raise RewriterError(
+                f"gralora_k {gralora_k} does not divide r={r}, or a matrix of {self.rows} x {self.columns}"
+            )
+        self.tiles, self.scaling = gralora_k, alpha / r
+        start = kaiming(weight, (gralora_k, r, self.columns // gralora_k))
+        self.gralora_A = nn.Parameter(start.detach().mT.contiguous())
+        self.gralora_B = zeros(weight, (gralora_k, r, self.rows // gralora_k))
+
+    def delta(self) -> Tensor:
+        A = torch.unflatten(widen(self.gralora_A), 2, [self.tiles, -1])
+        B = torch.unflatten(widen(self.gralora_B), 1, [self.tiles, -1])
+        tiles = torch.einsum("nikq,knqo->koni", A, B)
+        return tiles.flatten(2).flatten(0, 1) * self.scaling

@@ -40,6 +40,7 @@ FRESH: list[tuple[str, dict[str, Any]]] = [
     ("c3a", {"block_size": 2}),
     ("c3a", {"block_size": 2, "init_weights": False}),
     ("miss", {"r": 3}),
+    ("gralora", {"r": 4, "gralora_k": 2}),
     ("road", {"group_size": 2}),
     ("road", {"group_size": 2, "variant": "road_2"}),
     ("road", {"group_size": 2, "variant": "road_4"}),
@@ -318,6 +319,27 @@ def test_miss_adds_its_block_side_by_side() -> None:
     assert torch.equal(adapter(weight), torch.cat([block, block, block[:, :2]], dim=1))
 
 
+def test_gralora_has_its_own_low_rank_change_in_each_tile() -> None:
+    weight = torch.zeros(6, 8, dtype=torch.float64)
+    adapter = trained(make("gralora", weight, r=4, alpha=2, gralora_k=2))
+    A, B, delta = adapter.gralora_A, adapter.gralora_B, adapter(weight)
+    for k in range(2):
+        for n in range(2):
+            tile = B[k, 2 * n : 2 * n + 2].T @ A[n, :, 2 * k : 2 * k + 2].T
+            torch.testing.assert_close(delta[3 * k : 3 * k + 3, 4 * n : 4 * n + 4], tile / 2)
+
+
+def test_gralora_is_the_merge_of_peft() -> None:
+    weight = torch.zeros(6, 8, dtype=torch.float64)
+    adapter = trained(make("gralora", weight, r=4, alpha=4, gralora_k=2))
+    place = torch.arange(8)
+    scattered = torch.zeros(8, 2, 4, dtype=torch.float64)
+    scattered[place, place // 4] = adapter.gralora_A[place // 4, place % 4]
+    turned = scattered.view(8, 2, 2, 2).permute(0, 2, 1, 3).reshape(8, 2, 4)
+    by_hand = torch.einsum("ikr,kro->iko", turned, adapter.gralora_B).reshape(8, 6).T
+    torch.testing.assert_close(adapter(weight), by_hand)
+
+
 @pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 def test_road_is_the_formula_of_the_paper(variant: str) -> None:
     weight = torch.randn(8, 3, dtype=torch.float64)
@@ -351,6 +373,7 @@ def test_ia3_scales_outputs_or_inputs() -> None:
         ("hra", {"r": 3}, "even r"),
         ("hra", {"r": 9, "apply_GS": True, "init_weights": False}, "in 8 dimensions"),
         ("c3a", {"block_size": 4}, "blocks of 4 do not tile a matrix of 6 x 8"),
+        ("gralora", {"r": 4, "gralora_k": 4}, "gralora_k 4 does not divide"),
         ("road", {"group_size": 4}, "does not divide the 6 outputs"),
         ("shira", {"r": 4}, "cannot choose 56 of the 48 entries"),
         ("fourierft", {"n_frequency": 0}, "cannot choose 0"),
