@@ -47,6 +47,7 @@ class Orthogonal(Precise):
     cost = "O(n^2 k) with a base, else O(n k^2), for n rows and k <= n columns; O(n^3) where n <= 2k"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
     batched = True
+    name = "orthogonal"
 
     def __init__(
         self,
@@ -56,14 +57,14 @@ class Orthogonal(Precise):
         weight: Tensor,
     ) -> None:
         super().__init__()
-        require_matrix("orthogonal", weight)
+        require_matrix(self.name, weight)
         if map is None:
             square = weight.size(-2) == weight.size(-1)
             map = "matrix_exp" if square or weight.is_complex() else "householder"
         if map not in ("matrix_exp", "cayley", "householder"):
-            raise RewriterError(f"orthogonal: map must be matrix_exp, cayley or householder, not {map!r}")
+            raise RewriterError(f"{self.name}: map must be matrix_exp, cayley or householder, not {map!r}")
         if map == "householder" and weight.is_complex():
-            raise RewriterError("orthogonal: householder is for real matrices; use matrix_exp or cayley")
+            raise RewriterError(f"{self.name}: householder is for real matrices; use matrix_exp or cayley")
         self.map: str = map
         self.trivialization = trivialization
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
@@ -75,7 +76,7 @@ class Orthogonal(Precise):
 
     def value(self, X: Tensor) -> Tensor:
         wide = X.size(-2) < X.size(-1)
-        A = X.mT if wide else X
+        A = self._tangent(X.mT if wide else X)
         if self.map == "matrix_exp":
             Q = exponential(A)
         elif self.map == "cayley":
@@ -93,7 +94,7 @@ class Orthogonal(Precise):
             RewriterError: without a base, `value` is not in the image of the map.
             NotImplementedError: ``map: matrix_exp`` without a base, for a matrix that is not square.
         """
-        require_shape("orthogonal", value, self.shape)
+        require_shape(self.name, value, self.shape)
         wide = value.size(-2) < value.size(-1)
         W = widen(value.mT if wide else value)
         if self.base is not None:
@@ -126,6 +127,9 @@ class Orthogonal(Precise):
     def extra_repr(self) -> str:
         return f"map={self.map}, trivialization={self.trivialization}"
 
+    def _tangent(self, A: Tensor) -> Tensor:
+        return A
+
     def _first_base(self) -> Tensor:
         n = max(self.shape[-2:])
         eye = torch.eye(n, dtype=wide_dtype(self.dtype), device=self.device)
@@ -144,7 +148,7 @@ class Orthogonal(Precise):
         try:
             Q = rotation(W) if square else Q
         except ValueError as error:
-            raise RewriterError(f"orthogonal: {error}; {_OUTSIDE.format(self.map)}") from None
+            raise RewriterError(f"{self.name}: {error}; {_OUTSIDE.format(self.map)}") from None
         if self.map == "cayley":
             X = cayley_inverse(Q)
             reached = cayley(X)
@@ -154,7 +158,7 @@ class Orthogonal(Precise):
             reached = exponential(X)
         tolerance = torch.finfo(Q.dtype).eps ** 0.5
         if not torch.allclose(reached, Q, atol=tolerance):
-            raise RewriterError(f"orthogonal: it has an eigenvalue -1; {_OUTSIDE.format(self.map)}")
+            raise RewriterError(f"{self.name}: it has an eigenvalue -1; {_OUTSIDE.format(self.map)}")
         return X
 
 
@@ -181,6 +185,7 @@ class SpecialOrthogonal(Orthogonal):
 
     guarantee = "|Q^T Q - I| <= 10 n eps, and the determinant is one"
     cost = "O(n^3)"
+    name = "special_orthogonal"
 
     def __init__(
         self, map: Literal["matrix_exp", "cayley"] = "matrix_exp", trivialization: bool = True, *, weight: Tensor

@@ -41,7 +41,25 @@ def _reflect(X: Tensor, trailing: Tensor, last: bool) -> Tensor:
     T = (V.mT @ V) * (1 - eye[:b] / 2)
     top = V[..., :b, :].mT
     if last:
-        return eye - V @ torch.linalg.solve_triangular(T, top, upper=True)
+        Q: Tensor = eye - V @ torch.linalg.solve_triangular(T, top, upper=True)
+        return Q
     right = torch.cat([top, V[..., b:, :].mT @ trailing], dim=-1)
     moved = V @ torch.linalg.solve_triangular(T, right, upper=True)
     return torch.cat([eye - moved[..., :b], functional.pad(trailing, [0, 0, b, 0]) - moved[..., b:]], dim=-1)
+
+
+def reflected(base: Tensor, M: Tensor) -> Tensor:
+    """Return the square orthogonal matrix that starts with the columns ``householder(base)``, times M.
+
+    Arguments:
+        base: real, of shape ``(..., n, k)``.
+        M: of shape ``(..., n, p)``.
+    """
+    k = base.size(-1)
+    eye = torch.eye(base.size(-2), k, dtype=base.dtype, device=base.device)
+    V = base.tril(-1) + eye
+    T = (V.mT @ V) * (1 - eye[:k] / 2)
+    sign = torch.where(base.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(base.dtype).unsqueeze(-1)
+    signed = torch.cat([M[..., :k, :] * sign, M[..., k:, :]], dim=-2)
+    moved: Tensor = V @ torch.linalg.solve_triangular(T, V.mT @ signed, upper=True)
+    return signed - moved

@@ -22,7 +22,8 @@ def logarithm(Q: Tensor) -> Tensor:
 
 def _unitary(Q: Tensor) -> Tensor:
     angles, W = _angles(Q)
-    return W @ torch.diag(1j * angles) @ W.mH
+    A: Tensor = W @ torch.diag(1j * angles) @ W.mH
+    return A
 
 
 def _rotation(Q: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ def _half_turn(Q: Tensor) -> Tensor:
     pairing[0::2, 1::2] = torch.eye(Q.size(0) // 2, dtype=Q.dtype, device=Q.device)
     # J turns every plane of the remainder by a right angle; where there is no remainder any planes will do.
     U, _, V = torch.linalg.svd(remainder + 1e-12 * (pairing - pairing.mT))
-    return math.pi * (U @ V) + remainder
+    A: Tensor = math.pi * (U @ V) + remainder
+    return A
 
 
 def _angles(Q: Tensor) -> tuple[Tensor, Tensor]:
