@@ -6,7 +6,7 @@ import collections.abc
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -92,13 +92,22 @@ def _words(annotation: Any) -> Iterator[str]:
             yield from _words(argument)
     elif origin is typing.Annotated:
         yield from _words(arguments[0])
+    elif origin is tuple and arguments and ... not in arguments:
+        yield f"a list of {len(arguments)} values"
     elif origin in (list, tuple, set, frozenset, collections.abc.Sequence):
-        inner = [word for argument in arguments if argument is not ... for word in _words(argument)]
-        same = inner[0] if len(set(inner)) == 1 else ""
-        yield "a list" + (f" of {same[2:]}s" if same.startswith("a ") else f" of {same}" if same else "")
+        yield "a list" + _of([argument for argument in arguments if argument is not ...])
     elif origin in (dict, collections.abc.Mapping):
-        yield "a mapping"
+        yield "a mapping" + _of(arguments[1:])
     else:
         yield _WORDS.get(annotation) or (
             f"a {annotation.__name__}" if isinstance(annotation, type) else str(annotation)
         )
+
+
+def _of(annotations: Sequence[Any]) -> str:
+    """Say what a container holds, where it holds one kind of thing."""
+    words = {word for annotation in annotations for word in _words(annotation)}
+    if len(words) != 1:
+        return ""
+    [word] = words
+    return f" of {word[2:]}s" if word.startswith("a ") else f" of {word}"

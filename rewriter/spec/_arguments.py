@@ -140,9 +140,14 @@ def _check(step: WrittenStep, signature: _Signature, arguments: dict[str, Any]) 
 def _misfit(path: tuple[Key, ...], value: Any, annotation: Annotation, wrong: ValidationError) -> Problem:
     errors = wrong.errors(include_url=False)
     message = f"`{path[-1]}` must be {annotation}, found {describe(value)}"
-    if len(errors) == 1 and errors[0]["type"] in _CONSTRAINTS:
-        message = f"`{path[-1]}`: {errors[0]['msg'].lower()}, found {describe(value)}"
     word = value if isinstance(value, str) else ""
+    if len(errors) == 1:
+        [error] = errors
+        if error["type"] in _CONSTRAINTS:
+            message = f"`{path[-1]}`: {error['msg'].lower()}, found {describe(error['input'])}"
+        elif error["loc"] and error["type"] not in ("missing", "unexpected_positional_argument"):
+            message = f"`{path[-1]}` must be {annotation}, found {describe(error['input'])} in it"
+        path = (*path, *error["loc"])
     return Problem(path, message, "", word, annotation.choices)
 
 

@@ -234,7 +234,7 @@ def test_two_thousand_rules_load_in_a_moment() -> None:
     start = time.perf_counter()
     spec = load_spec(f"reparam: 1\nrules:\n{rules}")
     assert len(spec.rules) == 2000
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 8
 
 
 def test_the_language_itself_does_not_import_torch() -> None:

@@ -65,7 +65,7 @@ def test_a_malformed_glob_is_an_error(pattern: str) -> None:
 def test_no_glob_takes_exponential_time(pattern: str) -> None:
     start = time.perf_counter()
     assert not Glob(pattern).matches("a" * 3000)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 10
 
 
 def test_globs_compare_and_pickle_by_their_pattern() -> None:

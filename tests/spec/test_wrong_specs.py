@@ -46,6 +46,11 @@ KEYS = {
     "name with spaces around": ("  - name: ‸' b'\n    select: x\n    chain: [orthogonal]\n", "without spaces around"),
     "name as a number": ("  - name: ‸3\n    select: x\n    chain: [orthogonal]\n", "quote it"),
     "name twice": ("  - name: ‸a\n    select: x\n    chain: [orthogonal]\n", "the name 'a' is taken by rules[0]"),
+    "overriding each other": (
+        "  - {name: b, select: x, chain: [orthogonal], overrides: [c]}\n"
+        "  - {name: c, select: x, chain: [orthogonal], overrides: [‸b]}\n",
+        "the rules 'c' and 'b' override each other",
+    ),
     "empty chain": ("  - name: b\n    select: x\n    chain: ‸[]\n", "an empty chain does nothing"),
     "chain as text": ("  - name: b\n    select: x\n    chain: ‸orthogonal\n", "write [orthogonal]"),
 }
@@ -71,6 +76,11 @@ RULE_KEYS = {
     "overrides itself": ("overrides: [‸b]", "cannot override itself"),
     "overrides twice": ("overrides: ‸[a, a]", "'a' stands here twice"),
     "overrides empty": ("overrides: ‸[]", "`overrides` is empty"),
+    "per of several": (
+        "joint: [weight, bias]\n    ‸per: {dim: 0, chunks: 4}",
+        "`joint` makes the chain compute several",
+    ),
+    "from of several": ("joint: [weight, bias]\n    ‸from: x.weight", "`from` is about one tensor"),
     "per number": ("per: ‸4", "`per` must be a mapping, found 4"),
     "per without chunks": ("per: ‸{dim: 0}", "missing key 'chunks'"),
     "per zero chunks": ("per: {dim: 0, chunks: ‸0}", "must be at least 1, found 0"),
@@ -146,6 +156,10 @@ STEPS = {
     "user's list": ("my.Window: {sizes: ‸3}", "must be a list of whole numbers, found 3"),
     "a number of either kind": ("my.Bound: {by: ‸x}", "`by` must be a number or null, found 'x'"),
     "a tensor in text": ("mask: {mask: ‸[[1, 0]]}", "`mask` must be a Tensor or null, found a list"),
+    "an entry of the user's list": (
+        "my.Window: {sizes: [3, ‸x]}",
+        "must be a list of whole numbers, found 'x' in it",
+    ),
     "user's optional": ("my.Window: {sizes: [3], names: ‸a}", "must be a list of text or null, found 'a'"),
     "user's class": ("‸my.Scales: {factor: 2}", "did you mean 'my.Scale'?"),
     "prefix": ("‸mine.Scale: {factor: 2}", "unknown prefix 'mine'"),

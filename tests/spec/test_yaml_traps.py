@@ -105,7 +105,7 @@ def test_texts_that_explode_are_refused_quickly(text: str) -> None:
     start = time.perf_counter()
     with pytest.raises(SpecError) as caught:
         load_spec(text)
-    assert time.perf_counter() - start < 6
+    assert time.perf_counter() - start < 15
     assert len(str(caught.value)) < 20_000
 
 
