@@ -91,12 +91,13 @@ class Mask(FixedMask):
     def plan_sites(
         cls,
         weights: Sequence[Tensor],
-        names: Sequence[str],
+        names: Sequence[str] = (),
+        mask: Tensor | None = None,
         file: str | None = None,
         key: str | None = None,
     ) -> list[dict[str, Any]]:
         """Return the key of each site's mask: the tensor's own name in the model, where the file has it."""
-        if file is None or key is not None:
+        if file is None or key is not None or not names:
             return [{} for _ in weights]
         stored = read_tensors(file)
         found = [[k for k in (name, f"{name}_mask") if k in stored] for name in names]

@@ -143,7 +143,7 @@ class _Global(FixedMask):
 
     @classmethod
     def plan_sites(
-        cls, weights: Sequence[Tensor], names: Sequence[str], amount: int | float
+        cls, weights: Sequence[Tensor], names: Sequence[str] = (), *, amount: int | float
     ) -> list[dict[str, Any]]:
         """Return for each of a rule's tensors how many of its entries the common budget takes."""
         entries = [weight.detach().flatten().to(weights[0].device) for weight in weights]
@@ -157,7 +157,7 @@ class GlobalL1(_Global):
 
     >>> import torch
     >>> first, second = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 0.2])
-    >>> GlobalL1.plan_sites([first, second], ["a", "b"], amount=3)
+    >>> GlobalL1.plan_sites([first, second], amount=3)
     [{'count': 1}, {'count': 2}]
 
     Arguments:
@@ -176,7 +176,7 @@ class GlobalRandom(_Global):
     """Prune entries at random among all tensors of a rule, under one budget.
 
     >>> import torch
-    >>> counts = GlobalRandom.plan_sites([torch.ones(3), torch.ones(9)], ["a", "b"], amount=0.5)
+    >>> counts = GlobalRandom.plan_sites([torch.ones(3), torch.ones(9)], amount=0.5)
     >>> sum(site["count"] for site in counts)
     6
 

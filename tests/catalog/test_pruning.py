@@ -68,7 +68,7 @@ def test_a_global_budget_takes_what_torch_takes(
         module.weight = nn.Parameter(torch.randn(shape))
     weights = [module.weight.detach().clone() for module in modules]
     torch.manual_seed(seed)
-    plan = find(name).plan_sites(weights, [str(i) for i in range(len(weights))], amount=amount)
+    plan = find(name).plan_sites(weights, amount=amount)
     torch.manual_seed(seed)
     prune.global_unstructured(
         [(m, "weight") for m in modules], getattr(prune, f"{method}Unstructured"), amount=amount
