@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rewriter.capture._capture import Capture, capture, has_hooks, is_torch_leaf
-from rewriter.capture._leaves import Opened, Opener, Own, bind_call, opener_of, opens
+from rewriter.capture._leaves import Opened, Opener, Own, bind_call, opener_of, opens, opens_up, reads_every_site
 
 __all__ = [
     "Capture",
@@ -16,4 +16,6 @@ __all__ = [
     "is_torch_leaf",
     "opener_of",
     "opens",
+    "opens_up",
+    "reads_every_site",
 ]

@@ -13,6 +13,8 @@ from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.runtime import RewrittenModule, plain_class
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 @dataclass
 class Capture:
@@ -65,7 +67,7 @@ def is_rewritten_in_place(model: nn.Module) -> bool:
 def is_torch_leaf(module: nn.Module) -> bool:
     """Whether torch wrote the module's forward: it is opened or handed its tensors, never traced through."""
     kind = plain_class(module)
-    return kind.__module__.startswith(("torch.nn.modules.", "torch.ao.nn")) and not isinstance(module, nn.Sequential)
+    return kind.__module__.startswith(("torch.nn.modules.", "torch.ao.nn")) and not isinstance(module, _CONTAINERS)
 
 
 def has_hooks(module: nn.Module) -> bool:

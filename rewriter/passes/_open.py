@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+from typing import Any
 
-from rewriter.capture import Own, bind_call, has_hooks, opener_of
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from rewriter.capture import Own, bind_call, has_hooks, opener_of, reads_every_site
 from rewriter.passes._infra import META, Pass, PassError, Rewriting
 
 
@@ -15,15 +18,15 @@ def open_leaves(rewriting: Rewriting) -> bool:
     for node in list(rewriting.graph.nodes):
         if node.op == "call_module" and node.target in rewriting.holders:
             module = rewriting.root.get_submodule(node.target)
-            if _can_open(rewriting, node.target, module):
+            if _can_open(module):
                 _open(rewriting, node, module, reads)
                 opened = True
     return opened
 
 
-def _can_open(rewriting: Rewriting, path: str, module: nn.Module) -> bool:
-    owned = any(f"{path}.{name}" in rewriting.sites for name in (*module._parameters, *module._buffers))
-    return owned and opener_of(module) is not None and not has_hooks(module)
+def _can_open(module: nn.Module) -> bool:
+    opener = opener_of(module)
+    return opener is not None and not has_hooks(module) and reads_every_site(module, opener(module))
 
 
 def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, reads: dict[str, fx.Node]) -> None:
@@ -35,10 +38,11 @@ def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, reads: dict[st
     names = list(node.kwargs)
     graph = rewriting.graph
     with graph.inserting_before(node):
-        further = [
-            _read(rewriting, module, path, argument.name, reads) if isinstance(argument, Own) else argument
-            for argument in opened.arguments
-        ]
+
+        def read(argument: Any) -> Any:
+            return _read(rewriting, module, path, argument.name, reads) if isinstance(argument, Own) else argument
+
+        further = map_aggregate(opened.arguments, read)
     node.meta[META] = {
         "opened": path,
         "arity": len(given),
@@ -55,9 +59,11 @@ def _position(given: tuple[object, ...], value: object) -> int:
 
 def _read(rewriting: Rewriting, module: nn.Module, path: str, name: str, reads: dict[str, fx.Node]) -> fx.Node | None:
     """Return the node that reads one of the module's attributes: the first one made, since the graph runs down."""
-    absent = name in (*module._parameters, *module._buffers) and getattr(module, name, None) is None
     target = f"{path}.{name}"
-    if target not in rewriting.sites and absent:
+    submodule, _, tensor = name.rpartition(".")
+    owner = module.get_submodule(submodule)
+    slots = next(s for s in (owner._parameters, owner._buffers, owner.__dict__) if tensor in s)
+    if target not in rewriting.sites and slots[tensor] is None:
         return None
     if target not in reads:
         reads[target] = rewriting.graph.create_node("get_attr", target)
@@ -69,7 +75,7 @@ def _nothing_left_to_open(rewriting: Rewriting) -> None:
     for node in rewriting.graph.nodes:
         if node.op == "call_module" and node.target in rewriting.holders:
             module = rewriting.root.get_submodule(node.target)
-            if _can_open(rewriting, node.target, module):
+            if _can_open(module):
                 raise PassError(f"{node.target} is still called as a module")
 
 

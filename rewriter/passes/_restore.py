@@ -33,16 +33,17 @@ def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:
     for node in list(rewriting.graph.nodes):
         entry = note(node)
         path = entry.get("opened")
-        if path is None or any(name.rpartition(".")[0] == path for name in kept):
+        if path is None or any(name.startswith(f"{path}.") for name in kept):
             continue
         given, further = node.args[: entry["arity"]], node.args[entry["arity"] :]
         node.op, node.target = "call_module", path
         node.args = given[: entry["positional"]]
         node.kwargs = {name: given[index] for name, index in entry["keywords"].items()}
         del node.meta[META]
-        for argument in further:
-            if isinstance(argument, fx.Node):
-                _erase_if_ours(rewriting.graph, argument)
+        reads: dict[fx.Node, None] = {}
+        fx.node.map_arg(further, lambda argument: reads.setdefault(argument))
+        for read in reads:
+            _erase_if_ours(rewriting.graph, read)
 
 
 def _take_back_values(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:

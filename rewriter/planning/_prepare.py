@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rewriter.capture import Capture, capture, has_hooks, is_torch_leaf, opener_of
+from rewriter.capture import Capture, capture, has_hooks, is_torch_leaf, opens_up
 from rewriter.errors import Diagnostic, PlanError
 from rewriter.planning._build import BuildError, build, check_value, describe
 from rewriter.planning._plan import Plan, Site
@@ -68,10 +68,11 @@ def plan_of(model: nn.Module, prepared: Prepared) -> Plan:
     built = {id(claim.entries[0]): (site, False) for claim, site in prepared.new}
     built |= {id(claim.entries[0]): (site, True) for claim, site in prepared.present}
     sites = []
+    uses = _uses_by_target(prepared.capture)
     for entry in prepared.entries:
         if id(entry) in built:
             site, present = built[id(entry)]
-            how, why = _how_captured(model, prepared.capture, site)
+            how, why = _how_captured(model, prepared.capture, uses, site)
             sites.append(Site(site.record, how, why, prepared.moved.get(site, 0.0), present))
     return Plan(tuple(sites), prepared.spec.source, prepared.capture.root, prepared.capture.why)
 
@@ -219,32 +220,42 @@ def _planned_together(claims: Sequence[Claim]) -> dict[int, dict[int, Mapping[st
     return extra
 
 
-def _how_captured(model: nn.Module, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
+Uses = dict[tuple[str, str], bool]
+
+
+def _uses_by_target(way: Capture) -> Uses:
+    """Say for every read and every call of the graph whether its result is used."""
+    uses: Uses = {}
+    for node in way.graph.nodes if way.graph is not None else ():
+        if node.op in ("get_attr", "call_module"):
+            uses[node.op, node.target] = bool(node.users) or uses.get((node.op, node.target), False)
+    return uses
+
+
+def _how_captured(model: nn.Module, way: Capture, uses: Uses, site: ParametrizedTensor) -> tuple[str, str]:
     if way.root == "module":
         return "module", way.why
-    assert way.graph is not None
     ways: dict[tuple[str, str], None] = {}
     for name in site.record.names:
         path, _, _ = name.rpartition(".")
-        ways.update(dict.fromkeys(_uses(model, way, name, path)))
+        ways.update(dict.fromkeys(_ways(model, way, uses, name, path)))
     if not ways:
         return "unused", "no forward of the model reads it"
     first = next(iter(ways))
     return first if len(ways) == 1 else (first[0], "; ".join(dict.fromkeys(why for _, why in ways if why)))
 
 
-def _uses(model: nn.Module, way: Capture, name: str, path: str) -> Iterable[tuple[str, str]]:
-    assert way.graph is not None
-    for node in way.graph.find_nodes(op="get_attr", target=name):
-        yield ("graph", "read directly") if node.users else ("unused", "read, and not used")
+def _ways(model: nn.Module, way: Capture, uses: Uses, name: str, path: str) -> Iterable[tuple[str, str]]:
+    if ("get_attr", name) in uses:
+        yield ("graph", "read directly") if uses["get_attr", name] else ("unused", "read, and not used")
     prefix = path
     while True:
-        for _ in way.graph.find_nodes(op="call_module", target=prefix)[:1]:
+        if ("call_module", prefix) in uses:
             module = model.get_submodule(prefix)
             kind = type(module).__name__
             if prefix in way.opaque:
                 yield "handed", f"{prefix or 'the root'} stays one node: {way.opaque[prefix]}"
-            elif prefix == path and opener_of(module) is not None and not has_hooks(module):
+            elif not has_hooks(module) and opens_up(module, name.removeprefix(f"{prefix}.")):
                 yield "opened", f"{kind} as a function of its tensors"
             elif has_hooks(module):
                 yield "handed", f"{prefix} ({kind}) has hooks, which keep it one call"

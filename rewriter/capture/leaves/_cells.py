@@ -1,14 +1,11 @@
-"""Functions that torch.nn has only as modules: the forward with every tensor an argument.
-
-Each does what the module of that name does, unbatched inputs and absent states included, and scripts.
-"""
+"""RNNCell, GRUCell and LSTMCell: one time step, unbatched inputs and absent states included."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import _VF, Tensor
+from torch import _VF, Tensor, nn
 
+from rewriter.capture._leaves import Opened, Own, opens
 from rewriter.io._functions import graph_function
 
 
@@ -96,46 +93,19 @@ def _cell_state(input: Tensor, hx: Tensor | None, hidden: int, batched: bool) ->
     return x, hx if batched else hx.unsqueeze(0)
 
 
-@graph_function
-def padded_conv1d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pad: list[int],
-    mode: str,
-    stride: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """`torch.nn.Conv1d` with a padding mode other than zeros; `pad` as `torch.nn.functional.pad` takes it."""
-    return F.conv1d(F.pad(input, pad, mode=mode), weight, bias, stride, 0, dilation, groups)
+_TENSORS = (Own("weight_ih"), Own("weight_hh"), Own("bias_ih"), Own("bias_hh"))
 
 
-@graph_function
-def padded_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pad: list[int],
-    mode: str,
-    stride: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """`torch.nn.Conv2d` with a padding mode other than zeros."""
-    return F.conv2d(F.pad(input, pad, mode=mode), weight, bias, stride, 0, dilation, groups)
+@opens(nn.RNNCell)
+def elman_step(module: nn.RNNCell) -> Opened:
+    return Opened(rnn_tanh_cell if module.nonlinearity == "tanh" else rnn_relu_cell, _TENSORS)
 
 
-@graph_function
-def padded_conv3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pad: list[int],
-    mode: str,
-    stride: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """`torch.nn.Conv3d` with a padding mode other than zeros."""
-    return F.conv3d(F.pad(input, pad, mode=mode), weight, bias, stride, 0, dilation, groups)
+@opens(nn.GRUCell)
+def gru_step(module: nn.GRUCell) -> Opened:
+    return Opened(gru_cell, _TENSORS)
+
+
+@opens(nn.LSTMCell)
+def lstm_step(module: nn.LSTMCell) -> Opened:
+    return Opened(lstm_cell, _TENSORS)

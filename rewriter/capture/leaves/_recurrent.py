@@ -1,0 +1,168 @@
+"""RNN, GRU and LSTM: whole sequences, unbatched and packed ones included.
+
+A packed sequence is told from a tensor when the graph runs, by its type. TorchScript has no such test for a function
+that takes both, so a scripted graph takes tensors only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import _VF, Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rewriter.capture._leaves import Opened, Own, opens
+from rewriter.io._functions import graph_function
+
+
+@graph_function
+def recurrent(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor],
+    mode: str,
+    bias: bool,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    input_size: int,
+    hidden_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`torch.nn.RNN` (`mode` ``"RNN_TANH"`` or ``"RNN_RELU"``) or `torch.nn.GRU` (``"GRU"``).
+
+    Arguments:
+        input: (L, N, H_in), (N, L, H_in) with `batch_first`, (L, H_in), or outside TorchScript a PackedSequence.
+        hx: (D * layers, N, H) or (D * layers, H); None is zeros.
+        weights: as the module's own list has them.
+    """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        pass
+    elif isinstance(input, PackedSequence):
+        return _packed(input, hx, weights, mode, bias, layers, dropout, training, bidirectional)
+    batched = _is_batched(input, mode)
+    batch_dim = 0 if batch_first else 1
+    x = input if batched else input.unsqueeze(batch_dim)
+    _check_features(x, input_size)
+    expected = [layers * (2 if bidirectional else 1), x.size(batch_dim), hidden_size]
+    h = _state(hx, x, expected, batched)
+    if mode == "GRU":
+        found = _VF.gru(x, h, weights, bias, layers, dropout, training, bidirectional, batch_first)
+    elif mode == "RNN_TANH":
+        found = _VF.rnn_tanh(x, h, weights, bias, layers, dropout, training, bidirectional, batch_first)
+    else:
+        found = _VF.rnn_relu(x, h, weights, bias, layers, dropout, training, bidirectional, batch_first)
+    output, last = found[0], found[1]
+    return (output, last) if batched else (output.squeeze(batch_dim), last.squeeze(1))
+
+
+@graph_function
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: list[Tensor],
+    bias: bool,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`torch.nn.LSTM`; arguments as of `recurrent`, hidden states of size `proj_size` where that is not 0."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        pass
+    elif isinstance(input, PackedSequence):
+        return _packed(input, hx, weights, "LSTM", bias, layers, dropout, training, bidirectional)
+    batched = _is_batched(input, "LSTM")
+    batch_dim = 0 if batch_first else 1
+    x = input if batched else input.unsqueeze(batch_dim)
+    _check_features(x, input_size)
+    rows = layers * (2 if bidirectional else 1)
+    visible = proj_size if proj_size > 0 else hidden_size
+    h0 = _state(None if hx is None else hx[0], x, [rows, x.size(batch_dim), visible], batched)
+    c0 = _state(None if hx is None else hx[1], x, [rows, x.size(batch_dim), hidden_size], batched)
+    found = _VF.lstm(x, [h0, c0], weights, bias, layers, dropout, training, bidirectional, batch_first)
+    output, h, c = found[0], found[1], found[2]
+    if batched:
+        return output, (h, c)
+    return output.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1))
+
+
+def _is_batched(input: Tensor, kind: str) -> bool:
+    if input.dim() != 2 and input.dim() != 3:
+        raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+    return input.dim() == 3
+
+
+def _check_features(input: Tensor, expected: int) -> None:
+    if input.size(-1) != expected:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {expected}, got {input.size(-1)}")
+
+
+def _state(hx: Tensor | None, input: Tensor, expected: list[int], batched: bool) -> Tensor:
+    if hx is None:
+        return torch.zeros(expected, dtype=input.dtype, device=input.device)
+    if hx.dim() != (3 if batched else 2):
+        raise RuntimeError(f"the hidden state has {hx.dim()} dimensions; the input wants {3 if batched else 2}")
+    h = hx if batched else hx.unsqueeze(1)
+    if list(h.size()) != expected:
+        raise RuntimeError(f"Expected hidden size {expected}, got {list(h.size())}")
+    return h
+
+
+@torch.jit.unused
+def _packed(
+    packed: Any,
+    hx: Any,
+    weights: Any,
+    mode: str,
+    bias: bool,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> Any:
+    data, sizes, order, back = packed
+    run: Any = {"LSTM": _VF.lstm, "GRU": _VF.gru, "RNN_TANH": _VF.rnn_tanh, "RNN_RELU": _VF.rnn_relu}[mode]
+    single = mode != "LSTM"
+    if hx is not None:
+        states = [_rows(h, order) for h in ([hx] if single else hx)]
+        for h in states:
+            if h.size(1) != int(sizes[0]):
+                raise RuntimeError(f"Expected a hidden state for {int(sizes[0])} sequences, got {h.size(1)}")
+    else:
+        rows = layers * (2 if bidirectional else 1)
+        # The hidden state is as wide as the weights that it meets; a projected LSTM has a wider cell state.
+        gates = {"LSTM": 4, "GRU": 3}.get(mode, 1)
+        widths = [weights[1].size(1)] if single else [weights[1].size(1), weights[1].size(0) // gates]
+        states = [torch.zeros(rows, int(sizes[0]), width, dtype=data.dtype, device=data.device) for width in widths]
+    start = states[0] if single else states
+    output, *last = run(data, sizes, start, weights, bias, layers, dropout, training, bidirectional)
+    hidden = [_rows(h, back) for h in last]
+    return PackedSequence(output, sizes, order, back), hidden[0] if single else tuple(hidden)
+
+
+def _rows(hidden: Any, order: Any) -> Any:
+    return hidden if order is None else hidden.index_select(1, order)
+
+
+def _settings(module: nn.RNNBase) -> tuple[Any, ...]:
+    flags = (module.bidirectional, module.batch_first, module.input_size, module.hidden_size)
+    return (module.bias, module.num_layers, module.dropout, Own("training"), *flags)
+
+
+@opens(nn.RNN, nn.GRU)
+def sequence(module: nn.RNN | nn.GRU) -> Opened:
+    weights = [Own(name) for name in module._flat_weights_names]
+    return Opened(recurrent, (weights, module.mode, *_settings(module)))
+
+
+@opens(nn.LSTM)
+def long_sequence(module: nn.LSTM) -> Opened:
+    weights = [Own(name) for name in module._flat_weights_names]
+    return Opened(lstm, (weights, *_settings(module), module.proj_size))
