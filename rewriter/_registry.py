@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -134,6 +135,7 @@ def _load_catalog() -> None:
     importlib.import_module("rewriter.catalog")
 
 
+@functools.lru_cache(maxsize=1024)
 def _signature(factory: Callable[..., torch.nn.Module]) -> inspect.Signature:
     # A class without a constructor of its own shows torch's ``(*args, **kwargs)``, and takes none of them.
     if getattr(factory, "__init__", None) is torch.nn.Module.__init__:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rewriter._pause import collector_paused
 from rewriter.errors import CaptureError
 from rewriter.passes import (
     Rewriting,
@@ -54,8 +55,12 @@ def rewrite(model: nn.Module, spec: Any, *, capture: str = "auto", inplace: bool
     if capture not in ("auto", "graph", "module"):
         raise CaptureError(f"capture is 'auto', 'graph' or 'module', not {capture!r}")
     read = spec if isinstance(spec, Spec) else load_spec(spec)
-    target = model if inplace else _copied(model)
-    prepared = prepare(target, read, capture)
+    with collector_paused():
+        return _rewrite(model if inplace else _copied(model), read, capture)
+
+
+def _rewrite(target: nn.Module, spec: Spec, capture: str) -> nn.Module:
+    prepared = prepare(target, spec, capture)
     if not prepared.new:
         return target
     session = _session(prepared)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter._pause import collector_paused
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
 from rewriter.planning._survey import Entry, survey
@@ -38,5 +39,5 @@ def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
     """
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+    with collector_paused(), torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         return plan_of(model, prepare(model, read, capture))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -199,13 +200,15 @@ def _originals(
     return flat, [len(parts) for parts in stored], carries
 
 
+@functools.lru_cache(maxsize=1024)
+def _signature_of(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
 def _check_arity(step: nn.Module, named: Step, given: int) -> None:
+    signature = _signature_of(type(step).forward)
     try:
-        signature = inspect.signature(step.forward)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*range(given))
+        signature.bind(*range(given + 1))
     except TypeError as problem:
         raise BuildError(
             f"{named}: its forward takes {signature}, and the chain gives it {given} tensors"
@@ -235,7 +238,7 @@ def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Ten
     """
     try:
         with torch.no_grad():
-            value = site.read(*[inputs[name] for name in site.record.reads])
+            value = site.settled().evaluate(*[inputs[name] for name in site.record.reads])
     except Exception as problem:
         raise BuildError(f"evaluating the chain fails: {_first_line(problem)}") from problem
     results = [value] if len(claim.entries) == 1 else list(value)
