@@ -89,7 +89,7 @@ class ConvSpectralNorm(nn.Module):
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value` itself, after fitting the feature map to it."""
-        self._advance(widen(value.detach()), 15)
+        self._advance(widen(value.detach()), 100)
         return value
 
     def extra_repr(self) -> str:

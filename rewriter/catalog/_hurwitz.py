@@ -79,8 +79,9 @@ class HurwitzStable(nn.Module):
         return X0.to(value.dtype), X1.to(value.dtype)
 
     def sample(self) -> Tensor:
-        """Return the matrix of two standard normal tensors."""
+        """Return the matrix of two normal tensors of variance 1/n."""
         noise = torch.randn(2, *self.shape, dtype=wide_dtype(self.dtype), device=self.device)
+        noise = noise / self.shape[-1] ** 0.5
         return self.forward(noise[0], noise[1]).to(self.dtype)
 
     def extra_repr(self) -> str:

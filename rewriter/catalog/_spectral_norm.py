@@ -55,30 +55,37 @@ class SpectralNorm(nn.Module):
         self.dim = dim % weight.ndim
         self.eps = eps
         self._fitted = 0.0
+        self._u: Tensor
+        self._v: Tensor
         if weight.ndim > 1:
             M = self._matrix(widen(weight.detach()))
             self.register_buffer("_u", functional.normalize(M.new_empty(M.size(0)).normal_(), dim=0, eps=eps))
             self.register_buffer("_v", functional.normalize(M.new_empty(M.size(1)).normal_(), dim=0, eps=eps))
-            self._fit(M)
-        self._u: Tensor
-        self._v: Tensor
+            self._advance(M, 15)
+            if weight.device.type != "meta":
+                self._fitted = self._estimate(M)
 
     def forward(self, X: Tensor) -> Tensor:
         W = widen(X)
-        if X.ndim == 1:
+        # Only hasattr hides the branch that uses the buffers from TorchScript where a vector has none.
+        if hasattr(self, "_u"):
+            M = self._matrix(W)
+            if self.training:
+                self._advance(M.detach(), self.n_power_iterations)
+            # Copies: the next forward advances the buffers in place while this graph still needs them.
+            u, v = self._u.clone(), self._v.clone()
+            sigma = torch.vdot(u, torch.mv(M, v))
+            return (W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)).to(X.dtype)
+        else:
             return functional.normalize(W, dim=0, eps=self.eps).to(X.dtype)
-        M = self._matrix(W)
-        if self.training:
-            self._advance(M.detach(), self.n_power_iterations)
-        # Copies, because the next forward advances the buffers in place while this graph still needs them.
-        u, v = self._u.clone(), self._v.clone()
-        sigma = torch.vdot(u, torch.mv(M, v))
-        return (W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)).to(X.dtype)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value` itself, after fitting the singular vectors to it."""
-        if value.ndim > 1:
-            self._fit(self._matrix(widen(value.detach())))
+        M = self._matrix(widen(value.detach())) if value.ndim > 1 else None
+        # The site builds the module from the tensor and assigns the same tensor right after: fitting more closely
+        # there would give other values than torch gives with the same seed.
+        if M is not None and M.device.type != "meta" and self._estimate(M) != self._fitted:
+            self._fit(M)
         return value
 
     def extra_repr(self) -> str:
@@ -98,15 +105,14 @@ class SpectralNorm(nn.Module):
         norm = torch.linalg.vector_norm(x)
         return torch.where(norm <= self.eps, otherwise, x / norm.clamp_min(self.eps))
 
-    @torch.no_grad()
     def _fit(self, M: Tensor) -> None:
-        # The site builds the module from the tensor and assigns the same tensor right after: fitting twice
-        # would give other values than torch gives with the same seed.
-        if M.device.type == "meta" or abs(self._estimate(M)) == self._fitted != 0.0:
-            return
-        self._advance(M, 15)
-        self._fitted = abs(self._estimate(M))
+        for _ in range(20):
+            before = self._estimate(M)
+            self._advance(M, 15)
+            self._fitted = self._estimate(M)
+            if abs(self._fitted - before) <= 1e-7 * self._fitted:
+                break
 
-    def _estimate(self, M: Tensor) -> complex:
-        sigma: complex = torch.vdot(self._u, torch.mv(M, self._v)).item()
-        return sigma
+    @torch.no_grad()
+    def _estimate(self, M: Tensor) -> float:
+        return float(torch.vdot(self._u, torch.mv(M, self._v)).abs())
