@@ -40,7 +40,6 @@ class FakeQuantize(nn.Module):
     guarantee = "at most 2^bits different values per group, zero among them"
     cost = "about six passes over the tensor"
     reference = "Jacob et al. 2017, arXiv:1712.05877; Esser et al. 2019 (LSQ), arXiv:1902.08153"
-    batched = True
 
     def __init__(
         self,

@@ -13,8 +13,6 @@ from rewriter.errors import RewriterError
 
 
 class _LowBit(nn.Module):
-    batched = True
-
     def __init__(
         self, name: str, weight: Tensor, scheme: Scheme, axis: int | None, group_size: int | None
     ) -> None:

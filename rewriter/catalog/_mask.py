@@ -23,7 +23,6 @@ class FixedMask(nn.Module):
 
     guarantee = "entries outside of the mask are exactly zero"
     cost = "one multiplication per entry"
-    batched = True
 
     def __init__(self, mask: Tensor, weight: Tensor | None = None) -> None:
         super().__init__()

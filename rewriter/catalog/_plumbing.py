@@ -64,7 +64,7 @@ class Transpose(nn.Module):
         return X.transpose(self.dim0, self.dim1)
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        return value.transpose(self.dim0, self.dim1)
+        return value.transpose(self.dim0, self.dim1).contiguous()
 
     def cancels(self, next: nn.Module) -> bool:
         """Say whether `next` swaps the same dimensions."""

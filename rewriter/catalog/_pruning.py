@@ -111,7 +111,7 @@ class LnStructured(FixedMask):
 
     Arguments:
         amount: how many channels (int), or which part of them, in [0, 1] (float), become zero.
-        n: the norm: a number, ``.inf`` (YAML's infinity), ``fro`` or ``nuc``.
+        n: the norm: a number, ``inf``, ``-inf``, ``fro`` or ``nuc``.
         dim: the dimension that counts the channels.
         importance_scores: from Python, a tensor of the weight's shape whose norms are compared instead.
         weight: the tensor to prune, of two or more dimensions, filled in by the site.
@@ -123,14 +123,15 @@ class LnStructured(FixedMask):
     def __init__(
         self,
         amount: int | float,
-        n: int | float | Literal["fro", "nuc"] = 2,
+        n: int | float | Literal["inf", "-inf", "fro", "nuc"] = 2,
         dim: int = -1,
         importance_scores: Tensor | None = None,
         *,
         weight: Tensor,
     ) -> None:
         scores = weight if importance_scores is None else importance_scores
-        super().__init__(kept(prune.LnStructured, scores, amount, n, dim), weight)
+        norm = float(n) if n in ("inf", "-inf") else n
+        super().__init__(kept(prune.LnStructured, scores, amount, norm, dim), weight)
 
 
 class _Global(FixedMask):

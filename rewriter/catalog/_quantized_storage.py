@@ -40,7 +40,6 @@ class QuantizedStorage(nn.Module):
     guarantee = "within half a step of the assigned value; not trainable"
     cost = "one multiplication per entry"
     reference = "Dettmers et al. 2022 (LLM.int8()), arXiv:2208.07339"
-    batched = True
     freezes_original = True
     storage_dtype = torch.int8
 

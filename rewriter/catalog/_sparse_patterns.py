@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils import prune
@@ -73,7 +75,7 @@ class BlockSparse(FixedMask):
     reference = "Narang, Undersander, Diamos 2017, Block-Sparse Recurrent Neural Networks, arXiv:1711.02782"
 
     def __init__(
-        self, amount: int | float, block_shape: tuple[int, int] | list[int], n: float = 2.0, *, weight: Tensor
+        self, amount: int | float, block_shape: Sequence[int], n: float = 2.0, *, weight: Tensor
     ) -> None:
         if len(block_shape) != 2 or weight.dim() < 2 or min(block_shape) < 1:
             raise RewriterError(f"block_shape is [rows, columns] for a matrix, not {list(block_shape)}")

@@ -145,6 +145,17 @@ def test_autocast_does_not_round_the_value(name: str, arguments: dict[str, Any])
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_a_batch_is_each_matrix_on_its_own(name: str, arguments: dict[str, Any]) -> None:
+    weights = torch.randn(3, 4, 6, dtype=torch.float64)
+    together = make(name, weights, **arguments)
+    value = together(*together.right_inverse(weights))
+    assert together.batched is True
+    for one, expected in zip(weights, value, strict=True):
+        alone = make(name, one, **arguments)
+        torch.testing.assert_close(alone(*alone.right_inverse(one)), expected)
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_trains_under_torch_with_its_factors_as_originals(name: str, arguments: dict[str, Any]) -> None:
     layer = nn.Linear(6, 4)
     step = make(name, layer.weight, **arguments)

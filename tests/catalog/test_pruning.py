@@ -106,6 +106,12 @@ def test_the_smallest_blocks_are_pruned(rows: int, columns: int, amount: float, 
         assert norms[pruned].max() <= norms[~pruned].min()
 
 
+def test_infinity_can_be_written_as_text() -> None:
+    weight = torch.randn(4, 6)
+    as_text, as_number = (make("ln_structured", weight, amount=2, n=n, dim=0) for n in ("inf", float("inf")))
+    assert torch.equal(as_text.mask, as_number.mask)
+
+
 def test_pruned_steps_merge_into_one_mask() -> None:
     weight = torch.randn(4, 8)
     first, second = make("l1_unstructured", weight, amount=0.3), make("n_m", weight)
