@@ -73,6 +73,9 @@ class Resolver:
         except LookupError as unknown:
             message, _, near = str(unknown.args[0]).partition("; ")
             return Problem((), message, near)
+        # A module of the user's may run code of its own to find an attribute.
+        except Exception as failed:
+            return Problem((), f"looking for {name!r} failed: {type(failed).__name__}: {failed}")
         wrong = self._unfit(name, factory)
         return Problem((), wrong) if wrong else factory
 
@@ -82,6 +85,8 @@ class Resolver:
         if isinstance(factory, type):
             return "" if issubclass(factory, nn.Module) else f"{name!r} is a class, but no torch.nn.Module"
         home = self._modules[prefix].__name__ if prefix in self._modules else {"torch": "rewriter"}.get(prefix, prefix)
+        if isinstance(factory, nn.Module):
+            return f"{name!r} is an instance of {type(factory).__name__}; name the class, or a function that makes one"
         package = str(getattr(factory, "__module__", "")).partition(".")[0]
         if dot and package != home.partition(".")[0]:
             return f"{name!r} is no parametrization: it comes from {package or 'elsewhere'!r}, not from {home!r}"

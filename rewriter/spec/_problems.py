@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from rewriter.errors import Diagnostic, SpecError
 from rewriter.spec._location import Key
 from rewriter.spec._source import MOST_REPORTED, Document
+
+_MOST_COMPARED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def raise_all(document: Document, problems: Iterable[Problem]) -> None:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the near misses of `word`, or nothing."""
-    folded = {choice.casefold(): choice for choice in choices}
+    folded = {choice.casefold(): choice for choice in islice(choices, _MOST_COMPARED)}
     near = difflib.get_close_matches(word.casefold()[:100], folded, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(repr(folded[match]) for match in near)}?" if near else ""
 

@@ -29,24 +29,24 @@ def check_references(data: Any) -> Iterator[Problem]:
 def _names(rules: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, rule in rules:
-        name = rule.get("name")
-        if isinstance(name, str):
-            owner = first.setdefault(unicodedata.normalize("NFC", name), index)
+        if _named(rule):
+            owner = first.setdefault(unicodedata.normalize("NFC", rule["name"]), index)
             if owner != index:
-                message = f"the name {name!r} is taken by rules[{owner}]; each rule has a name of its own"
+                message = f"the name {rule['name']!r} is taken by rules[{owner}]; each rule has a name of its own"
                 yield Problem(("rules", index, "name"), message)
 
 
 def _overrides(rules: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
-    names = {rule["name"]: rule for _, rule in rules if isinstance(rule.get("name"), str)}
+    overridden = {rule["name"]: set(_texts(rule.get("overrides"))) for _, rule in rules if _named(rule)}
+    choices = list(overridden)
     for index, rule in rules:
         for at, other in enumerate(_texts(rule.get("overrides"))):
             path = ("rules", index, "overrides", at)
             if other == rule.get("name"):
                 yield Problem(path, f"the rule {other!r} cannot override itself")
-            elif other not in names:
-                yield Problem(path, f"there is no rule named {other!r}", "", other, list(names))
-            elif rule.get("name") in _texts(names[other].get("overrides")):
+            elif other not in overridden:
+                yield Problem(path, f"there is no rule named {other!r}", "", other, choices)
+            elif _named(rule) and rule["name"] in overridden[other]:
                 yield Problem(path, f"the rules {rule['name']!r} and {other!r} override each other")
 
 
@@ -69,6 +69,10 @@ def _steps(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
         if isinstance(label, str) and labels.setdefault(label, step.index) != step.index:
             message = f"the label {label!r} is taken by chain[{labels[label]}]; labels are unique in a chain"
             yield Problem((*path, "label"), message)
+
+
+def _named(rule: dict[str, Any]) -> bool:
+    return isinstance(rule.get("name"), str)
 
 
 def _texts(value: Any) -> list[str]:

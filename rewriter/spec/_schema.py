@@ -81,9 +81,11 @@ def _dtype(written: str) -> str:
 
 
 def _once(written: list[str]) -> list[str]:
-    for index, name in enumerate(written):
-        if name in written[:index]:
+    seen: set[str] = set()
+    for name in written:
+        if name in seen:
             raise ValueError(f"{name!r} stands here twice")
+        seen.add(name)
     return written
 
 

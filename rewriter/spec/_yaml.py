@@ -17,7 +17,7 @@ import yaml
 
 from rewriter.spec._location import Key
 
-MOST_NODES = 200_000
+MOST_NODES = 100_000
 DEEPEST = 50
 _LARGEST_INTEGER = 2**63 - 1
 

@@ -164,6 +164,8 @@ STEPS = {
     "user's class": ("‸my.Scales: {factor: 2}", "did you mean 'my.Scale'?"),
     "prefix": ("‸mine.Scale: {factor: 2}", "unknown prefix 'mine'"),
     "no module": ("‸my.NoModule", "is a class, but no torch.nn.Module"),
+    "an instance": ("‸my.one", "is an instance of Scale; name the class"),
+    "an attribute that fails": ("‸my.Lazy", "ImportError: the compiled part is missing"),
     "function from elsewhere": ("‸my.os.system: {command: ls}", "is no parametrization"),
     "injected": ("my.half: {‸size: 3}", "'my.half' has no argument 'size'"),
     "label": ("orthogonal: {label: ‸3}", "`label` must be text, found 3"),
