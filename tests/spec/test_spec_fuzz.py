@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rewriter.errors import SpecError
@@ -15,7 +15,7 @@ from rewriter.spec import Spec, load_spec
 
 EVERY_KEY = Path(__file__).with_name("every_key.yaml").read_text()
 PLAIN: dict[str, Any] = yaml.safe_load(EVERY_KEY)
-FEW = settings(max_examples=250, deadline=None)
+FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 KEYS = st.sampled_from(
     "reparam imports absorb rules name select except expect overrides chain cache init share unsafe per reshape "
