@@ -9,13 +9,25 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from rewriter.cli import _apply, _bake, _demo, _validate
+from rewriter.cli import (
+    _apply,
+    _bake,
+    _catalog,
+    _demo,
+    _diff,
+    _draw,
+    _explain,
+    _inspect,
+    _schema,
+    _validate,
+)
 from rewriter.cli._app import app
 from rewriter.cli._outcome import INTERRUPTED, USAGE, Outcome, error_document, exit_code
 
 __all__ = ["app", "main"]
 
-_COMMANDS = (_apply, _bake, _validate, _demo)
+# In the order in which `--help` lists them.
+_COMMANDS = (_apply, _bake, _catalog, _demo, _diff, _draw, _explain, _inspect, _schema, _validate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

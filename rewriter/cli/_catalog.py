@@ -1,0 +1,53 @@
+"""``reparam catalog``: what a chain can be made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rewriter.cli._app import app
+from rewriter.cli._options import Debug, Json
+from rewriter.cli._outcome import Outcome
+from rewriter.errors import RewriterError
+
+if TYPE_CHECKING:
+    from rewriter.catalog import Entry
+
+
+@app.command()
+def catalog(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One of them, in full.", show_default=False)
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Outcome:
+    """List the parametrizations that specs know by name, or describe one."""
+    from rewriter import _registry
+    from rewriter.catalog import describe
+
+    try:
+        if name is not None:
+            entry = describe(name)
+            return Outcome(asdict(entry), _described(entry))
+        entries = [describe(known) for known in _registry.names()]
+    except LookupError as unknown:
+        raise RewriterError(str(unknown.args[0] if unknown.args else unknown)) from unknown
+    width = max(len(entry.name) for entry in entries)
+    lines = [f"{entry.name:<{width}}  {entry.summary}" for entry in entries]
+    return Outcome({"parametrizations": [asdict(entry) for entry in entries]}, "\n".join(lines))
+
+
+def _described(entry: Entry) -> str:
+    rows = [
+        ("arguments", "\n             ".join(entry.arguments) or "none"),
+        ("guarantee", entry.guarantee),
+        ("inverse", "a value can be assigned" if entry.right_inverse else "none"),
+        ("sample", "draws random values" if entry.sample else "none"),
+        ("cost", entry.cost),
+        ("paper", entry.reference),
+    ]
+    lines = [entry.name, "", entry.summary, "", *(f"{key:<11}  {value}" for key, value in rows if value)]
+    return "\n".join([*lines, "", entry.example] if entry.example else lines)

@@ -1,0 +1,95 @@
+"""``reparam diff``: where two models differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rewriter.cli._app import app
+from rewriter.cli._inputs import read_model
+from rewriter.cli._options import Allow, Debug, Factory, Json, Trust
+from rewriter.cli._outcome import Outcome
+from rewriter.cli._text import columns, shape_text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A model file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    model: Factory = None,
+    allow: Allow = None,
+    trust: Trust = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> Outcome:
+    """Compare the tensors of two models, and the chains of those that are computed."""
+    a, b = (read_model(path, model, allow, trust) for path in (first, second))
+    tensors = _compare(_state(a), _state(b))
+    chains = _compare_chains(_chains(a), _chains(b))
+    classes = [type(a).__name__, type(b).__name__]
+    document = {
+        "classes": classes,
+        "equal": not chains and all(row["change"] == "equal" for row in tensors),
+        "tensors": tensors,
+        "chains": chains,
+    }
+    changed = [row for row in tensors if row["change"] != "equal"]
+    rows = [(row["name"], row["change"], row["detail"]) for row in [*changed, *chains]]
+    head = f"{first} and {second}: {len(tensors) - len(changed)} tensors equal, {len(changed)} not"
+    if classes[0] != classes[1]:
+        head += f"; classes {' and '.join(classes)}"
+    return Outcome(document, f"{head}\n\n{columns(('name', 'change', ''), rows)}" if rows else head)
+
+
+def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[dict[str, Any]]:
+    rows = []
+    for name in [*old, *(name for name in new if name not in old)]:
+        if name not in new:
+            change, detail = "only in the first", _form(old[name])
+        elif name not in old:
+            change, detail = "only in the second", _form(new[name])
+        elif _form(old[name]) != _form(new[name]):
+            change, detail = "form", f"{_form(old[name])} → {_form(new[name])}"
+        else:
+            change, detail = _compare_values(old[name], new[name])
+        rows.append({"name": name, "change": change, "detail": detail})
+    return rows
+
+
+def _compare_values(old: Tensor, new: Tensor) -> tuple[str, str]:
+    if not old.isclose(new, rtol=0, atol=0, equal_nan=True).all():
+        return "values", f"largest difference {float((old.double() - new.double()).abs().max()):.2e}"
+    return "equal", ""
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{shape_text(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _state(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
+    state: Any = model.state_dict
+    return dict(state() if callable(state) else state)
+
+
+def _chains(model: nn.Module | ExportedProgram) -> dict[str, str]:
+    from torch import nn
+
+    from rewriter.planning import survey
+
+    if not isinstance(model, nn.Module):
+        return {}
+    return {entry.name: " >> ".join(entry.site.record.chain) for entry in survey(model) if entry.site}
+
+
+def _compare_chains(old: dict[str, str], new: dict[str, str]) -> list[dict[str, Any]]:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [
+        {"name": name, "change": "chain", "detail": f"{old.get(name, 'plain')} → {new.get(name, 'plain')}"}
+        for name in names
+    ]

@@ -1,0 +1,102 @@
+"""``reparam explain``: why each rule does or does not own a tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rewriter.cli._app import app
+from rewriter.cli._inputs import read_module, read_spec
+from rewriter.cli._options import Allow, AllowImport, Debug, Factory, Json, ModelPath, SpecFile, Trust
+from rewriter.cli._outcome import Outcome
+from rewriter.errors import PlanError
+
+if TYPE_CHECKING:
+    from rewriter.planning import Entry
+    from rewriter.spec import Rule, Selector
+
+
+@app.command()
+def explain(
+    spec: SpecFile,
+    model_file: ModelPath,
+    tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="The full name of a parameter or buffer.")],
+    model: Factory = None,
+    allow: Allow = None,
+    trust: Trust = False,
+    allow_import: AllowImport = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> Outcome:
+    """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
+    from rewriter._registry import suggestion
+    from rewriter.planning import survey
+
+    read = read_spec(spec, allow_import)
+    entries = survey(read_module(model_file, model, allow, trust))
+    found = next((entry for entry in entries if tensor in entry.names), None)
+    if found is None:
+        near = suggestion(tensor, [name for entry in entries for name in entry.names])
+        raise PlanError(f"{model_file} has no tensor {tensor!r}{near}")
+    members = [entry for entry in entries if _shares_owner(entry, found)]
+    claimed = {rule.name for rule in read.rules if _claims(rule, found, members)}
+    beaten = {name: rule.name for rule in read.rules if rule.name in claimed for name in rule.overrides}
+    verdicts = [_verdict(rule, found, claimed, beaten) for rule in read.rules]
+    owners = [verdict["rule"] for verdict in verdicts if verdict["owns"]]
+    document = {"tensor": tensor, "names": list(found.names), "owners": owners, "rules": verdicts}
+    lines = [f"{' = '.join(found.names)}: {_summary(owners)}", ""]
+    lines += [
+        f"{'✓' if verdict['owns'] else '·'} {verdict['rule']} ({verdict['where']}): {verdict['why']}"
+        for verdict in verdicts
+    ]
+    return Outcome(document, "\n".join(lines))
+
+
+def _summary(owners: list[str]) -> str:
+    if not owners:
+        return "no rule owns it"
+    if len(owners) > 1:
+        return f"an error: {' and '.join(owners)} both own it, and neither names the other in `overrides`"
+    return f"owned by {owners[0]}"
+
+
+def _verdict(rule: Rule, entry: Entry, claimed: set[str], beaten: dict[str, str]) -> dict[str, Any]:
+    claims = rule.name in claimed
+    owns = claims and rule.name not in beaten
+    return {"rule": rule.name, "where": str(rule.location), "owns": owns, "why": _why(rule, entry, claims, beaten)}
+
+
+def _why(rule: Rule, entry: Entry, claims: bool, beaten: dict[str, str]) -> str:
+    selected, excluded = _matching(rule.select, entry), _matching(rule.exclude, entry)
+    if claims and rule.name in beaten:
+        return f"select {selected or rule.select} matches, and rule {beaten[rule.name]!r} overrides it"
+    if claims and selected is None:
+        return f"it belongs to {', '.join(rule.joint)} of a module that select {rule.select} matches"
+    if claims:
+        chain = " >> ".join(map(str, rule.chain)) or "nothing (it is left alone)"
+        return f"select {selected} matches; it becomes {chain}"
+    if selected is None:
+        return f"select {rule.select} does not match"
+    return f"select {selected} matches, and except {excluded} takes it out"
+
+
+def _claims(rule: Rule, entry: Entry, members: list[Entry]) -> bool:
+    if rule.joint:
+        return entry.infos[0].tensor in rule.joint and any(_selects(rule, member) for member in members)
+    return _selects(rule, entry)
+
+
+def _selects(rule: Rule, entry: Entry) -> bool:
+    return _matching(rule.select, entry) is not None and _matching(rule.exclude, entry) is None
+
+
+def _matching(selector: Selector | None, entry: Entry) -> str | None:
+    if selector is None:
+        return None
+    matches = (str(one) for one in selector.alternatives if any(map(one.matches, entry.infos)))
+    return next(matches, None)
+
+
+def _shares_owner(one: Entry, other: Entry) -> bool:
+    return bool({info.owner for info in one.infos} & {info.owner for info in other.infos})

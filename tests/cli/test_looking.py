@@ -1,0 +1,85 @@
+"""The commands that only look: schema, catalog, inspect, explain, diff, draw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture
+def rewritten(reparam, folder):
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt").code == 0
+    return folder / "rewritten.pt"
+
+
+def test_schema_is_a_json_schema_that_accepts_the_example(reparam, folder):
+    jsonschema = pytest.importorskip("jsonschema")
+    yaml = pytest.importorskip("yaml")
+    schema = reparam("schema").out
+    assert reparam("schema", "--json").json == __import__("json").loads(schema)
+    jsonschema.validate(yaml.safe_load((folder / "spec.yaml").read_text()), reparam("schema", "--json").json)
+
+
+def test_catalog_lists_and_describes(reparam):
+    listed = reparam("catalog", "--json").json["parametrizations"]
+    assert {"orthogonal", "symmetric", "mask"} <= {entry["name"] for entry in listed}
+    assert "symmetric" in reparam("catalog").out
+    assert "transpose" in reparam("catalog", "symmetric").out
+    assert reparam("catalog", "symmetric", "--json").json["right_inverse"] is True
+    unknown = reparam("catalog", "symetric")
+    assert unknown.code == 2
+    assert "'symmetric'" in unknown.err
+
+
+def test_inspect_says_what_is_computed(reparam, rewritten):
+    tensors = {tensor["names"][0]: tensor for tensor in reparam("inspect", rewritten, "--json").json["tensors"]}
+    assert list(tensors) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert tensors["0.weight"]["chain"] == ["symmetric"]
+    assert tensors["0.weight"]["rule"] == "even"
+    assert tensors["0.bias"]["chain"] is None
+    assert "4 tensors, 2 of them computed" in reparam("inspect", rewritten).out
+
+
+def test_inspect_reads_exported_programs(reparam, folder):
+    torch.export.save(torch.export.export(nn.Linear(4, 2), (torch.ones(1, 4),)), folder / "model.pt2")
+    result = reparam("inspect", "model.pt2", "--json")
+    assert [tensor["names"] for tensor in result.json["tensors"]] == [["weight"], ["bias"]]
+
+
+def test_explain_names_the_rule_and_the_reason(reparam, folder):
+    (folder / "spec.yaml").write_text(
+        "reparam: 1\nrules:\n"
+        "  - {name: all, select: '*.weight', except: ['2.*'], chain: [symmetric]}\n"
+        "  - {name: first, select: ['x', '0.weight'], overrides: [all], expect: '0..', chain: [skew]}\n"
+    )
+    first = reparam("explain", "spec.yaml", "model.pt", "0.weight", "--json").json
+    assert first["owners"] == ["first"]
+    assert "rule 'first' overrides it" in first["rules"][0]["why"]
+    assert "select 0.weight matches; it becomes skew" in first["rules"][1]["why"]
+    second = reparam("explain", "spec.yaml", "model.pt", "2.weight").out
+    assert "no rule owns it" in second
+    assert "except 2.* takes it out" in second
+    unknown = reparam("explain", "spec.yaml", "model.pt", "2.wieght")
+    assert unknown.code == 4
+    assert "'2.weight'" in unknown.err
+
+
+def test_diff_tells_values_forms_and_chains(reparam, folder, rewritten):
+    torch.save(nn.Sequential(nn.Linear(4, 3)), folder / "other.pt")
+    assert reparam("diff", "model.pt", "model.pt", "--json").json["equal"] is True
+    assert "0.weight  form" in reparam("diff", "model.pt", "other.pt").out
+    changed = reparam("diff", "model.pt", rewritten, "--json").json
+    assert changed["equal"] is False
+    assert {row["name"]: row["detail"] for row in changed["chains"]} == {
+        "0.weight": "plain → symmetric",
+        "2.weight": "plain → symmetric",
+    }
+    reparam("bake", rewritten, "-o", "baked.pt")
+    rows = {row["name"]: row["change"] for row in reparam("diff", "model.pt", "baked.pt", "--json").json["tensors"]}
+    assert rows == {"0.weight": "values", "0.bias": "equal", "2.weight": "values", "2.bias": "equal"}
+
+
+def test_draw_writes_the_chain_out(reparam, rewritten):
+    assert "evaluate 0.weight: original >> symmetric" in reparam("draw", rewritten).out
+    assert reparam("draw", "model.pt", "--json").json["graph"][0] == "%1 = input"
