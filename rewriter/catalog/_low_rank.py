@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from rewriter._registry import register
 from rewriter.catalog._maps._checks import require_matrix, require_real, require_shape
+from rewriter.catalog._maps._householder import householder
+from rewriter.catalog._maps._orthonormal import haar, reflectors
 from rewriter.catalog._maps._precision import wide_dtype, widen
+from rewriter.catalog._maps._softplus import inverse_softplus
 from rewriter.errors import RewriterError
 
 
@@ -88,7 +91,7 @@ class LowRank(_Factored):
 
 @register("fixed_rank")
 class FixedRank(_Factored):
-    """Compute a matrix of rank exactly r: Q(U) diag(softplus s) Q(V)ᵀ, Q the orthonormal factor of a QR.
+    """Compute a matrix of rank exactly r: H(U) diag(softplus s) H(V)ᵀ, H a product of r reflections.
 
     >>> import torch
     >>> step = FixedRank(rank=2, weight=torch.eye(4))
@@ -113,7 +116,7 @@ class FixedRank(_Factored):
 
     def forward(self, U: Tensor, s: Tensor, V: Tensor) -> Tensor:
         scales = F.softplus(widen(s)).unsqueeze(-2)
-        return _product(_orthonormal(widen(U)) * scales, _orthonormal(widen(V))).to(U.dtype)
+        return _product(_orthonormal(U) * scales, _orthonormal(V)).to(U.dtype)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,14 +124,16 @@ class FixedRank(_Factored):
         U, S, V = self.truncated(value)
         least = torch.finfo(S.dtype).eps * S.amax(-1, keepdim=True).clamp_min(torch.finfo(S.dtype).eps)
         S = torch.maximum(S, least)
-        softplus_inverse = S + torch.log(-torch.expm1(-S))
-        return U.to(value.dtype), softplus_inverse.to(value.dtype), V.to(value.dtype)
+        dtype = value.dtype
+        return reflectors(U).to(dtype), inverse_softplus(S).to(dtype), reflectors(V).to(dtype)
 
     def sample(self) -> Tensor:
         """Return a random matrix of this rank with singular values in [0.5, 1.5]."""
-        U, V = self.random(self.size[-2], self.rank), self.random(self.size[-1], self.rank)
-        scales = torch.rand_like(U[..., :1, :]) + 0.5
-        return ((_orthonormal(U) * scales) @ _orthonormal(V).mT).to(self.dtype)
+        *lead, m, n = self.size
+        wide = wide_dtype(self.dtype)
+        U, V = haar((*lead, m, self.rank), wide, self.device), haar((*lead, n, self.rank), wide, self.device)
+        value: Tensor = U * (torch.rand_like(U[..., :1, :]) + 0.5) @ V.mT
+        return value.to(self.dtype)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -143,8 +148,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _orthonormal(X: Tensor) -> Tensor:
-    Q, R = torch.linalg.qr(X)
-    signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
-    # With these signs the factor is unique, and orthonormal columns are their own.
-    unique: Tensor = Q * signs.unsqueeze(-2)
-    return unique
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return householder(widen(X))
+    else:
+        if not torch.is_autocast_enabled(X.device.type):
+            return householder(widen(X))
+        with torch.autocast(X.device.type, enabled=False):
+            return householder(widen(X))
