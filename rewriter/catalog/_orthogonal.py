@@ -82,7 +82,8 @@ class Orthogonal(Precise):
         elif self.map == "cayley":
             Q = cayley(A)
         else:
-            Q = householder(A)
+            # With a base all signs are stored as -1; weight decay may take them to zero and a little beyond.
+            Q = householder(A, 0.5 if self.trivialization else 0.0)
         Q = self._rebased(Q)
         return Q.mT if wide else Q
 

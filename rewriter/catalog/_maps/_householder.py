@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def householder(X: Tensor, width: int = 128) -> Tensor:
+def householder(X: Tensor, positive: float = 0.0, width: int = 128) -> Tensor:
     """Return the first k columns of the product of k reflections, with the signs on the diagonal of X.
 
     Reflection j has the vector of column j of X below the diagonal, under a one. In the compact WY form the product
@@ -17,6 +17,7 @@ def householder(X: Tensor, width: int = 128) -> Tensor:
 
     Arguments:
         X: real, of shape ``(..., n, k)`` with n >= k.
+        positive: the least entry of the diagonal that counts as the sign plus.
         width: the most reflections in one block. Wider blocks spend more on triangles, narrower ones on overhead.
     """
     k = X.size(-1)
@@ -27,7 +28,7 @@ def householder(X: Tensor, width: int = 128) -> Tensor:
         start = (blocks - 1 - i) * width
         stop = min(start + width, k)
         Q = _reflect(X[..., start:, start:stop], Q, i == 0)
-    sign = torch.where(X.detach().diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(X.dtype)
+    sign = torch.where(X.detach().diagonal(dim1=-2, dim2=-1) < positive, -1.0, 1.0).to(X.dtype)
     signed: Tensor = Q * sign.unsqueeze(-2)
     return signed
 

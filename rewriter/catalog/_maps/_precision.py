@@ -28,7 +28,7 @@ class Precise(nn.Module):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.value(widen(X)).to(X.dtype)
         else:
-            if not torch.is_autocast_enabled(X.device.type):
+            if X.is_meta or not torch.is_autocast_enabled(X.device.type):
                 return self.value(widen(X)).to(X.dtype)
             with torch.autocast(X.device.type, enabled=False):
                 return self.value(widen(X)).to(X.dtype)
