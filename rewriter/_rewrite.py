@@ -22,7 +22,7 @@ from rewriter.passes import (
 from rewriter.planning._prepare import Prepared, prepare
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
-from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session, attach, open_root, site_path
+from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session, attach, open_path, site_path
 from rewriter.spec import Spec, load_spec
 
 
@@ -63,14 +63,21 @@ def _rewrite(target: nn.Module, spec: Spec, capture: str) -> nn.Module:
     prepared = prepare(target, spec, capture)
     if not prepared.new:
         return target
-    session = _session(prepared)
-    for claim, site in prepared.new:
-        _attach(claim, site, session)
-    _connect(prepared)
+    session = attach_sites(prepared)
     if prepared.capture.root == "module":
-        open_root(target, session)
+        open_path(target, (name for _, site in prepared.new for name in site.record.names), session)
         return target
     return _rewrite_graph(target, prepared, session)
+
+
+def attach_sites(prepared: Prepared) -> Session:
+    """Put the sites that were built into the model's modules; from here on the model is another one."""
+    session = prepared.present[0][1].session if prepared.present else Session()
+    order = {id(entry): index for index, entry in enumerate(prepared.entries)}
+    for claim, site in sorted(prepared.new, key=lambda pair: order[id(pair[0].entries[0])]):
+        _attach(claim, site, session)
+    _connect(prepared)
+    return session
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -80,10 +87,6 @@ def _copied(model: nn.Module) -> nn.Module:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({problem}); detach what it caches, or use inplace=True"
         ) from problem
-
-
-def _session(prepared: Prepared) -> Session:
-    return prepared.present[0][1].session if prepared.present else Session()
 
 
 def _attach(claim: Claim, site: ParametrizedTensor, session: Session) -> None:
@@ -129,12 +132,12 @@ def _place(entry: Entry) -> tuple[nn.Module, str]:
     return entry.owners[0]
 
 
-def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session) -> nn.Module:
+def rewriting_of(root: nn.Module, prepared: Prepared, session: Session) -> Rewriting:
+    """Return what the passes work on: the captured graph and the sites attached to `root`."""
     graph = prepared.capture.graph
     assert graph is not None
-    before = outline(graph)
     sites = [site for _, site in (*prepared.new, *prepared.present)]
-    rewriting = Rewriting(
+    return Rewriting(
         root=root,
         graph=graph,
         paths={site: site_path(site) for site in sites},
@@ -142,6 +145,12 @@ def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session) -> nn.
         session=session,
         order=sites,
     )
+
+
+def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session) -> nn.Module:
+    rewriting = rewriting_of(root, prepared, session)
+    graph = rewriting.graph
+    before = outline(graph)
     run_passes(rewriting, [open_pass, insert_pass, cache_pass, prune_pass, verify_against(before)])
     if isinstance(root, RewrittenModule):
         root.graph = graph

@@ -40,4 +40,4 @@ def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with collector_paused(), torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-        return plan_of(model, prepare(model, read, capture))
+        return plan_of(model, prepare(model, read, capture, measure=True))

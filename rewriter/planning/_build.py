@@ -93,7 +93,8 @@ def build(
         memory=rule.memory,
     )
     site = ParametrizedTensor(steps, _stored_tensors(claim, steps, originals), record)
-    site.train(claim.entries[0].owners[0][0].training)
+    if not claim.entries[0].owners[0][0].training:
+        site.eval()
     return site
 
 
@@ -230,8 +231,13 @@ def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequenc
     return [nn.Parameter(original, requires_grad=trained and not frozen) for original in originals]
 
 
-def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Tensor]) -> float | None:
-    """Return how far the chain moves the tensor, relative to its norm; ``None`` where there are no numbers (meta).
+def check_value(
+    claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Tensor], *, measure: bool
+) -> float | None:
+    """Return how far the chain moves the tensor, relative to its norm; ``None`` where that has no meaning.
+
+    Arguments:
+        measure: whether to find the distance; otherwise only shape and dtype are looked at.
 
     Raises:
         BuildError: the chain fails, or gives another shape or dtype and the rule is not `unsafe`.
@@ -254,7 +260,7 @@ def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Ten
                     f"{dtype_name(before.dtype)}{list(before.shape)}; if that is meant, say `unsafe: true`"
                 )
             moved = None
-        elif before.is_meta:
+        elif before.is_meta or not measure:
             moved = None
         elif moved is not None:
             moved = max(moved, _distance(result, before))

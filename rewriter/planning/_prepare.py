@@ -40,8 +40,14 @@ class Prepared:
     moved: dict[ParametrizedTensor, float | None] = field(default_factory=dict)
 
 
-def prepare(model: nn.Module, spec: Spec, mode: str) -> Prepared:
+def prepare(model: nn.Module, spec: Spec, mode: str, *, measure: bool = False) -> Prepared:
     """Resolve, capture and build; the model is only read.
+
+    Arguments:
+        model: the model.
+        spec: what to put into it.
+        mode: how to capture it.
+        measure: whether to find how far each value moves.
 
     Raises:
         PlanError: the spec does not fit the model; every reason is listed.
@@ -57,7 +63,7 @@ def prepare(model: nn.Module, spec: Spec, mode: str) -> Prepared:
     owners = [name.rpartition(".")[0] for claim, _ in present for entry in claim.entries for name in entry.names]
     owners += [name.rpartition(".")[0] for claim in claims for entry in claim.entries for name in entry.names]
     prepared = Prepared(spec, entries, capture(model, owners, mode), present=present)
-    _build_all(prepared, claims, problems)
+    _build_all(prepared, claims, problems, measure)
     if problems:
         raise PlanError.of(problems)
     return prepared
@@ -152,7 +158,9 @@ def reads_of(rule: Rule) -> list[str]:
     return source + [name for step in rule.chain for name in step.inputs]
 
 
-def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic]) -> None:
+def _build_all(
+    prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool
+) -> None:
     values = _Values(prepared)
     shared: dict[str, list[nn.Module]] = {}
     extra = _planned_together(claims)
@@ -164,7 +172,7 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
         try:
             inputs = {name: values[name] for name in reads_of(rule)}
             site = build(claim, inputs, shared.get(rule.name), extra.get(id(claim)))
-            prepared.moved[site] = check_value(claim, site, inputs)
+            prepared.moved[site] = check_value(claim, site, inputs, measure=measure)
         except BuildError as problem:
             failures.setdefault((rule.name, str(problem)), []).append(claim.name)
             continue

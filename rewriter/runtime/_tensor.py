@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rewriter.runtime._holding import Holding
 from rewriter.runtime._record import Member, Record
+from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._scope import Session
 
 
@@ -26,14 +27,22 @@ class ParametrizedTensor(nn.Module):
         record: what the site computes and replaced.
     """
 
+    record: Record
+    session: Session
+    original_names: tuple[str, ...]
+    holding: Holding
+    trained_before: dict[str, bool] | None
+    """While the site is frozen: which of its parameters were trained before."""
+    hoisted: int
+    """How many of the first steps depend on nothing that is trained; their result is kept."""
+    _places: tuple[tuple[Any, str], ...]
+
     def __init__(self, steps: Sequence[nn.Module], originals: Sequence[Tensor], record: Record) -> None:
         super().__init__()
-        self.record = record
-        self.session = Session()
-        self._places: tuple[tuple[Any, str], ...] = ()
-        single = record.source is None and sum(record.stored) == 1 and len(originals) == 1
-        names = ["original"] if single else [f"original{index}" for index in range(len(originals))]
-        self.original_names = tuple(names)
+        names = ("original",) if len(originals) == 1 else tuple(f"original{index}" for index in range(len(originals)))
+        # Module.__setattr__ looks for parameters in every value, which tells in a model of thousands of sites.
+        self.__dict__.update(record=record, session=Session(), original_names=names, _places=())
+        self.__dict__.update(holding=Holding(record.cache == "version"), trained_before=None, hoisted=0)
         for name, original in zip(names, originals, strict=True):
             if isinstance(original, nn.Parameter):
                 self.register_parameter(name, original)
@@ -45,21 +54,34 @@ class ParametrizedTensor(nn.Module):
     @property
     def steps(self) -> list[nn.Module]:
         """The parametrizations in the order in which they are applied."""
-        return [getattr(self, str(index)) for index in range(len(self.record.chain))]
+        return [module for module in self._modules.values() if module is not None]
 
     @property
     def originals(self) -> list[Tensor]:
         """The stored tensors, in the order in which the steps read them."""
         return [getattr(self, name) for name in self.original_names]
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0) -> Any:
         """Return the value: a tensor, or a tuple of them for a joint site.
 
         Arguments:
             inputs: the model's tensors named in ``record.reads``, in that order.
+            cast: give the value in autocast's precision where autocast is on: all its uses would cast it.
+            batch: values that were evaluated together with those of other sites, if they were.
+            slot: which of them is this site's.
         """
+        if batch is not None:
+            value = batch[slot]
+        elif self.holding.busy:
+            value = self.holding.value(self, inputs)
+        else:
+            value = self.advance(*inputs)
+        return _autocast(value) if cast and _autocast_anywhere() else value
+
+    def advance(self, *inputs: Tensor) -> Any:
+        """Evaluate for a new forward: a state advances, unless it did so for this forward already."""
         if self.training and _in_backward():
-            # A checkpointed region runs again: the state has advanced for this forward already.
+            # A checkpointed region runs again.
             return self.settled().evaluate(*inputs)
         return self.evaluate(*inputs)
 
@@ -69,29 +91,80 @@ class ParametrizedTensor(nn.Module):
         Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
         of the value is what autocast casts.
         """
-        device = self._device_type()
-        if device is not None and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.compose(*inputs)
+        if _autocast_anywhere():
+            device = self._device_type()
+            if device is not None and torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return self._run(*inputs)
+        return self._run(*inputs)
+
+    def _run(self, *inputs: Tensor) -> Any:
+        if self.record.memory == "recompute":
+            return recomputed(self, inputs)
         return self.compose(*inputs)
 
     def compose(self, *inputs: Tensor) -> Any:
         """Apply the steps to the stored tensors, in the precision that is on."""
+        if self.hoisted and not torch.compiler.is_compiling():
+            return self._compose_rest(*inputs)
         return apply_chain(self.record, self.steps, self.originals, inputs)
+
+    def _compose_rest(self, *inputs: Tensor) -> Any:
+        count = self.hoisted
+        steps, originals = self.steps, self.originals
+        used = originals[: sum(self.record.stored[:count])]
+
+        def first() -> Any:
+            return apply_steps(self.record, steps[:count], used, ())
+
+        value = self.holding.keep("hoisted", steps[:count], used, first)
+        return apply_chain(self.record, steps, originals, inputs, count, value)
 
     def settled(self) -> ParametrizedTensor:
         """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here."""
         clone: ParametrizedTensor = _settled(self)
+        clone.holding = Holding()
         return clone
 
     def read(self, *inputs: Tensor) -> Any:
         """Return the value without advancing any state, random numbers included."""
+        if self.holding.frozen:
+            return self.holding.frozen_value(self, inputs)
         with torch.random.fork_rng(devices=[]):
             return self.settled().evaluate(*inputs)
 
     def _device_type(self) -> str | None:
-        tensors = itertools.chain(self.parameters(), self.buffers())
-        return next((tensor.device.type for tensor in tensors), None)
+        for name in self.original_names:
+            return getattr(self, name).device.type  # type: ignore[no-any-return]
+        return next((tensor.device.type for tensor in _tensors_of(self)), None)
+
+    # Held values belong to this object and this moment: copies start without, conversions and loading drop them.
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParametrizedTensor:
+        self.holding.drop()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.holding.drop()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.holding = Holding(self.holding.versioned, self.holding.frozen)
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "holding"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.holding = Holding(self.record.cache == "version", self.trained_before is not None)
+
+    def __copy__(self) -> ParametrizedTensor:
+        clone: ParametrizedTensor = self.__class__.__new__(self.__class__)
+        clone.__setstate__(self.__getstate__())
+        return clone
 
     # How a module that torch.fx cannot trace reads the value: an attribute access finds the running forward.
 
@@ -132,7 +205,12 @@ class ParametrizedTensor(nn.Module):
 
 
 def apply_chain(
-    record: Record, steps: Sequence[Callable[..., Any]], originals: Sequence[Tensor], inputs: Sequence[Tensor]
+    record: Record,
+    steps: Sequence[Callable[..., Any]],
+    originals: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    done: int = 0,
+    value: Any = None,
 ) -> Any:
     """Return what `steps` make of the stored tensors: plain tensor code, which torch.fx can record step by step.
 
@@ -141,24 +219,40 @@ def apply_chain(
         steps: the parametrizations, or what stands for them.
         originals: the stored tensors.
         inputs: the tensors named in ``record.reads``.
+        done: how many steps have run already, all without `inputs`.
+        value: what they gave.
     """
+    value = apply_steps(record, steps, originals, inputs, done, value)
+    if len(record.members) > 1:
+        return tuple(value[index] for index in range(len(record.members)))
+    return value if record.layout.plain else record.layout.outward(value)
+
+
+def apply_steps(
+    record: Record,
+    steps: Sequence[Callable[..., Any]],
+    originals: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    done: int = 0,
+    value: Any = None,
+) -> Any:
+    """Return what the last of `steps` gives, in the chain's own view of the tensor; arguments as `apply_chain`."""
     layout = record.layout
     stored = list(originals)
     if record.outer:
         stored[0] = layout.inward(stored[0])
     further = iter(inputs)
-    value: Any = None
     if record.source is not None:
         value = layout.inward(next(further))
     for index, step in enumerate(steps):
         arguments, stored = stored[: record.stored[index]], stored[record.stored[index] :]
+        if index < done:
+            continue
         if value is not None:
             arguments.insert(record.carries[index], value)
         arguments += [next(further) for _ in record.inputs[index]]
         value = step(*arguments)
-    if len(record.members) > 1:
-        return tuple(value[index] for index in range(len(record.members)))
-    return value if layout.plain else layout.outward(value)
+    return value
 
 
 class _Reference:
@@ -180,6 +274,25 @@ def _settled(module: Any) -> Any:
         name: None if child is None else _settled(child) for name, child in module._modules.items()
     }
     return clone
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _autocast_anywhere() -> bool:
+    # Asking for one device needs the device; most forwards run without autocast and should not pay for finding it.
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+
+
+def _autocast(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_autocast, value))
+    kind = value.device.type
+    if value.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return value
+    return value.to(torch.get_autocast_dtype(kind))
 
 
 def _in_backward() -> bool:

@@ -1,0 +1,217 @@
+"""Every key of a rule does what the spec language says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter import PlanError, bake, plan, rewrite
+
+Rule = Callable[..., dict[str, Any]]
+CAPTURES = pytest.mark.parametrize("capture", ["graph", "module"])
+
+
+class Orthonormal(nn.Module):
+    """Rows made orthonormal, one matrix at a time; does not batch."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        assert X.ndim == 2
+        return torch.linalg.qr(X.mT).Q.mT
+
+
+class Lstm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+@CAPTURES
+def test_per_acts_on_each_gate_on_its_own(capture: str, rule: Rule) -> None:
+    model, x = Lstm().double(), torch.randn(5, 2, 3, dtype=torch.float64)
+    for chain in (Orthonormal(), {"orthogonal": {"map": "cayley"}}):
+        new = rewrite(model, rule("lstm.weight_hh_l0", chain, per={"dim": 0, "chunks": 4}), capture=capture)
+        value = new.lstm.weight_hh_l0
+        for gate in value.chunk(4, 0):
+            torch.testing.assert_close(gate @ gate.T, torch.eye(4, dtype=torch.float64))
+        reference = copy.deepcopy(model)
+        with torch.no_grad():
+            reference.lstm.weight_hh_l0.copy_(value)
+        torch.testing.assert_close(new(x), reference(x))
+        torch.testing.assert_close(bake(new)(x), reference(x))
+
+
+@CAPTURES
+def test_reshape_shows_the_chain_a_matrix(capture: str, rule: Rule) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
+    new = rewrite(model, rule("0.weight", Orthonormal(), reshape=["out", -1]), capture=capture)
+    matrix = new.get_submodule("0").weight.reshape(4, 27)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(4, dtype=torch.float64))
+    assert new.state_dict()["0.parametrizations.weight.original"].shape == (4, 3, 3, 3)
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(new(x), bake(new)(x))
+    if capture == "graph":
+        torch.testing.assert_close(torch.jit.script(bake(new))(x), new(x))
+
+
+class AutoEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(5, 3), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(torch.tanh(self.encoder(x)))
+
+
+@CAPTURES
+def test_from_computes_a_tensor_from_another_and_stores_nothing(capture: str, rule: Rule) -> None:
+    model, x = AutoEncoder().double(), torch.randn(2, 5, dtype=torch.float64)
+    new = rewrite(model, rule("decoder.weight", "transpose", **{"from": "encoder.weight"}), capture=capture)
+    assert "decoder.weight" not in new.state_dict()
+    assert not [key for key in new.state_dict() if "decoder.parametrizations" in key]
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.decoder.weight.copy_(model.encoder.weight.T)
+    torch.testing.assert_close(new(x), reference(x))
+    new(x).sum().backward()
+    reference(x).sum().backward()
+    expected = reference.encoder.weight.grad + reference.decoder.weight.grad.T
+    torch.testing.assert_close(new.encoder.weight.grad, expected)
+    baked = bake(new)
+    assert list(baked.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(baked(x), reference(x))
+
+
+@CAPTURES
+def test_a_source_may_be_parametrized_itself_and_is_evaluated_once(
+    capture: str, counted: nn.Module, count: Any
+) -> None:
+    model, x = AutoEncoder().double(), torch.randn(2, 5, dtype=torch.float64)
+    spec = {
+        "reparam": 1,
+        "rules": [
+            {"name": "source", "select": "encoder.weight", "chain": [counted], "init": "raw"},
+            {"name": "tied", "select": "decoder.weight", "from": "encoder.weight", "chain": ["transpose"]},
+        ],
+    }
+    new = rewrite(model, spec, capture=capture)
+    count.total = 0
+    y = new(x)
+    assert count.total == 1
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.encoder.weight.div_(2)
+        reference.decoder.weight.copy_(reference.encoder.weight.T)
+    torch.testing.assert_close(y, reference(x))
+    torch.testing.assert_close(bake(new)(x), y)
+    part = bake(new, only=["source"])
+    torch.testing.assert_close(part(x), y)
+
+
+@CAPTURES
+def test_a_step_takes_further_tensors_of_the_model(capture: str, rule: Rule) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double(), torch.randn(2, 4, dtype=torch.float64)
+    affine = {"affine": {"inputs": ["0.weight"]}}
+    new = rewrite(model, rule("1.weight", {"scale": {"factor": 2.0}}, affine, init="raw"), capture=capture)
+    step = new.get_submodule("1.parametrizations.weight.1")
+    weights = model[0].weight.detach(), model[1].weight.detach()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference[1].weight.copy_(step(2 * weights[1], weights[0]))
+    torch.testing.assert_close(new(x), reference(x))
+    new(x).sum().backward()
+    assert new.get_parameter("0.weight").grad is not None
+    torch.testing.assert_close(bake(new)(x), reference(x))
+
+
+@CAPTURES
+def test_joint_computes_several_tensors_of_one_module(capture: str, rule: Rule) -> None:
+    class Fold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+
+        def forward(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            return weight * self.gain, bias * self.gain + 1
+
+        def right_inverse(self, values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return values[0] / self.gain, (values[1] - 1) / self.gain
+
+    model, x = AutoEncoder().double(), torch.randn(2, 5, dtype=torch.float64)
+    spec = rule({"module": "Linear", "path": "*coder"}, Fold(), joint=["weight", "bias"])
+    p = plan(model, spec)
+    assert [site.names for site in p] == [("encoder.weight", "encoder.bias"), ("decoder.weight", "decoder.bias")]
+    assert all(site.moved < 1e-12 for site in p)
+    new = rewrite(model, spec, capture=capture)
+    torch.testing.assert_close(new(x), model(x))
+    new(x).sum().backward()
+    assert all(p.grad is not None for p in new.parameters())
+    baked = bake(new)
+    assert list(baked.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(baked(x), model(x))
+
+
+def test_share_uses_one_parametrization_for_all_sites(rule: Rule) -> None:
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, X: Tensor) -> Tensor:
+            return X * self.gain
+
+    model = AutoEncoder()
+    shared = rewrite(model, rule("*.weight", Gain(), share=True))
+    apart = rewrite(model, rule("*.weight", Gain()))
+    assert sum(1 for _ in shared.parameters()) == 5
+    assert sum(1 for _ in apart.parameters()) == 6
+    one, two = (getattr(shared.get_submodule(f"{side}.parametrizations.weight"), "0") for side in ("encoder", "decoder"))
+    assert one is two
+
+
+def test_init_says_how_the_first_value_is_set(rule: Rule) -> None:
+    model = nn.Sequential(nn.Linear(6, 6, bias=False))
+    weight = model[0].weight.detach()
+    orthogonal = {"orthogonal": {"map": "cayley"}}
+    keep = rewrite(model, rule("0.weight", "symmetric")).get_submodule("0")
+    torch.testing.assert_close(keep.weight, (weight + weight.T) / 2)  # the nearest one
+    raw = rewrite(model, rule("0.weight", "symmetric", init="raw")).get_submodule("0")
+    assert torch.equal(raw.parametrizations.weight.original, weight)
+    torch.manual_seed(1)
+    sampled = rewrite(model, rule("0.weight", orthogonal, init="sample")).get_submodule("0").weight
+    torch.testing.assert_close(sampled @ sampled.T, torch.eye(6))
+    again = rewrite(model, rule("0.weight", orthogonal, init="sample")).get_submodule("0").weight
+    assert not torch.allclose(sampled, again)
+    with pytest.raises(PlanError, match="needs a step that can draw from its space"):
+        rewrite(model, rule("0.weight", Orthonormal(), init="sample"))
+
+
+def test_unsafe_allows_another_shape(rule: Rule) -> None:
+    class Twice(nn.Module):
+        def forward(self, X: Tensor) -> Tensor:
+            return torch.cat([X, X])
+
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    with pytest.raises(PlanError, match="unsafe: true"):
+        rewrite(model, rule("0.weight", Twice()))
+    new = rewrite(model, rule("0.weight", Twice(), unsafe=True))
+    assert new(torch.randn(1, 3)).shape == (1, 4)
+    assert bake(new).get_parameter("0.weight").shape == (4, 3)
+
+
+def test_several_originals_in_the_middle_of_a_chain(rule: Rule) -> None:
+    model = nn.Sequential(nn.Linear(5, 5, bias=False)).double()
+    new = rewrite(model, rule("0.weight", "symmetric", "weight_norm"))
+    keys = [key for key in new.state_dict() if "original" in key]
+    assert keys == ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
+    v, g = (new.state_dict()[key] for key in keys)
+    direction = v.triu() + v.triu(1).T
+    expected = g * direction / direction.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(new.get_submodule("0").weight, expected)
