@@ -125,7 +125,9 @@ class FixedRank(_Factored):
         least = torch.finfo(S.dtype).eps * S.amax(-1, keepdim=True).clamp_min(torch.finfo(S.dtype).eps)
         S = torch.maximum(S, least)
         dtype = value.dtype
-        return reflectors(U).to(dtype), inverse_softplus(S).to(dtype), reflectors(V).to(dtype)
+        # torch has no geqrf for meta tensors, of which only the shapes matter.
+        left, right = (U, V) if value.is_meta else (reflectors(U), reflectors(V))
+        return left.to(dtype), inverse_softplus(S).to(dtype), right.to(dtype)
 
     def sample(self) -> Tensor:
         """Return a random matrix of this rank with singular values in [0.5, 1.5]."""
@@ -141,7 +143,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return left @ right.mT
     else:
-        if not torch.is_autocast_enabled(left.device.type):
+        if left.is_meta or not torch.is_autocast_enabled(left.device.type):
             return left @ right.mT
         with torch.autocast(left.device.type, enabled=False):
             return left @ right.mT
@@ -151,7 +153,7 @@ def _orthonormal(X: Tensor) -> Tensor:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return householder(widen(X))
     else:
-        if not torch.is_autocast_enabled(X.device.type):
+        if X.is_meta or not torch.is_autocast_enabled(X.device.type):
             return householder(widen(X))
         with torch.autocast(X.device.type, enabled=False):
             return householder(widen(X))

@@ -41,6 +41,8 @@ class FixedMask(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "x".join(str(n) for n in self.mask.shape)
+        if self.mask.is_meta:
+            return shape
         return f"{shape}, {self.mask.count_nonzero().item()} of {self.mask.numel()} kept"
 
 
@@ -117,7 +119,7 @@ def as_mask(mask: Tensor, weight: Tensor | None = None) -> Tensor:
             )
         mask = mask.to(weight.device)[(None,) * (weight.dim() - mask.dim())]
     kept = mask != 0
-    if torch.equal(kept.to(mask.dtype), mask):
+    if mask.is_meta or torch.equal(kept.to(mask.dtype), mask):
         return kept
     return mask.to(weight.dtype, copy=True) if weight is not None else mask.clone()
 

@@ -147,6 +147,8 @@ class _Global(FixedMask):
         cls, weights: Sequence[Tensor], names: Sequence[str] = (), *, amount: int | float
     ) -> list[dict[str, Any]]:
         """Return for each of a rule's tensors how many of its entries the common budget takes."""
+        if any(weight.is_meta for weight in weights):
+            return [{"count": 0} for _ in weights]
         entries = [weight.detach().flatten().to(weights[0].device) for weight in weights]
         chosen = torch.split(kept(cls.criterion, torch.cat(entries), amount), [len(part) for part in entries])
         return [{"count": int((part == 0).sum())} for part in chosen]

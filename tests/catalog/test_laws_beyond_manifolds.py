@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rewriter._registry import construct, find
 from rewriter.testing import check_parametrization
 
 ROUNDING = ("gradient", "second gradient")
@@ -64,3 +65,19 @@ IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
 @pytest.mark.parametrize(("name", "arguments", "skip"), CASES, ids=IDS)
 def test_the_laws_hold(name: str, arguments: dict[str, Any], skip: tuple[str, ...]) -> None:
     check_parametrization(name, (4, 6), arguments=arguments, skip=skip)
+
+
+@pytest.mark.parametrize(("name", "arguments", "skip"), CASES, ids=IDS)
+def test_shapes_are_known_on_the_meta_device(
+    name: str, arguments: dict[str, Any], skip: tuple[str, ...]
+) -> None:
+    on_cpu, on_meta = torch.randn(4, 6), torch.empty(4, 6, device="meta")
+    shapes = []
+    for weight in (on_cpu, on_meta):
+        step = construct(find(name), weight, arguments)
+        assert repr(step)
+        X: Any = step.right_inverse(weight)  # type: ignore[operator]
+        value = step(*(X if isinstance(X, tuple) else (X,)))
+        assert value.device == weight.device
+        shapes.append((value.shape, value.dtype))
+    assert shapes[0] == shapes[1]
