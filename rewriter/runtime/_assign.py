@@ -49,6 +49,17 @@ def invert(site: ParametrizedTensor, value: Any, inputs: Sequence[Tensor] = ()) 
 
 
 @torch.no_grad()
+def has_value(site: ParametrizedTensor, name: str, value: Any) -> bool:
+    """Say whether one of the tensors that `site` computes, by its name at the owner, is `value` already."""
+    member = site.member(name)
+    if not isinstance(value, Tensor) or value.is_meta or tuple(value.shape) != member.shape:
+        return False
+    found = site.read(*site.read_inputs())
+    now: Tensor = found if len(site.record.members) == 1 else found[site.position(name)]
+    return (now.dtype, now.device) == (value.dtype, value.device) and torch.equal(now, value)
+
+
+@torch.no_grad()
 def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
     """Set the stored tensors of `site` so that it computes `value`.
 

@@ -8,10 +8,13 @@ name is a property. Graphs never read that property; user code does, and so do m
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.jit import ScriptModule
 
 from rewriter.errors import ModelFileError
 from rewriter.io._names import loadable
@@ -59,11 +62,25 @@ def open_root(root: nn.Module, session: Session) -> None:
     _adopt(root, tuple(sites_of(root)), session)
 
 
+def open_path(root: nn.Module, names: Iterable[str], session: Session) -> None:
+    """Open `root` and every module on the way to the tensors called `names`, so that each can be called on its own."""
+    paths = {""}
+    for name in names:
+        path = name.rpartition(".")[0]
+        while path not in paths:
+            paths.add(path)
+            path = path.rpartition(".")[0]
+    for path in paths:
+        module = root.get_submodule(path)
+        if SESSION not in module.__dict__ and _is_callable(module):
+            open_root(module, session)
+
+
 def release(module: nn.Module) -> None:
     """Give `module` its own class back."""
     if isinstance(module, fx.GraphModule):
         return
-    module.__class__ = plain_class(module)
+    object.__setattr__(module, "__class__", plain_class(module))
     module.__dict__.pop(SESSION, None)
 
 
@@ -113,21 +130,57 @@ def _adopt(owner: nn.Module, tensors: tuple[str, ...], session: Session) -> None
     if isinstance(owner, fx.GraphModule):
         return
     plain: Any = plain_class(owner)
-    owner.__class__ = _owner_class(plain, tensors)
+    # A class may guard its attributes with a __setattr__ of its own.
+    object.__setattr__(owner, "__class__", _owner_class(plain, tensors))
     owner.__dict__[SESSION] = session
 
 
-@functools.cache
+def _is_callable(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward and not isinstance(module, (fx.GraphModule, ScriptModule))
+
+
+# The classes live as long as their instances: none is left behind once a model is baked.
+_owner_classes: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[str, ...], Any]]
+_owner_classes = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
 def _owner_class(plain: Any, tensors: tuple[str, ...]) -> Any:
     """Return the subclass of `plain` in which `tensors` are computed."""
+    with _making:
+        made = _owner_classes.setdefault(plain, weakref.WeakValueDictionary())
+        found = made.get(tensors)
+        if found is None:
+            found = made[tensors] = _subclass(plain, _owner_body(plain, tensors))
+        return found
 
+
+def _subclass(plain: Any, body: dict[str, Any]) -> Any:
+    """Return a subclass of `plain` without running what `plain` does when somebody writes a subclass of it."""
+    if type(plain) is not type:
+        return type(plain)(plain.__name__, (plain,), body)
+    made: Any = type(plain.__name__, (nn.Module,), body)
+    try:
+        made.__bases__ = (plain,)
+    except TypeError:  # slots
+        made = type(plain.__name__, (plain,), body)
+    return made
+
+
+def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         handed = kwargs.pop(HANDED, None)
-        session: Session = self.__dict__[SESSION]
-        if handed is None and session.frame is not None:
-            return plain.forward(self, *args, **kwargs)
-        frame = Frame()
-        if handed is not None:
+        session: Session | None = self.__dict__.get(SESSION)
+        if session is None:  # a copy made by the class's own means
+            session = _shared_session(self)
+        if handed is None:
+            frame = session.frame
+            if frame is not None and session.running.frame is frame:
+                return plain.forward(self, *args, **kwargs)
+            if frame is None:
+                frame = Frame()
+        else:
+            frame = Frame()
             frame.values.update(zip(handed_sites(self), handed, strict=True))
         with session.begin(frame):
             return plain.forward(self, *args, **kwargs)
@@ -138,11 +191,21 @@ def _owner_class(plain: Any, tensors: tuple[str, ...]) -> Any:
 
     def assign(self: Any, name: str, value: Any) -> None:
         if name in tensors:
-            from rewriter.runtime._assign import assign_value
+            from rewriter.runtime._assign import assign_value, has_value
 
-            assign_value(sites_of(self)[name], name, value)
+            site = sites_of(self)[name]
+            if not has_value(site, name, value):  # tying weights that are tied already comes to that
+                assign_value(site, name, value)
         else:
             plain.__setattr__(self, name, value)
+
+    def get_parameter(self: Any, target: str) -> Any:
+        path, _, name = target.rpartition(".")
+        owner = self.get_submodule(path)
+        computed = sites_of(owner).get(name)
+        if computed is not None and computed.member(name).kind == "parameter":
+            return getattr(owner, name)
+        return plain.get_parameter(self, target)
 
     body: dict[str, Any] = {
         "__module__": plain.__module__,
@@ -151,12 +214,20 @@ def _owner_class(plain: Any, tensors: tuple[str, ...]) -> Any:
         "_reparam_plain": plain,
         "__reduce_ex__": reduce,
         "__setattr__": assign,
+        "get_parameter": get_parameter,
         "forward": functools.wraps(plain.forward)(forward),
     }
     body.update({tensor: _value_property(tensor) for tensor in tensors})
     if issubclass(plain, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
-    return type(plain.__name__, (plain,), body)
+    return body
+
+
+def _shared_session(module: nn.Module) -> Session:
+    sites = (site for site in module.modules() if isinstance(site, ParametrizedTensor))
+    session = next((site.session for site in sites), None) or Session()
+    module.__dict__[SESSION] = session
+    return session
 
 
 def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:
@@ -167,7 +238,10 @@ def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:
 
 def _value_property(tensor: str) -> property:
     def read(self: Any) -> Any:
-        return sites_of(self)[tensor].current_member(tensor)
+        site = self.__dict__["_modules"][CONTAINER]._modules.get(tensor)
+        if site is None or len(site.record.members) > 1:  # one site computes several tensors
+            site = sites_of(self)[tensor]
+        return site.current_member(tensor)
 
     return property(read, doc=f"The value of `{tensor}`, computed by its chain of parametrizations.")
 

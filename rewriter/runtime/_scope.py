@@ -8,8 +8,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rewriter.io._names import loadable
+from rewriter.runtime._checkpoint import Region, graph_task, region_of_backward, region_of_forward
 
 
 class Frame:
@@ -17,8 +19,10 @@ class Frame:
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
         self.values: dict[Any, Any] = dict(given or {})
+        self.drawn: dict[Any, Region] = {}
         self.grad = torch.is_grad_enabled()
-        self.inference = torch.is_inference_mode_enabled()
+        # torch.compile can neither ask for inference mode nor enter it.
+        self.inference = False if torch.compiler.is_compiling() else torch.is_inference_mode_enabled()
 
     def value(self, key: Any, evaluate: Callable[[], Any]) -> Any:
         """Return the value kept for `key`, evaluated under the frame's own modes if it is not there yet.
@@ -30,17 +34,59 @@ class Frame:
         """
         if key in self.values:
             return self.values[key]
-        if torch.compiler.is_compiling():
-            value = evaluate()
-        else:
-            with (
-                torch.inference_mode(self.inference),
-                torch.set_grad_enabled(self.grad),
-                torch.autograd.graph.saved_tensors_hooks(_same, _same),
-            ):
-                value = evaluate()
+        value = evaluate() if torch.compiler.is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
         return value
+
+    def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
+        region = region_of_forward()
+        before = None if region is None else torch.get_rng_state()
+        with (
+            torch.inference_mode(self.inference),
+            torch.set_grad_enabled(self.grad),
+            torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        ):
+            value = evaluate()
+        if region is not None and before is not None and not torch.equal(before, torch.get_rng_state()):
+            self.drawn[key] = region
+        return value
+
+    def again(self, region: Region) -> Frame:
+        """Return the frame for running a checkpointed region of this forward again.
+
+        The region gets the same values. Those that drew random numbers in it draw once more, in vain, since
+        everything the region draws after them has to come out as it did.
+        """
+        return _Again(self, region) if region in self.drawn.values() else self
+
+
+class _Again(Frame):
+    def __init__(self, frame: Frame, region: Region) -> None:
+        super().__init__({key: value for key, value in frame.values.items() if frame.drawn.get(key) is not region})
+        self.frame = frame
+
+    def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
+        value = super()._evaluate(key, evaluate)
+        return self.frame.values.get(key, value)
+
+
+class _Repeated(Frame):
+    """The frame of what a backward runs again without saying which forward it belonged to."""
+
+    def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
+        value = super()._evaluate(key, evaluate)
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                # A reentrant region differentiates what it ran at once: the next one needs a graph of its own.
+                tensor.register_hook(lambda gradient: self.forget(key))  # type: ignore[no-untyped-call]
+        return value
+
+    def forget(self, key: Any) -> None:
+        self.values.pop(key, None)
+
+
+class _Running(threading.local):
+    frame: Frame | None = None
 
 
 @loadable()
@@ -51,7 +97,8 @@ class Session:
     """
 
     def __init__(self) -> None:
-        self._running = threading.local()
+        self.running = _Running()
+        self._repeated: dict[tuple[int, bool], Frame] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return Session()
@@ -64,24 +111,51 @@ class Session:
 
     @property
     def frame(self) -> Frame | None:
-        """The innermost running forward of this thread."""
-        return getattr(self._running, "frame", None)
+        """The innermost running forward of this thread; in a backward, the one of which a region runs again."""
+        frame = self.running.frame
+        if torch.compiler.is_compiling():
+            return frame
+        if frame is None:
+            task = graph_task()
+            return None if task is None else self._frame_again(task)
+        region = region_of_forward()
+        if region is not None:
+            region.frames[self] = frame
+        return frame
 
     def begin(self, frame: Frame) -> Extent:
         """Return a context in which `frame` is the running forward."""
-        return Extent(self._running, frame)
+        if not torch.compiler.is_compiling():
+            region = region_of_forward()
+            if region is not None:
+                region.frames[self] = frame
+        return Extent(self.running, frame)
+
+    def _frame_again(self, task: int) -> Frame:
+        region = region_of_backward()
+        if region is not None and self in region.frames:
+            if (self, task) not in region.repeated:
+                region.repeated[self, task] = region.frames[self].again(region)
+            former: Frame = region.repeated[self, task]
+            return former
+        key = (task, torch.is_grad_enabled())
+        if key not in self._repeated:
+            self._repeated[key] = _Repeated()
+            forget: Callable[[], Any] = lambda: self._repeated.pop(key, None)  # noqa: E731
+            torch.autograd.Variable._execution_engine.queue_callback(forget)
+        return self._repeated[key]
 
 
 class Extent:
     """A `with` block that makes a frame the running one, and puts the former back."""
 
-    def __init__(self, running: threading.local, frame: Frame) -> None:
+    def __init__(self, running: _Running, frame: Frame) -> None:
         self.running = running
         self.entered = frame
         self.former: Frame | None = None
 
     def __enter__(self) -> Frame:
-        self.former = getattr(self.running, "frame", None)
+        self.former = self.running.frame
         self.running.frame = self.entered
         return self.entered
 
@@ -91,5 +165,5 @@ class Extent:
         self.running.frame = self.former
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
+def _same(tensor: Tensor) -> Tensor:
     return tensor

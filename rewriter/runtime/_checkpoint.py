@@ -1,0 +1,64 @@
+"""Activation checkpointing: telling which region of which forward is being run again.
+
+`torch.utils.checkpoint` runs a region a second time in the middle of the backward, long after the forward it belongs
+to. It has to find the values that this forward used: others, from new random numbers or a state that has advanced,
+would give gradients of another function. torch keeps one record for each non-reentrant region, alive as long as the
+region may run again, and reaches it through the hooks for saved tensors that are on in both runs. Here the record
+also keeps the frame.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+
+_ATTRIBUTE = "_reparam_region"
+
+
+class Region:
+    """What one checkpointed region needs to run again.
+
+    Arguments:
+        frames: session → the frame in which the region ran.
+        repeated: session and number of a backward → the frame in which it runs again there.
+    """
+
+    def __init__(self) -> None:
+        self.frames: dict[Any, Any] = {}
+        self.repeated: dict[Any, Any] = {}
+
+
+def graph_task() -> int | None:
+    """Return the number of the backward that this thread runs, ``None`` outside of one."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+def region_of_forward() -> Region | None:
+    """Return the checkpointed region that the running code is in, the first time it runs."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else _region(_captured(hooks[0], "frame"))
+
+
+def region_of_backward() -> Region | None:
+    """Return the checkpointed region that is being run again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    reference = None if hooks is None else _captured(hooks[0], "target_frame_ref")
+    return None if reference is None else _region(reference())
+
+
+def _captured(hook: Any, name: str) -> Any:
+    """Return what torch's hook function holds under `name`; ``None`` for anybody else's hook."""
+    hook = inspect.unwrap(hook)
+    code, cells = getattr(hook, "__code__", None), getattr(hook, "__closure__", None) or ()
+    if code is None or hook.__module__ != "torch.utils.checkpoint" or name not in code.co_freevars:
+        return None
+    return cells[code.co_freevars.index(name)].cell_contents
+
+
+def _region(record: Any) -> Region | None:
+    if record is None or not hasattr(record, "__dict__"):
+        return None
+    return cast(Region, record.__dict__.setdefault(_ATTRIBUTE, Region()))
