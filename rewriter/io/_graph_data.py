@@ -186,6 +186,8 @@ def _exists(op: str, target: str, owner: torch.nn.Module) -> bool:
         return False
     if op == "call_module":
         return isinstance(module._modules.get(last), torch.nn.Module)
+    if last == "training":  # what train() and eval() set is read when the graph runs
+        return isinstance(module.training, bool)
     return isinstance(getattr(module, last, None), (torch.Tensor, torch.nn.Module))
 
 

@@ -40,8 +40,8 @@ def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:
         node.args = given[: entry["positional"]]
         node.kwargs = {name: given[index] for name, index in entry["keywords"].items()}
         del node.meta[META]
-        reads: dict[fx.Node, None] = {}
-        fx.node.map_arg(further, lambda argument: reads.setdefault(argument))
+        reads: list[fx.Node] = []
+        fx.node.map_arg(further, reads.append)
         for read in reads:
             _erase_if_ours(rewriting.graph, read)
 
