@@ -59,9 +59,7 @@ def matrix_shape(name: str, weight: Tensor) -> tuple[int, int]:
         RewriterError: it has fewer than two dimensions.
     """
     if weight.dim() < 2:
-        raise RewriterError(
-            f"{name} adapts weights of two or more dimensions, this one has shape {list(weight.shape)}"
-        )
+        raise RewriterError(f"{name} adapts weights of two or more dimensions, this one has shape {list(weight.shape)}")
     return weight.shape[0], weight.shape[1:].numel()
 
 

@@ -138,7 +138,5 @@ class Affine(nn.Module):
 
 def _not_zero(name: str, number: float) -> float:
     if number == 0.0:
-        raise RewriterError(
-            f"{name} is zero, so a value cannot be assigned; use `init: raw`, or another number"
-        )
+        raise RewriterError(f"{name} is zero, so a value cannot be assigned; use `init: raw`, or another number")
     return number

@@ -57,9 +57,7 @@ class FakeQuantize(nn.Module):
         if not 2 <= bits <= 16:
             raise RewriterError(f"fake_quantize has 2 to 16 bits, not {bits}; for one bit there is `binary`")
         if step == "learned" and not symmetric:
-            raise RewriterError(
-                "fake_quantize learns the step of a symmetric grid only; remove symmetric: false"
-            )
+            raise RewriterError("fake_quantize learns the step of a symmetric grid only; remove symmetric: false")
         self.bits, self.scheme, self.symmetric, self.step = bits, scheme, symmetric, step
         self.axis, self.group, self.dims = grouping("fake_quantize", weight, scheme, axis, group_size)
         self.low = -(2.0 ** (bits - 1)) if symmetric else 0.0
@@ -98,6 +96,4 @@ class FakeQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         grouped = f", group_size={self.group}" if self.group else ""
-        return (
-            f"bits={self.bits}, scheme={self.scheme}{grouped}, symmetric={self.symmetric}, step={self.step}"
-        )
+        return f"bits={self.bits}, scheme={self.scheme}{grouped}, symmetric={self.symmetric}, step={self.step}"

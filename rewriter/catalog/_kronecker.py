@@ -45,9 +45,7 @@ class Kronecker(nn.Module):
         require_real("kronecker", weight)
         m, n = weight.shape[-2:]
         if len(factor_shape) != 2 or min(factor_shape) < 1 or m % factor_shape[0] or n % factor_shape[1]:
-            raise RewriterError(
-                f"factor_shape {list(factor_shape)} is no [rows, columns] that divides {m} x {n}"
-            )
+            raise RewriterError(f"factor_shape {list(factor_shape)} is no [rows, columns] that divides {m} x {n}")
         self.rows, self.columns = int(factor_shape[0]), int(factor_shape[1])
         largest = min(self.rows * self.columns, m * n // (self.rows * self.columns))
         if not 1 <= rank <= largest:

@@ -46,9 +46,7 @@ class Lora(Adapter):
     """
 
     cost = "O(r · entries)"
-    reference = (
-        "Hu et al. 2021, arXiv:2106.09685; PiSSA: arXiv:2404.02948; OLoRA: arXiv:2406.01775; peft LoraConfig"
-    )
+    reference = "Hu et al. 2021, arXiv:2106.09685; PiSSA: arXiv:2404.02948; OLoRA: arXiv:2406.01775; peft LoraConfig"
 
     def __init__(
         self,
@@ -129,9 +127,7 @@ def _start(start: LoraStart, r: int, scaling: float, weight: Tensor) -> tuple[nn
     W = widen(weight.detach()).flatten(1)
     A, B = kaiming(weight, (r, W.shape[1])), zeros(weight, (W.shape[0], r))
     if start in ("pissa", "olora") and r > min(W.shape):
-        raise RewriterError(
-            f"{start} starts from {r} columns of a weight whose matrix has shape {list(W.shape)}"
-        )
+        raise RewriterError(f"{start} starts from {r} columns of a weight whose matrix has shape {list(W.shape)}")
     if start == "orthogonal" and r % 2:
         raise RewriterError(f"the orthogonal start of lora needs an even r, not {r}")
     with torch.no_grad():

@@ -13,9 +13,7 @@ from rewriter.errors import RewriterError
 
 
 class _LowBit(nn.Module):
-    def __init__(
-        self, name: str, weight: Tensor, scheme: Scheme, axis: int | None, group_size: int | None
-    ) -> None:
+    def __init__(self, name: str, weight: Tensor, scheme: Scheme, axis: int | None, group_size: int | None) -> None:
         super().__init__()
         require_real(name, weight)
         self.scheme = scheme

@@ -69,9 +69,7 @@ class L1Unstructured(FixedMask):
     cost = _COST
     reference = "torch.nn.utils.prune.l1_unstructured"
 
-    def __init__(
-        self, amount: int | float, importance_scores: Tensor | None = None, *, weight: Tensor
-    ) -> None:
+    def __init__(self, amount: int | float, importance_scores: Tensor | None = None, *, weight: Tensor) -> None:
         scores = weight if importance_scores is None else importance_scores
         super().__init__(kept(prune.L1Unstructured, scores, amount), weight)
 

@@ -55,9 +55,7 @@ class OFT(_Rotation):
         super().__init__()
         columns = matrix_shape("oft", weight)[1]
         if oft_block_size < 1 or columns % oft_block_size:
-            raise RewriterError(
-                f"oft_block_size {oft_block_size} does not divide the {columns} inputs of the weight"
-            )
+            raise RewriterError(f"oft_block_size {oft_block_size} does not divide the {columns} inputs of the weight")
         self.block = oft_block_size
         count = 1 if block_share else columns // oft_block_size
         self.oft_R = zeros(weight, (count, oft_block_size * (oft_block_size - 1) // 2))
@@ -67,9 +65,7 @@ class OFT(_Rotation):
 
     def rotate(self, matrix: Tensor, backwards: bool) -> Tensor:
         entries = widen(self.oft_R)
-        flat = torch.zeros(
-            entries.shape[0], self.block * self.block, dtype=entries.dtype, device=entries.device
-        )
+        flat = torch.zeros(entries.shape[0], self.block * self.block, dtype=entries.dtype, device=entries.device)
         Q = flat.index_copy(1, self.upper, entries).view(-1, self.block, self.block)
         Q = Q - Q.mT
         eye = torch.eye(self.block, dtype=Q.dtype, device=Q.device)
@@ -101,9 +97,7 @@ class HRA(_Rotation):
     cost = "O(r · entries)"
     reference = "Yuan, Liu, Xu 2024, arXiv:2405.17484; peft HRAConfig"
 
-    def __init__(
-        self, r: int = 8, apply_GS: bool = False, init_weights: bool = True, *, weight: Tensor
-    ) -> None:
+    def __init__(self, r: int = 8, apply_GS: bool = False, init_weights: bool = True, *, weight: Tensor) -> None:
         super().__init__()
         require_rank("hra", r)
         columns = matrix_shape("hra", weight)[1]
@@ -167,9 +161,7 @@ class RoAd(Precise):
         super().__init__()
         rows = weight.shape[0] if weight.dim() else 0
         if group_size < 2 or group_size % 2 or rows % group_size or not rows:
-            raise RewriterError(
-                f"road's group_size {group_size} is not even, or does not divide the {rows} outputs"
-            )
+            raise RewriterError(f"road's group_size {group_size} is not even, or does not divide the {rows} outputs")
         self.width = group_size // 2
         each = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}[variant]
         self.road_theta = zeros(weight, (rows // group_size, *each, self.width))

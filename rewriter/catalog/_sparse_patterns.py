@@ -41,9 +41,7 @@ class NM(FixedMask):
         if not 0 <= n <= m or m < 1:
             raise RewriterError(f"n_m keeps n of m entries, with 0 <= n <= m: n={n}, m={m}")
         if not -weight.dim() <= dim < weight.dim() or weight.shape[dim] % m:
-            raise RewriterError(
-                f"{m} does not divide dimension {dim} of a weight of shape {list(weight.shape)}"
-            )
+            raise RewriterError(f"{m} does not divide dimension {dim} of a weight of shape {list(weight.shape)}")
         groups = torch.unflatten(weight.detach().abs().movedim(dim, -1), -1, (-1, m))
         largest = groups.topk(n, dim=-1).indices
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, largest, True)
@@ -74,16 +72,12 @@ class BlockSparse(FixedMask):
     cost = "one multiplication per entry"
     reference = "Narang, Undersander, Diamos 2017, Block-Sparse Recurrent Neural Networks, arXiv:1711.02782"
 
-    def __init__(
-        self, amount: int | float, block_shape: Sequence[int], n: float = 2.0, *, weight: Tensor
-    ) -> None:
+    def __init__(self, amount: int | float, block_shape: Sequence[int], n: float = 2.0, *, weight: Tensor) -> None:
         if len(block_shape) != 2 or weight.dim() < 2 or min(block_shape) < 1:
             raise RewriterError(f"block_shape is [rows, columns] for a matrix, not {list(block_shape)}")
         rows, columns = block_shape
         if weight.shape[-2] % rows or weight.shape[-1] % columns:
-            raise RewriterError(
-                f"blocks of {rows}x{columns} do not tile a weight of shape {list(weight.shape)}"
-            )
+            raise RewriterError(f"blocks of {rows}x{columns} do not tile a weight of shape {list(weight.shape)}")
         blocks = torch.unflatten(torch.unflatten(weight.detach(), -2, (-1, rows)), -1, (-1, columns))
         norms = torch.linalg.vector_norm(blocks, n, dim=(-3, -1))
         mask = kept(prune.L1Unstructured, norms, amount)

@@ -35,9 +35,7 @@ class C3A(Adapter):
     def __init__(self, block_size: int = 256, init_weights: bool = True, *, weight: Tensor) -> None:
         super().__init__("c3a", weight)
         if block_size < 1 or self.rows % block_size or self.columns % block_size:
-            raise RewriterError(
-                f"c3a's blocks of {block_size} do not tile a matrix of {self.rows} x {self.columns}"
-            )
+            raise RewriterError(f"c3a's blocks of {block_size} do not tile a matrix of {self.rows} x {self.columns}")
         self.c3a_kernel = zeros(weight, (self.rows // block_size, self.columns // block_size, block_size))
         if not init_weights:
             nn.init.xavier_uniform_(self.c3a_kernel)

@@ -111,9 +111,7 @@ class Vera(Adapter):
     cost = "O(r · entries)"
     reference = "Kopiczko, Blankevoort, Asano 2023, arXiv:2310.11454; peft VeraConfig"
 
-    def __init__(
-        self, r: int = 256, d_initial: float = 0.1, projection_prng_key: int = 0, *, weight: Tensor
-    ) -> None:
+    def __init__(self, r: int = 256, d_initial: float = 0.1, projection_prng_key: int = 0, *, weight: Tensor) -> None:
         super().__init__("vera", weight)
         require_rank("vera", r)
         generator = torch.Generator().manual_seed(projection_prng_key)

@@ -74,27 +74,23 @@ def test_a_fresh_adapter_leaves_the_value_as_it_is(
     value = adapter(base)
     assert adapter.freezes_original is True
     assert base.dtype == value.dtype == dtype
-    assert all(
-        p.dtype == (dtype if dtype == torch.float64 else torch.float32) for p in adapter.parameters()
-    ) or (name == "trainable_tokens")
+    assert all(p.dtype == (dtype if dtype == torch.float64 else torch.float32) for p in adapter.parameters()) or (
+        name == "trainable_tokens"
+    )
     torch.testing.assert_close(value, weight, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("name", "arguments"), FRESH, ids=IDS)
 @given(shape=shapes)
 @settings(max_examples=10)
-def test_a_trained_adapter_still_takes_any_value(
-    name: str, arguments: dict[str, Any], shape: tuple[int, ...]
-) -> None:
+def test_a_trained_adapter_still_takes_any_value(name: str, arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
     weight, wanted = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     adapter = trained(make(name, weight, **arguments))
     torch.testing.assert_close(adapter(adapter.right_inverse(wanted)), wanted, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(("name", "arguments"), FRESH, ids=IDS)
-def test_gradients_reach_the_adapter_and_training_changes_the_value(
-    name: str, arguments: dict[str, Any]
-) -> None:
+def test_gradients_reach_the_adapter_and_training_changes_the_value(name: str, arguments: dict[str, Any]) -> None:
     layer = nn.Linear(8, 6)
     before = layer.weight.detach().clone()
     parametrize.register_parametrization(layer, "weight", make(name, before, **arguments))

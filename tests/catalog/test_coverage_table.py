@@ -12,11 +12,7 @@ from rewriter._registry import find, names
 
 TABLE = Path(__file__).parents[2] / "docs" / "catalog-coverage.md"
 TEXT = TABLE.read_text(encoding="utf-8")
-ROWS = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in TEXT.splitlines()
-    if line.startswith("| `")
-]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
 
 
 def quoted(text: str) -> list[str]:

@@ -68,9 +68,7 @@ def test_the_laws_hold(name: str, arguments: dict[str, Any], skip: tuple[str, ..
 
 
 @pytest.mark.parametrize(("name", "arguments", "skip"), CASES, ids=IDS)
-def test_shapes_are_known_on_the_meta_device(
-    name: str, arguments: dict[str, Any], skip: tuple[str, ...]
-) -> None:
+def test_shapes_are_known_on_the_meta_device(name: str, arguments: dict[str, Any], skip: tuple[str, ...]) -> None:
     on_cpu, on_meta = torch.randn(4, 6), torch.empty(4, 6, device="meta")
     shapes = []
     for weight in (on_cpu, on_meta):

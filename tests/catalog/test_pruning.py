@@ -34,9 +34,7 @@ def make(name: str, weight: torch.Tensor, **arguments: Any) -> Any:
     ],
 )
 @given(shape=matrices, amount=st.floats(0, 1) | st.just(1), seed=st.integers(0, 99))
-def test_equals_torch(
-    name: str, arguments: dict[str, Any], shape: list[int], amount: float, seed: int
-) -> None:
+def test_equals_torch(name: str, arguments: dict[str, Any], shape: list[int], amount: float, seed: int) -> None:
     module = nn.Module()
     module.weight = nn.Parameter(torch.randn(shape))
     weight = module.weight.detach().clone()
@@ -70,9 +68,7 @@ def test_a_global_budget_takes_what_torch_takes(
     torch.manual_seed(seed)
     plan = find(name).plan_sites(weights, amount=amount)
     torch.manual_seed(seed)
-    prune.global_unstructured(
-        [(m, "weight") for m in modules], getattr(prune, f"{method}Unstructured"), amount=amount
-    )
+    prune.global_unstructured([(m, "weight") for m in modules], getattr(prune, f"{method}Unstructured"), amount=amount)
     for module, weight, extra in zip(modules, weights, plan, strict=True):
         ours = make(name, weight, amount=amount, **extra)
         assert (ours.mask == 0).sum() == (module.weight_mask == 0).sum()

@@ -53,9 +53,7 @@ def test_values_are_few_and_stay_when_quantized_again(
     torch.testing.assert_close(step(step.right_inverse(value)), value, rtol=0.02, atol=TOLERANCE[dtype])
     spread = groups(weight, **layout).abs().amax(1) * (1 if symmetric else 2)
     error = groups((value - weight).abs(), **layout).amax(1)
-    assert (
-        error <= spread * (1.02 / (2 ** (bits - 1) - 1) / (2 if symmetric else 1)) + TOLERANCE[dtype]
-    ).all()
+    assert (error <= spread * (1.02 / (2 ** (bits - 1) - 1) / (2 if symmetric else 1)) + TOLERANCE[dtype]).all()
 
 
 @given(bits=st.integers(2, 8), channel=st.booleans(), symmetric=st.booleans())
@@ -110,9 +108,7 @@ def test_the_learned_step_has_the_gradients_of_the_paper(bits: int, seed: int) -
 
 
 @given(shape=shapes, dtype=dtypes, layout=layouts)
-def test_binary_and_ternary_values(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: dict[str, Any]
-) -> None:
+def test_binary_and_ternary_values(shape: tuple[int, ...], dtype: torch.dtype, layout: dict[str, Any]) -> None:
     weight = torch.randn(shape).to(dtype)
     layout = {"scheme": "per_tensor", **layout}
     wide = groups(weight.double(), **layout)
@@ -146,9 +142,7 @@ def test_storage_is_int8_and_within_half_a_step(
     shape: tuple[int, ...], dtype: torch.dtype, bits: int, layout: dict[str, Any]
 ) -> None:
     weight = torch.randn(shape).to(dtype)
-    step = make(
-        "quantized_storage", torch.zeros(shape, dtype=dtype), bits=bits, **{"scheme": "per_tensor", **layout}
-    )
+    step = make("quantized_storage", torch.zeros(shape, dtype=dtype), bits=bits, **{"scheme": "per_tensor", **layout})
     codes = step.right_inverse(weight)
     assert codes.dtype == step.storage_dtype == torch.int8
     assert codes.abs().max() <= 2 ** (bits - 1) - 1
