@@ -60,7 +60,7 @@ class HurwitzStable(nn.Module):
         """Return the two tensors that stand for `value`.
 
         Raises:
-            RewriterError: an eigenvalue of `value` does not lie left of -decay.
+            RewriterError: an eigenvalue of `value` does not lie left of -decay, or almost not.
         """
         require_shape("hurwitz_stable", value, self.shape)
         W = widen(value).double()
@@ -76,6 +76,11 @@ class HurwitzStable(nn.Module):
         S, Q = (inner - inner.mT) / 2, -(inner + inner.mT)
         X0 = S.triu(1) + positive_triangle_inverse(cholesky(Q)).tril()
         X1 = positive_triangle_inverse(cholesky(torch.linalg.inv(P)))
+        if not torch.allclose(self.forward(X0, X1), W, rtol=1e-4, atol=1e-4 * float(W.abs().max())):
+            raise RewriterError(
+                "hurwitz_stable: the weight is so close to having an unstable eigenvalue that its Lyapunov equation "
+                "cannot be solved; use `init: sample`"
+            )
         return X0.to(value.dtype), X1.to(value.dtype)
 
     def sample(self) -> Tensor:

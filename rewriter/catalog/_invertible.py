@@ -34,7 +34,7 @@ class PositiveDeterminant(Precise):
         RewriterError: the weight is not a square real matrix.
     """
 
-    guarantee = "the determinant is positive: it is the product of the triangle's diagonal"
+    guarantee = "the determinant is positive, where the condition number is below 1/eps"
     cost = "O(n^3)"
     reference = ""
     batched = True
@@ -103,7 +103,7 @@ class UnitDeterminant(PositiveDeterminant):
         RewriterError: the weight is not a square real matrix.
     """
 
-    guarantee = "the determinant is one, up to n^2 eps"
+    guarantee = "the determinant is one, up to n^2 eps times the condition number"
     name = "sl"
 
     def _triangle(self, X: Tensor) -> Tensor:

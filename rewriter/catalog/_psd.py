@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rewriter._registry import register
 from rewriter.catalog._maps._checks import require_real, require_square
-from rewriter.catalog._maps._cholesky import cholesky, positive_triangle, positive_triangle_inverse
+from rewriter.catalog._maps._cholesky import cholesky, gram, positive_triangle, positive_triangle_inverse
 from rewriter.catalog._maps._precision import Precise, wide_dtype, widen
 from rewriter.errors import RewriterError
 
@@ -57,8 +57,7 @@ class PositiveSemidefinite(_Definite):
         self.rank: int = n if rank is None else rank
 
     def value(self, X: Tensor) -> Tensor:
-        F = X[..., : self.rank]
-        return F @ F.mH
+        return gram(X[..., : self.rank])
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -106,8 +105,7 @@ class PositiveDefinite(_Definite):
         self.eps = float(eps)
 
     def value(self, X: Tensor) -> Tensor:
-        L = positive_triangle(X)
-        W = L @ L.mH
+        W = gram(positive_triangle(X))
         if self.eps != 0.0:
             W = W + self.eps * torch.eye(X.size(-1), dtype=X.dtype, device=X.device)
         return W
@@ -152,7 +150,7 @@ class Correlation(_Definite):
     def value(self, X: Tensor) -> Tensor:
         L = positive_triangle(X)
         rows: Tensor = L / torch.linalg.vector_norm(L, dim=-1, keepdim=True)
-        return rows @ rows.mT
+        return gram(rows)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:

@@ -9,6 +9,12 @@ from torch.nn import functional
 from rewriter.catalog._maps._softplus import inverse_softplus
 
 
+def gram(F: Tensor) -> Tensor:
+    """Return ``F F^H``, exactly Hermitian: a product of rounded sums alone is not."""
+    W = F @ F.mH
+    return (W + W.mH) / 2
+
+
 def positive_triangle(X: Tensor) -> Tensor:
     """Return the lower triangle of X with the softplus of its (real) diagonal."""
     diagonal = X.diagonal(dim1=-2, dim2=-1)
