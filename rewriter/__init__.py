@@ -21,6 +21,7 @@ from rewriter.errors import (
 if TYPE_CHECKING:
     from rewriter._registry import register
     from rewriter._bake import bake
+    from rewriter._once import evaluate_once
     from rewriter._chain import chain
     from rewriter.planning import Plan, Site, plan
     from rewriter._rewrite import rewrite
@@ -31,6 +32,7 @@ _HOMES = {
     "Site": "rewriter.planning",
     "Spec": "rewriter.spec",
     "bake": "rewriter._bake",
+    "evaluate_once": "rewriter._once",
     "chain": "rewriter._chain",
     "load_spec": "rewriter.spec",
     "plan": "rewriter.planning",
@@ -50,6 +52,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "bake",
+    "evaluate_once",
     "chain",
     "load_spec",
     "plan",

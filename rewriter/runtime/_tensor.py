@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.runtime._holding import Holding
-from rewriter.runtime._record import Member, Record
 from rewriter.runtime._recompute import recomputed
+from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
 
 
@@ -142,12 +142,12 @@ class ParametrizedTensor(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParametrizedTensor:
         self.holding.drop()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.holding.drop()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -158,7 +158,7 @@ class ParametrizedTensor(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "holding"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.holding = Holding(self.record.cache == "version", self.trained_before is not None)
 
     def __copy__(self) -> ParametrizedTensor:

@@ -1,0 +1,69 @@
+"""evaluate_once: one evaluation and one backward of every chain for many forwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rewriter.errors import RewriterError
+from rewriter.runtime import ParametrizedTensor
+from rewriter.runtime._once import Once
+
+
+@contextlib.contextmanager
+def evaluate_once(model: nn.Module) -> Iterator[None]:
+    """Evaluate every chain of `model` once, and differentiate it once, for all forwards and backwards in the block.
+
+    >>> import torch, rewriter
+    >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    >>> model = rewriter.rewrite(torch.nn.Sequential(torch.nn.Linear(3, 3)), spec)
+    >>> with evaluate_once(model):
+    ...     for micro_batch in torch.randn(8, 5, 3):
+    ...         model(micro_batch).sum().backward()
+    >>> [parameter.grad is not None for parameter in model.parameters()]
+    [True, True]
+
+    The gradients of the stored tensors arrive when the block ends: hooks on them run then, once, with the sum, and
+    clipping, unscaling and the optimizer's step come after the block. Gradients of other parameters arrive as ever.
+    Inside a block that is already open, nothing changes: the outer one ends it. An exception that leaves the block
+    drops what was gathered. Each thread has its own block. A chain whose policy is ``never``, and one over tensors
+    that `functional_call` puts in, is evaluated as outside; so is a model that torch.compile has compiled.
+
+    With DistributedDataParallel give the wrapped model, and run all forwards but the last under ``no_sync()``, as for
+    every accumulation of gradients; the reduction completes at the end of the block.
+
+    Arguments:
+        model: a rewritten model, or one that contains rewritten models.
+
+    Raises:
+        RewriterError: inside, for a backward with ``create_graph=True`` through a chain; inside or at the end,
+            when a tensor that was evaluated has changed (an optimizer's step, ``.to()``); at the start, for a
+            DistributedDataParallel that looks for unused parameters, since it would take the stored tensors for some.
+    """
+    _refuse(model)
+    once = Once()
+    added: list[ParametrizedTensor] = []
+    try:
+        for site in model.modules():
+            if isinstance(site, ParametrizedTensor) and site.holding.once is None:
+                once.add(site)
+                site.holding.begin(once)
+                added.append(site)
+        yield
+    finally:
+        for site in added:
+            site.holding.end()
+    once.finish()
+
+
+def _refuse(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and (module.find_unused_parameters or module.static_graph):
+            option = "find_unused_parameters" if module.find_unused_parameters else "static_graph"
+            raise RewriterError(
+                f"evaluate_once sends gradients to the stored tensors after the last backward, and "
+                f"DistributedDataParallel with {option}=True takes them for unused before; build it without"
+            )

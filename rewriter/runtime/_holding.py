@@ -1,0 +1,171 @@
+"""Which value of a site is held, and until when: across forwards, until unfrozen, or inside `evaluate_once`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.runtime._signature import PLAIN, Signature, mark, same_objects, sign, transformed
+
+if TYPE_CHECKING:
+    from rewriter.runtime._once import Once
+    from rewriter.runtime._tensor import ParametrizedTensor
+
+
+class Holding:
+    """The values that a site holds beyond a forward. It belongs to one site object: no copy or pickle takes it along.
+
+    Arguments:
+        versioned: whether the site's policy is ``version``.
+        frozen: whether the site is frozen.
+    """
+
+    def __init__(self, versioned: bool = False, frozen: bool = False) -> None:
+        self.versioned = versioned
+        self.frozen = frozen
+        self.busy = versioned or frozen
+        self.fixed: Any = None
+        self.fixed_tensors: list[Tensor] = []
+        self.kept: dict[str, Kept] = {}
+        self.contexts: dict[int, Once] = {}
+        """The `evaluate_once` that each thread is in, by the thread's number: a thread ends no context but its own."""
+        self._lock = threading.Lock()
+
+    def drop(self) -> None:
+        """Forget what is held; a frozen site is evaluated again when it is next asked."""
+        self.kept = {}
+        self.fixed, self.fixed_tensors = None, []
+
+    def freeze(self, frozen: bool) -> None:
+        """Hold the value from now on, or no longer."""
+        self.frozen = frozen
+        self.drop()
+        self._update()
+
+    def begin(self, once: Once) -> None:
+        """Let `once` answer for this thread."""
+        with self._lock:
+            self.contexts = {**self.contexts, threading.get_ident(): once}
+            self._update()
+
+    def end(self) -> None:
+        """Take this thread's context away."""
+        with self._lock:
+            self.contexts = {key: once for key, once in self.contexts.items() if key != threading.get_ident()}
+            self._update()
+
+    @property
+    def once(self) -> Once | None:
+        """The context that this thread is in."""
+        return self.contexts.get(threading.get_ident())
+
+    def value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+        """Return the site's value: the one that is held where it still holds, else a new one."""
+        if self.frozen:
+            return self.frozen_value(site, inputs)
+        if torch.compiler.is_compiling():
+            return site.advance(*inputs)
+        once = self.once if self.contexts else None
+        if once is not None:
+            return once.value(site, inputs)
+        if self.versioned:
+            return self.keep("value", site.steps, [*site.originals, *inputs], lambda: site.advance(*inputs))
+        return site.advance(*inputs)
+
+    def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+        """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
+        own = site.originals
+        if self.fixed is not None and same_objects(own, self.fixed_tensors):
+            return self.fixed
+        if torch.compiler.is_compiling() or transformed() or (self.fixed is not None):
+            return site.settled().evaluate(*inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            self.fixed = _detached(site.settled().evaluate(*inputs))
+        self.fixed_tensors = own
+        return self.fixed
+
+    def keep(
+        self, key: str, modules: Sequence[nn.Module], tensors: Sequence[Tensor], evaluate: Callable[[], Any]
+    ) -> Any:
+        """Return the value kept under `key` while nothing it depends on has changed, else evaluate and keep.
+
+        Nothing is kept that gradients flow through, that was drawn or that advanced a state, nor anything under a
+        transform or a trace.
+        """
+        if transformed() or _capturing(tensors):
+            return evaluate()
+        signature = sign(modules, tensors)
+        if signature is None or not signature.repeatable:
+            return evaluate()
+        if torch.is_grad_enabled() and any(entry[2] for entry in signature.marks):
+            self.kept.pop(key, None)
+            return evaluate()
+        modes = _modes(tensors)
+        kept = self.kept.get(key)
+        if kept is not None and kept.modes == modes and kept.signature == signature and kept.untouched():
+            return kept.value
+        generators = _random_states(signature)
+        with torch.inference_mode(False), torch.set_grad_enabled(modes[0]):
+            value = evaluate()
+            if not modes[0]:
+                value = _detached(value)  # a chain may give the stored tensor itself
+        after = sign(modules, tensors)
+        self.kept.pop(key, None)
+        if after == signature and _same_random(generators, _random_states(signature)) and _keepable(value):
+            self.kept[key] = Kept(value, signature.hold(), modes)
+        return value
+
+    def _update(self) -> None:
+        self.busy = self.versioned or self.frozen or bool(self.contexts)
+
+
+class Kept:
+    """A value, and everything that has to be as it was for the value to hold."""
+
+    def __init__(self, value: Any, signature: Signature, modes: tuple[Any, ...]) -> None:
+        self.value = value
+        self.signature = signature
+        self.modes = modes
+        self.marks = [mark(tensor) for tensor in _tensors(value)]
+
+    def untouched(self) -> bool:
+        """Whether nobody has written into the value itself, as an embedding with `max_norm` does."""
+        return self.marks == [mark(tensor) for tensor in _tensors(self.value)]
+
+
+def _tensors(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _detached(value: Any) -> Any:
+    return tuple(part.detach() for part in value) if isinstance(value, tuple) else value.detach()
+
+
+def _keepable(value: Any) -> bool:
+    return all(type(part) in PLAIN and not part.requires_grad and not part.is_inference() for part in _tensors(value))
+
+
+def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    device = tensors[0].device if tensors else torch.device("cpu")
+    kind = device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, stream)
+
+
+def _capturing(tensors: Sequence[Tensor]) -> bool:
+    # A CUDA graph replays what it recorded: a kept value in it would never change again.
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
+
+
+def _random_states(signature: Signature) -> list[Tensor]:
+    devices = {tensor.device for tensor in signature.tensors if tensor.is_cuda}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
+
+
+def _same_random(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -1,0 +1,133 @@
+"""What a value depends on, written down so that a later forward can tell whether any of it has changed.
+
+Tensors are compared as objects, never by ``id()``: a signature holds them, so that no other tensor can take the
+place of one that was freed. Their version counters see every in-place change, and the storages, held as well, see
+``parameter.data = …``. What no counter sees is a write *through* ``.data``; `rewriter.state.invalidate` is for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_COMPARED = frozenset({bool, int, float, complex, str, bytes, tuple, torch.Size, torch.dtype, torch.device})
+_BOOKKEEPING = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters"}
+PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+@dataclass
+class Signature:
+    """The state of some modules and tensors at one moment.
+
+    Arguments:
+        tensors: every tensor the value depends on.
+        marks: for each of them, what changes when it does.
+        settings: everything else that the modules hold.
+        flags: train or eval, of each module.
+        storages: kept so that no address is used twice.
+        repeatable: whether evaluating again would give the same value, as far as the modules say.
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    marks: list[tuple[Any, ...]] = field(default_factory=list)
+    settings: list[Any] = field(default_factory=list)
+    flags: list[bool] = field(default_factory=list)
+    storages: list[Any] = field(default_factory=list)
+    repeatable: bool = True
+
+    def hold(self) -> Signature:
+        """Keep the storages alive, so that their addresses stay taken as long as this signature does."""
+        self.storages = [tensor.untyped_storage() for tensor in self.tensors]
+        return self
+
+    def same_tensors(self, other: Signature) -> bool:
+        """Whether both are about the same tensor objects."""
+        return same_objects(self.tensors, other.tensors)
+
+    def same_settings(self, other: Signature) -> bool:
+        """Whether modules are in the same mode, with equal settings."""
+        if self.flags != other.flags or len(self.settings) != len(other.settings):
+            return False
+        return all(map(same_setting, self.settings, other.settings))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Signature):
+            return NotImplemented
+        return self.same_tensors(other) and self.marks == other.marks and self.same_settings(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def sign(modules: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Signature | None:
+    """Return the signature of `tensors` and of all that `modules` hold; ``None`` where it could not be trusted.
+
+    Tensors of other classes (fake tensors, distributed ones) and inference tensors have no version counter to go
+    by, and hooks on a step may do anything.
+    """
+    signature = Signature(tensors=list(tensors))
+    for module in modules:
+        if not _add(module, signature):
+            return None
+    for tensor in signature.tensors:
+        if type(tensor) not in PLAIN or tensor.is_inference() or tensor.layout is not torch.strided:
+            return None
+        signature.marks.append(mark(tensor))
+    return signature
+
+
+def mark(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what changes when a tensor's content, storage or form does."""
+    return (
+        tensor._version,
+        tensor.data_ptr(),
+        tensor.requires_grad,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.device,
+    )
+
+
+def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two sequences hold the very same objects."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def same_setting(one: Any, other: Any) -> bool:
+    """Whether two attributes are one object or equal plain values."""
+    return one is other or (type(one) is type(other) and type(one) in _COMPARED and one == other)
+
+
+def transformed() -> bool:
+    """Whether something else than plain execution is going on: a trace, a transform, fake tensors, forward mode."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _add(module: nn.Module, signature: Signature) -> bool:
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return False
+    training = state.get("training", True)
+    signature.flags.append(training)
+    if training and (_declares(module, "stateful") or _declares(module, "random")):
+        signature.repeatable = False
+    for name, value in state.items():
+        if name not in _BOOKKEEPING:
+            (signature.tensors if isinstance(value, Tensor) else signature.settings).append(value)
+    for tensors in (state["_parameters"], state["_buffers"]):
+        signature.tensors.extend(tensor for tensor in tensors.values() if tensor is not None)
+    return all(_add(child, signature) for child in state["_modules"].values() if child is not None)
+
+
+def _declares(module: nn.Module, name: str) -> bool:
+    return bool(module.__dict__.get(name, getattr(type(module), name, False)))

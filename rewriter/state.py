@@ -1,0 +1,172 @@
+"""Reading, setting and holding the values of a rewritten model, and moving an optimizer over to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rewriter._bake import _chosen, _present
+from rewriter._registry import suggestion
+from rewriter._remap import remap_optimizer
+from rewriter.errors import PlanError, RewriterError
+from rewriter.planning import Entry, survey
+from rewriter.runtime import ParametrizedTensor, assign_value
+
+__all__ = ["freeze", "get_value", "invalidate", "remap_optimizer", "set_value", "unfreeze"]
+
+
+def get_value(model: nn.Module, name: str) -> Tensor:
+    """Return the value of a tensor of the model, evaluated as in evaluation mode; no state advances.
+
+    >>> import torch, rewriter
+    >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    >>> model = rewriter.rewrite(torch.nn.Sequential(torch.nn.Linear(3, 3)), spec)
+    >>> weight = get_value(model, "0.weight")
+    >>> torch.equal(weight, weight.mT)
+    True
+
+    Arguments:
+        model: a rewritten model, or one that contains rewritten models.
+        name: any of the tensor's names; of a tensor without parametrization too.
+
+    Raises:
+        PlanError: the model has no such tensor.
+    """
+    entry = _entry(model, name)
+    if entry.site is None:
+        assert entry.tensor is not None
+        return entry.tensor.detach()
+    with torch.no_grad():
+        value = entry.site.read(*entry.site.read_inputs())
+    member: Tensor = value
+    if len(entry.site.record.members) > 1:
+        member = value[entry.site.position(entry.owners[0][1])]
+    # A chain may give the stored tensor itself, and a frozen site its held value: neither is to be written into.
+    return member.detach().clone()
+
+
+@torch.no_grad()
+def set_value(model: nn.Module, name: str, value: Tensor) -> None:
+    """Set the stored tensors so that the tensor called `name` has the given value.
+
+    >>> import torch, rewriter
+    >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    >>> model = rewriter.rewrite(torch.nn.Sequential(torch.nn.Linear(2, 2)), spec)
+    >>> set_value(model, "0.weight", torch.eye(2))
+    >>> get_value(model, "0.weight")
+    tensor([[1., 0.],
+            [0., 1.]])
+
+    Arguments:
+        model: a rewritten model, or one that contains rewritten models.
+        name: any of the tensor's names.
+        value: of the tensor's shape.
+
+    Raises:
+        PlanError: the model has no such tensor, or its chain cannot produce the value; nothing has changed then.
+    """
+    entry = _entry(model, name)
+    if entry.site is None:
+        assert entry.tensor is not None
+        if entry.tensor.shape != value.shape:
+            raise PlanError(f"{name} has shape {list(entry.tensor.shape)}; it cannot be set to {list(value.shape)}")
+        entry.tensor.copy_(value)
+        return
+    site = entry.site
+    stored = [*site.parameters(), *site.buffers()]
+    before = [tensor.clone() for tensor in stored]
+    try:
+        assign_value(site, name, value)
+        site.holding.drop()
+        reached = site.read(*site.read_inputs())
+        _check_reached(site, name, value, reached)
+    except Exception as problem:
+        for tensor, content in zip(stored, before, strict=True):
+            tensor.copy_(content)
+        site.holding.drop()
+        if isinstance(problem, RewriterError):
+            raise
+        raise PlanError(f"{name} cannot be set: {' >> '.join(site.record.chain)}: {problem}") from problem
+
+
+def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
+    """Hold the values of parametrized tensors as they are now: no chain is evaluated, nothing of it is trained.
+
+    >>> import torch, rewriter
+    >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    >>> model = rewriter.rewrite(torch.nn.Sequential(torch.nn.Linear(3, 3)), spec)
+    >>> freeze(model)
+    >>> [parameter.requires_grad for parameter in model.parameters()]
+    [True, False]
+
+    A held value follows `.to()`, `load_state_dict`, `set_value` and `invalidate`; writes into the stored tensors show
+    after `unfreeze`. A frozen site that was frozen before stays as it is. Copies of the model are frozen too.
+
+    Arguments:
+        model: a rewritten model, or one that contains rewritten models.
+        only: rule names and globs of tensor names.
+
+    Raises:
+        PlanError: a pattern of `only` matches nothing.
+    """
+    for site in _chosen(_present(model), only):
+        if site.trained_before is not None:
+            continue
+        site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
+        site.requires_grad_(False)
+        site.holding.freeze(True)
+        site.holding.frozen_value(site, site.read_inputs())
+
+
+def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
+    """Undo `freeze`: chains are evaluated again, and what was trained before is trained again.
+
+    Arguments:
+        model: a model of which sites are frozen.
+        only: rule names and globs of tensor names.
+
+    Raises:
+        PlanError: a pattern of `only` matches nothing.
+    """
+    for site in _chosen(_present(model), only):
+        trained = site.trained_before or {}
+        for name, tensor in site.named_parameters():
+            tensor.requires_grad_(trained.get(name, tensor.requires_grad))
+        site.trained_before = None
+        site.holding.freeze(False)
+
+
+def invalidate(model: nn.Module) -> None:
+    """Forget every value that is held across forwards, after a change that torch does not count.
+
+    Values of rules with ``cache: version`` and of frozen sites follow every in-place change of the tensors that they
+    are computed from, every swap, conversion and load. A write through ``.data`` or through NumPy, and a list or dict
+    of a parametrization that is changed in place, leave no trace: call this after them.
+    """
+    for site in model.modules():
+        if isinstance(site, ParametrizedTensor):
+            site.holding.drop()
+
+
+def _entry(model: nn.Module, name: str) -> Entry:
+    entries = survey(model)
+    for entry in entries:
+        if name in entry.names:
+            return entry
+    names = [known for entry in entries for known in entry.names]
+    raise PlanError(f"the model has no tensor called {name!r}{suggestion(name, names)}")
+
+
+def _check_reached(site: ParametrizedTensor, name: str, wanted: Tensor, reached: Tensor) -> None:
+    kind = torch.complex128 if reached.is_complex() else torch.float64
+    precision = torch.finfo(reached.dtype).eps if reached.is_floating_point() or reached.is_complex() else 0.0
+    distance = float((reached.to(kind) - wanted.to(kind)).norm())
+    norm = float(wanted.to(kind).norm())
+    if not distance <= precision**0.5 * max(norm, precision):
+        raise PlanError(
+            f"{name} cannot be set to this value: {' >> '.join(site.record.chain)} gives one that is "
+            f"{distance / norm if norm else distance:.1e} of its norm away; the value has to be in the chain's image, "
+            "and every step needs a right inverse"
+        )
