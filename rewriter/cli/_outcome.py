@@ -43,7 +43,7 @@ class Outcome:
 def exit_code(error: BaseException) -> int:
     """Return the exit code that stands for `error`.
 
-    >>> exit_code(SpecError([])), exit_code(PlanError()), exit_code(RewriterError()), exit_code(OSError())
+    >>> exit_code(SpecError([])), exit_code(PlanError("")), exit_code(RewriterError()), exit_code(OSError())
     (3, 4, 2, 1)
     """
     for kind, code in EXIT_CODES.items():
@@ -59,7 +59,7 @@ def error_document(error: BaseException, code: int) -> dict[str, Any]:
         "message": str(error),
         "exit_code": code,
     }
-    if isinstance(error, SpecError):
+    if isinstance(error, SpecError | PlanError):
         document["diagnostics"] = [
             {
                 "file": problem.file,

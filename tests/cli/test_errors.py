@@ -59,6 +59,12 @@ def test_the_diagnostics_of_a_spec_are_data(reparam, folder):
     assert all(problem["file"] == "wrong.yaml" and problem["line"] == 3 for problem in problems)
 
 
+def test_the_diagnostics_of_a_plan_are_data(reparam, folder):
+    (folder / "nomatch.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: 'x.y', chain: [symmetric]}\n")
+    error = reparam("plan", "nomatch.yaml", "model.pt", "--json").json["error"]
+    assert [problem["line"] for problem in error["diagnostics"]] == [3]
+
+
 def test_a_failed_numeric_check_writes_nothing(reparam, folder, monkeypatch):
     from rewriter.cli import _verify
 
