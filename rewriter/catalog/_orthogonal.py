@@ -122,8 +122,10 @@ class Orthogonal(Precise):
         return self.right_inverse(self.forward(X))
 
     def sample(self) -> Tensor:
-        """Return a matrix drawn from the uniform (Haar) distribution."""
-        return haar(self.shape, self.dtype, self.device)
+        """Return a matrix drawn from the uniform (Haar) distribution, a rotation where there are no others."""
+        Q = haar(self.shape, self.dtype, self.device)
+        reaches_all = self.trivialization or self.map == "householder" or self.shape[-1] != self.shape[-2]
+        return Q if reaches_all else _turned(Q)
 
     def extra_repr(self) -> str:
         return f"map={self.map}, trivialization={self.trivialization}"
@@ -166,6 +168,13 @@ class Orthogonal(Precise):
 _OUTSIDE = "no tensor stands for it with `map: {}` alone: use `trivialization: true`"
 
 
+def _turned(Q: Tensor) -> Tensor:
+    """Return Q with the first column of each reflection turned, so that all are rotations."""
+    if not Q.is_complex():
+        Q[..., 0] *= torch.linalg.det(widen(Q)).sign().to(Q.dtype).unsqueeze(-1)
+    return Q
+
+
 @register("special_orthogonal")
 class SpecialOrthogonal(Orthogonal):
     """Rotations: square orthogonal matrices of determinant one (unitary ones, where complex).
@@ -198,10 +207,7 @@ class SpecialOrthogonal(Orthogonal):
 
     def sample(self) -> Tensor:
         """Return a rotation drawn from the uniform (Haar) distribution."""
-        Q = super().sample()
-        if not Q.is_complex():
-            Q[..., 0] *= torch.linalg.det(widen(Q)).sign().to(Q.dtype).unsqueeze(-1)
-        return Q
+        return _turned(haar(self.shape, self.dtype, self.device))
 
     def _move_base(self, W: Tensor) -> None:
         assert self.base is not None
