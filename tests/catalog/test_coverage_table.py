@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def test_every_name_of_geotorch_is_in_the_table() -> None:
     geotorch = pytest.importorskip("geotorch")
     public = (name for name, value in vars(geotorch).items() if callable(value) and not name.startswith("_"))
     expected = {f"geotorch.{name}" for name in public}
+    assert expected <= THEIRS, f"missing in {TABLE.name}: {sorted(expected - THEIRS)}"
+
+
+def test_every_method_of_peft_is_in_the_table() -> None:
+    tuners = importlib.util.find_spec("peft")
+    if tuners is None or tuners.origin is None:
+        pytest.skip("PEFT is not installed")
+    folders = (Path(tuners.origin).parent / "tuners").glob("[a-z]*/")
+    expected = {folder.name for folder in folders if (folder / "config.py").is_file()}
     assert expected <= THEIRS, f"missing in {TABLE.name}: {sorted(expected - THEIRS)}"
 
 
