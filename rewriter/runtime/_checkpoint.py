@@ -36,6 +36,11 @@ def graph_task() -> int | None:
     return None if task == -1 else task
 
 
+def hooks_are_on() -> bool:
+    """Say whether anything is done to tensors that autograd saves here."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def region_of_forward() -> Region | None:
     """Return the checkpointed region that the running code is in, the first time it runs."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

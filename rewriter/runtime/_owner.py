@@ -238,10 +238,15 @@ def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:
 
 def _value_property(tensor: str) -> property:
     def read(self: Any) -> Any:
-        site = self.__dict__["_modules"][CONTAINER]._modules.get(tensor)
-        if site is None or len(site.record.members) > 1:  # one site computes several tensors
-            site = sites_of(self)[tensor]
-        return site.current_member(tensor)
+        # A forward may come here at every time step: the common case is three look-ups.
+        site = self._modules[CONTAINER]._modules.get(tensor)
+        if site is not None:
+            frame = site.session.running.frame
+            if frame is not None:
+                value = frame.known.get(site)
+                if value is not None:
+                    return value
+        return sites_of(self)[tensor].current_member(tensor)
 
     return property(read, doc=f"The value of `{tensor}`, computed by its chain of parametrizations.")
 

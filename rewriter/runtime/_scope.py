@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from rewriter.io._names import loadable
-from rewriter.runtime._checkpoint import Region, graph_task, region_of_backward, region_of_forward
+from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, region_of_backward, region_of_forward
 
 
 class Frame:
-    """One running forward: the values evaluated in it, and the modes that were on when it began."""
+    """One running forward: the values evaluated in it, and the modes that were on when it began.
+
+    `known` holds those values that may be read without looking where: they would be the same in a second run.
+    """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
         self.values: dict[Any, Any] = dict(given or {})
+        self.known: dict[Any, Tensor] = {}
         self.drawn: dict[Any, Region] = {}
         self.grad = torch.is_grad_enabled()
         # torch.compile can neither ask for inference mode nor enter it.
@@ -36,9 +40,19 @@ class Frame:
             return self.values[key]
         value = evaluate() if torch.compiler.is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
+        if isinstance(value, Tensor) and key.repeatable:
+            self.known[key] = value
         return value
 
     def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
+        if hooks_are_on() or (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) != (
+            self.grad,
+            self.inference,
+        ):
+            return self._evaluate_apart(key, evaluate)
+        return evaluate()
+
+    def _evaluate_apart(self, key: Any, evaluate: Callable[[], Any]) -> Any:
         region = region_of_forward()
         before = None if region is None else torch.get_rng_state()
         with (
@@ -83,6 +97,7 @@ class _Repeated(Frame):
 
     def forget(self, key: Any) -> None:
         self.values.pop(key, None)
+        self.known.pop(key, None)
 
 
 class _Running(threading.local):

@@ -76,7 +76,7 @@ class ParametrizedTensor(nn.Module):
             value = self.holding.value(self, inputs)
         else:
             value = self.advance(*inputs)
-        return _autocast(value) if cast and _autocast_anywhere() else value
+        return _autocast(value) if cast and autocast_anywhere() else value
 
     def advance(self, *inputs: Tensor) -> Any:
         """Evaluate for a new forward: a state advances, unless it did so for this forward already."""
@@ -91,7 +91,7 @@ class ParametrizedTensor(nn.Module):
         Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
         of the value is what autocast casts.
         """
-        if _autocast_anywhere():
+        if autocast_anywhere():
             device = self._device_type()
             if device is not None and torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
@@ -170,7 +170,7 @@ class ParametrizedTensor(nn.Module):
 
     def place_inputs(self, places: Sequence[tuple[nn.Module, str]]) -> None:
         """Remember where the tensors named in ``record.reads`` live: pairs of owner and attribute name."""
-        self._places = tuple((_Reference(owner), name) for owner, name in places)
+        self._places = tuple((Reference(owner), name) for owner, name in places)
 
     def read_inputs(self) -> list[Tensor]:
         """Return the tensors named in ``record.reads`` as they are now."""
@@ -184,6 +184,11 @@ class ParametrizedTensor(nn.Module):
         if self.record.cache == "never":
             return self(*self.read_inputs())
         return frame.value(self, lambda: self(*self.read_inputs()))
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether evaluating again gives the same value: no state advances and nothing is drawn at random."""
+        return not self.training or not any(map(_varies, self.steps))
 
     def member(self, tensor: str) -> Member:
         """Return what is known of one of the tensors computed, by its name at the owner."""
@@ -255,7 +260,7 @@ def apply_steps(
     return value
 
 
-class _Reference:
+class Reference:
     """A module that is not a submodule: kept out of state dicts and of the module tree, copied with the model."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -276,12 +281,24 @@ def _settled(module: Any) -> Any:
     return clone
 
 
+def _varies(step: nn.Module) -> bool:
+    """Whether `step` may advance a state or draw random numbers; a step that does not say so may if it has buffers."""
+    return any(
+        getattr(module, "stateful", False) or getattr(module, "random", False) or _undeclared(module)
+        for module in step.modules()
+    )
+
+
+def _undeclared(module: nn.Module) -> bool:
+    return bool(module._buffers) and not type(module).__module__.startswith("rewriter.")
+
+
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
 
 
-def _autocast_anywhere() -> bool:
+def autocast_anywhere() -> bool:
     # Asking for one device needs the device; most forwards run without autocast and should not pay for finding it.
     return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
 
