@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rewriter._bake_steps import without_step
 from rewriter.errors import PlanError
 from rewriter.passes import Rewriting, restore_pass, run_passes
 from rewriter.planning import Entry, survey
@@ -48,7 +49,7 @@ def bake(
 
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
-        only: rule names and globs of tensor names; the rest stays parametrized.
+        only: rule names, globs of tensor names, and labels of single steps; the rest stays parametrized.
         keep: ``"value"``, or ``"original"`` to put the stored tensors back and so undo the parametrization.
         inplace: without a copy.
 
@@ -64,13 +65,16 @@ def bake(
 
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
     every = _present(target)
-    chosen = _chosen(every, only)
+    labels, chosen = _chosen(every, only)
+    shorter = [without_step(site, label, keep) for site, label in labels]
     baked = [Baked(site, entries, _values(site, keep)) for site, entries in chosen.items()]
     graphs = [(path, module) for path, module in target.named_modules() if isinstance(module, RewrittenModule)]
     for _, module in graphs:
         _restore(module, set(chosen))
     for one in baked:
         _put_back(one)
+    for site in shorter:
+        site.apply()
     for opened in list(target.modules()):
         if SESSION in opened.__dict__ and not any(isinstance(child, ParametrizedTensor) for child in opened.modules()):
             release(opened)
@@ -87,10 +91,12 @@ def _present(target: nn.Module) -> dict[ParametrizedTensor, list[Entry]]:
 
 def _chosen(
     every: Mapping[ParametrizedTensor, list[Entry]], only: Sequence[str] | None
-) -> dict[ParametrizedTensor, list[Entry]]:
+) -> tuple[list[tuple[ParametrizedTensor, str]], dict[ParametrizedTensor, list[Entry]]]:
+    """Return the labelled steps and the whole sites that `only` names; all sites where it names none."""
     if only is None:
-        return dict(every)
+        return [], dict(every)
     chosen: dict[ParametrizedTensor, list[Entry]] = {}
+    labelled: dict[ParametrizedTensor, str] = {}
     for pattern in [only] if isinstance(only, str) else only:
         matches = Glob(pattern).matches
         found = {
@@ -98,14 +104,22 @@ def _chosen(
             for site, entries in every.items()
             if site.record.rule == pattern or any(matches(name) for entry in entries for name in entry.names)
         }
-        if not found:
+        steps = [site for site in every if pattern in site.record.labels and site not in found]
+        for site in steps:
+            if len(site.record.chain) == 1:
+                found[site] = every[site]
+            elif site in labelled:
+                raise PlanError(f"{site.record.name}: take out one labelled step at a time")
+            else:
+                labelled[site] = pattern
+        if not found and not steps:
             rules = sorted({site.record.rule for site in every})
             raise PlanError(
-                f"only={pattern!r} is neither a rule of the model nor matches a parametrized tensor; "
+                f"only={pattern!r} is neither a rule or label of the model nor matches a parametrized tensor; "
                 f"its rules are {', '.join(map(repr, rules)) or 'none'}"
             )
         chosen.update(found)
-    return chosen
+    return [(site, label) for site, label in labelled.items() if site not in chosen], chosen
 
 
 def _values(site: ParametrizedTensor, keep: Keep) -> list[Tensor]:
@@ -158,6 +172,8 @@ def _trained(site: ParametrizedTensor, before: bool) -> bool:
     frozen = any(getattr(step, "freezes_original", False) for step in site.steps)
     if frozen or not site.originals:
         return before
+    if site.trained_before is not None:
+        return any(site.trained_before[name] for name in site.original_names)
     return any(original.requires_grad for original in site.originals)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from rewriter._registry import construct
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.runtime import Chunked, Layout, Member, ParametrizedTensor, Record, layout_of, right_inverse
+from rewriter.runtime import Chunked, Layout, Member, ParametrizedTensor, Record, layout_of
+from rewriter.runtime._inverse import Inverse, carry_of, invert_chain, parts_of, right_inverse
 from rewriter.spec import Rule, Step
 
 
@@ -71,7 +72,7 @@ def build(
     steps = list(shared) if shared is not None else _construct(rule, layout, target, extra or {})
     if rule.init == "sample":
         target = _sample(steps, layout, target)
-    originals, stored, carries = _originals(rule, layout, steps, target, inputs)
+    originals, stored, carries = _invert(rule, layout, steps, target, inputs)
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
         originals = [layout.outward(originals[0])]
@@ -83,8 +84,8 @@ def build(
         labels=tuple(step.label for step in rule.chain),
         options=options,
         cache=rule.cache,
-        stored=tuple(stored),
-        carries=tuple(carries),
+        stored=stored,
+        carries=carries,
         inputs=tuple(step.inputs for step in rule.chain),
         source=rule.source,
         layout=layout,
@@ -118,7 +119,8 @@ def _construct(rule: Rule, layout: Layout, target: Any, extra: Mapping[int, Mapp
         try:
             module = _make(step, weight, layout, {**step.arguments, **extra.get(index, {})})
             if index and rule.init != "raw" and not step.inputs:
-                value = _carried(module, right_inverse(module, value), weight.shape)
+                parts = parts_of(right_inverse(module, value))
+                value = parts[carry_of(module, parts, weight.shape)]
         except BuildError:
             raise
         except Exception as problem:
@@ -142,20 +144,6 @@ def _make(step: Step, weight: Tensor, layout: Layout, arguments: Mapping[str, An
     return Chunked([one(chunk) for chunk in weight.unbind(0)])
 
 
-def _carried(module: nn.Module, found: Any, shape: torch.Size) -> Tensor:
-    """Return the one of a step's inputs that the step before it has to produce."""
-    parts = list(found) if isinstance(found, (tuple, list)) else [found]
-    carried: Tensor = parts[_carry(module, parts, shape)]
-    return carried
-
-
-def _carry(module: nn.Module, parts: Sequence[Tensor], shape: torch.Size) -> int:
-    declared = getattr(module, "chain_input", None)
-    if declared is not None:
-        return min(int(declared), len(parts) - 1)
-    return next((index for index, part in enumerate(parts) if part.shape == shape), 0)
-
-
 def _sample(steps: Sequence[nn.Module], layout: Layout, target: Any) -> Any:
     """Draw a value: from the last step that can draw one, mapped through the steps after it."""
     for index in reversed(range(len(steps))):
@@ -168,37 +156,29 @@ def _sample(steps: Sequence[nn.Module], layout: Layout, target: Any) -> Any:
     raise BuildError("`init: sample` needs a step that can draw from its space, and none of the chain can")
 
 
-def _originals(
+def _invert(
     rule: Rule, layout: Layout, steps: Sequence[nn.Module], target: Any, inputs: Mapping[str, Tensor]
-) -> tuple[list[Tensor], list[int], list[int]]:
-    """Run the right inverses, last step first; return the stored tensors and how the steps share them."""
-    value = target if layout.plain else layout.inward(target)
-    stored: list[list[Tensor]] = []
-    carries: list[int] = []
-    for index in reversed(range(len(steps))):
-        step, further = steps[index], [inputs[name] for name in rule.chain[index].inputs]
+) -> Inverse:
+    """Find the stored tensors: through the right inverses, or as they are for ``init: raw``."""
+    further = [[inputs[name] for name in step.inputs] for step in rule.chain]
+
+    def inverse_of(index: int, value: Any) -> Any:
         try:
-            found = value if rule.init == "raw" else right_inverse(step, value, further)
+            found = value if rule.init == "raw" else right_inverse(steps[index], value, further[index])
         except Exception as problem:
             raise BuildError(
                 f"step {index + 1}, {rule.chain[index]}: its right inverse fails on the tensor: {_first_line(problem)}"
                 " (with `init: raw` the tensor is stored as it is)"
             ) from problem
-        parts = list(found) if isinstance(found, (tuple, list)) else [found]
-        _check_arity(step, rule.chain[index], len(parts) + len(further))
-        if index == 0 and rule.source is None:
-            stored.append([part.clone() for part in parts])
-            carries.append(0)
-        else:
-            shape = value.shape if isinstance(value, Tensor) else torch.Size()
-            carry = _carry(step, parts, shape)
-            carries.append(carry)
-            value = parts.pop(carry)
-            stored.append([part.clone() for part in parts])
-    stored.reverse()
-    carries.reverse()
-    flat = [part.contiguous() for parts in stored for part in parts]
-    return flat, [len(parts) for parts in stored], carries
+        _check_arity(steps[index], rule.chain[index], len(parts_of(found)) + len(further[index]))
+        return found
+
+    value = target if layout.plain else layout.inward(target)
+    found = invert_chain(steps, value, further, from_source=rule.source is not None, inverse_of=inverse_of)
+    # The model's own tensors come through unchanged where a step has no right inverse: never store those.
+    return found._replace(
+        originals=[original.clone(memory_format=torch.contiguous_format) for original in found.originals]
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -231,9 +211,7 @@ def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequenc
     return [nn.Parameter(original, requires_grad=trained and not frozen) for original in originals]
 
 
-def check_value(
-    claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Tensor], *, measure: bool
-) -> float | None:
+def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Tensor], *, measure: bool) -> float | None:
     """Return how far the chain moves the tensor, relative to its norm; ``None`` where that has no meaning.
 
     Arguments:

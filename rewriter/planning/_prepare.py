@@ -158,9 +158,7 @@ def reads_of(rule: Rule) -> list[str]:
     return source + [name for step in rule.chain for name in step.inputs]
 
 
-def _build_all(
-    prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool
-) -> None:
+def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool) -> None:
     values = _Values(prepared)
     shared: dict[str, list[nn.Module]] = {}
     extra = _planned_together(claims)

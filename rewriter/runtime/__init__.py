@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from rewriter.runtime._assign import assign_value, invert, right_inverse
+from rewriter.runtime._assign import assign_value, invert
 from rewriter.runtime._chunked import Chunked
 from rewriter.runtime._graph_module import RewrittenModule
+from rewriter.runtime._inverse import Inverse, invert_chain, right_inverse
 from rewriter.runtime._layout import Layout, layout_of
 from rewriter.runtime._owner import (
     HANDED,
@@ -24,6 +25,7 @@ from rewriter.runtime._tensor import ParametrizedTensor
 __all__ = [
     "HANDED",
     "Chunked",
+    "Inverse",
     "Layout",
     "Member",
     "ParametrizedTensor",
@@ -34,6 +36,7 @@ __all__ = [
     "attach",
     "detach",
     "invert",
+    "invert_chain",
     "layout_of",
     "open_path",
     "open_root",

@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.errors import PlanError
+from rewriter.runtime._inverse import invert_chain
 from rewriter.runtime._tensor import ParametrizedTensor
-
-
-def right_inverse(step: nn.Module, value: Any, inputs: Sequence[Tensor] = ()) -> Any:
-    """Return what `step` maps to `value`; `value` itself where the step has no right inverse.
-
-    A step may declare a right inverse and refuse it (NotImplementedError), as torch's do: that counts as none.
-    """
-    inverse = getattr(step, "right_inverse", None)
-    if inverse is None:
-        return value
-    try:
-        return inverse(value, *inputs) if inputs else inverse(value)
-    except NotImplementedError:
-        return value
 
 
 def invert(site: ParametrizedTensor, value: Any, inputs: Sequence[Tensor] = ()) -> list[Tensor]:
     """Return the stored tensors from which `site` computes `value`, as near as its right inverses allow."""
     record = site.record
-    value = value if record.layout.plain else record.layout.inward(value)
     further = list(inputs)[1:] if record.source is not None else list(inputs)
-    stored: list[list[Tensor]] = []
-    for index in reversed(range(len(record.chain))):
-        count = len(record.inputs[index])
-        mine, further = further[len(further) - count :], further[: len(further) - count]
-        found = right_inverse(site.steps[index], value, mine)
-        parts = list(found) if isinstance(found, (tuple, list)) else [found]
-        if index == 0 and record.source is None:
-            stored.append(parts)
-        else:
-            value = parts.pop(record.carries[index])
-            stored.append(parts)
-    flat = [tensor for parts in reversed(stored) for tensor in parts]
+    ends = list(itertools.accumulate(map(len, record.inputs), initial=0))
+    found = invert_chain(
+        site.steps,
+        value if record.layout.plain else record.layout.inward(value),
+        [further[start:end] for start, end in itertools.pairwise(ends)],
+        from_source=record.source is not None,
+    ).originals
     if record.outer:
-        flat[0] = record.layout.outward(flat[0])
-    return flat
+        found[0] = record.layout.outward(found[0])
+    return found
 
 
 @torch.no_grad()

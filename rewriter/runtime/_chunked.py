@@ -27,7 +27,7 @@ class Chunked(nn.ModuleList):
 
     def right_inverse(self, value: Tensor) -> Any:
         """Return the right inverses of the slices, stacked; several tensors where the modules take several."""
-        from rewriter.runtime._assign import right_inverse
+        from rewriter.runtime._inverse import right_inverse
 
         found = [right_inverse(module, part) for module, part in zip(self, value.unbind(0), strict=True)]
         if isinstance(found[0], (tuple, list)):

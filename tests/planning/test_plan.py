@@ -51,7 +51,10 @@ def test_moved_says_how_far_the_value_goes(model: nn.Module) -> None:
 def test_plan_changes_nothing(model: nn.Module) -> None:
     before, rng = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
-    plan(model, spec({"select": "*.weight", "except": "1.*", "chain": [{"orthogonal": {"map": "cayley"}}, "spectral_norm"]}))
+    plan(
+        model,
+        spec({"select": "*.weight", "except": "1.*", "chain": [{"orthogonal": {"map": "cayley"}}, "spectral_norm"]}),
+    )
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     assert torch.equal(torch.random.get_rng_state(), rng)
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes

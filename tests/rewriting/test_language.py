@@ -172,7 +172,9 @@ def test_share_uses_one_parametrization_for_all_sites(rule: Rule) -> None:
     apart = rewrite(model, rule("*.weight", Gain()))
     assert sum(1 for _ in shared.parameters()) == 5
     assert sum(1 for _ in apart.parameters()) == 6
-    one, two = (getattr(shared.get_submodule(f"{side}.parametrizations.weight"), "0") for side in ("encoder", "decoder"))
+    one, two = (
+        getattr(shared.get_submodule(f"{side}.parametrizations.weight"), "0") for side in ("encoder", "decoder")
+    )
     assert one is two
 
 

@@ -1,0 +1,126 @@
+"""Baking labelled steps: a chain loses one step, and its other steps take over the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import PlanError
+from rewriter.runtime import ParametrizedTensor, invert_chain
+
+
+@dataclass
+class Shorter:
+    """A site without one of its steps, worked out aside; `apply` puts it in place.
+
+    Arguments:
+        site: the site as it is.
+        kept: indices of the steps that stay.
+        originals: what they start from.
+        stored: how many of them each step reads.
+        carries: which of its arguments each step gets from the one before.
+    """
+
+    site: ParametrizedTensor
+    kept: list[int]
+    originals: list[Tensor]
+    stored: tuple[int, ...]
+    carries: tuple[int, ...]
+
+    def apply(self) -> None:
+        """Take the step out of the site."""
+        site, record = self.site, self.site.record
+        steps = [site.steps[index] for index in self.kept]
+        trained = any(original.requires_grad for original in site.originals)
+        free = [original for original in site.originals if isinstance(original, nn.Parameter)]
+        for name in (*site.original_names, *map(str, range(len(record.chain)))):
+            delattr(site, name)
+        count = len(self.originals)
+        site.original_names = ("original",) if count == 1 else tuple(f"original{index}" for index in range(count))
+        for name, original in zip(site.original_names, self.originals, strict=True):
+            site.register_parameter(name, _parameter(original, free, trained))
+        for index, step in enumerate(steps):
+            site.add_module(str(index), step)
+        site.record = replace(
+            record,
+            chain=tuple(record.chain[index] for index in self.kept),
+            labels=tuple(record.labels[index] for index in self.kept),
+            inputs=tuple(record.inputs[index] for index in self.kept),
+            stored=self.stored,
+            carries=self.carries,
+        )
+
+
+def _parameter(original: Tensor, free: list[nn.Parameter], trained: bool) -> nn.Parameter:
+    """Use one of the Parameter objects that are there, so that an optimizer's reference stays good."""
+    for index, parameter in enumerate(free):
+        if (parameter.shape, parameter.dtype, parameter.device) == (original.shape, original.dtype, original.device):
+            del free[index]
+            parameter.data.copy_(original)
+            return parameter
+    return nn.Parameter(original, requires_grad=trained)
+
+
+def without_step(site: ParametrizedTensor, label: str, keep: Literal["value", "original"]) -> Shorter:
+    """Work out the site without its step called `label`.
+
+    Arguments:
+        site: a site of one tensor, with at least one other step.
+        label: the step's label.
+        keep: ``"value"`` to keep what the site computes, ``"original"`` to compute what the other steps alone give.
+
+    Raises:
+        PlanError: the step takes or stores several tensors, or the other steps cannot give the value.
+    """
+    record = site.record
+    drop = record.labels.index(label)
+    kept = [index for index in range(len(record.chain)) if index != drop]
+    name = f"{record.name}: {' >> '.join(record.chain)}"
+    if len(record.members) > 1 or record.source is not None or any(record.inputs) or record.members[0].kind == "buffer":
+        raise PlanError(f"{name}: one step cannot be taken out of a chain over several tensors; bake the whole site")
+    settled = site.settled()
+    value = settled.evaluate() if keep == "value" else _skipping(settled, drop, name)
+    target = value if record.layout.plain else record.layout.inward(value)
+    steps = [settled.steps[index] for index in kept]
+    try:
+        found = invert_chain(steps, target, [()] * len(steps), from_source=False)
+    except Exception as problem:
+        raise PlanError(
+            f"{name}: without {label!r}, the other steps have no right inverse for the value: {problem}"
+        ) from problem
+    originals = [original.detach().clone(memory_format=torch.contiguous_format) for original in found.originals]
+    if record.outer:
+        originals[0] = record.layout.outward(originals[0])
+    shorter = Shorter(site, kept, originals, found.stored, found.carries)
+    _check(shorter, steps, value, name, label)
+    return shorter
+
+
+def _skipping(settled: ParametrizedTensor, drop: int, name: str) -> Tensor:
+    record = settled.record
+    if (drop == 0 and record.stored[0] != 1) or (drop and record.stored[drop]):
+        raise PlanError(f"{name}: the step stores tensors of its own, without which there is no value; keep='value'")
+    step = settled.steps[drop]
+    settled._modules[str(drop)] = nn.Identity()
+    value: Tensor = settled.evaluate()
+    settled._modules[str(drop)] = step
+    return value
+
+
+def _check(shorter: Shorter, steps: Sequence[nn.Module], value: Tensor, name: str, label: str) -> None:
+    from rewriter.runtime._tensor import apply_chain
+
+    record = replace(shorter.site.record, stored=shorter.stored, carries=shorter.carries, inputs=((),) * len(steps))
+    after = apply_chain(record, steps, shorter.originals, ())
+    tolerance = 1e-4 if value.dtype in (torch.float32, torch.complex64) else 1e-8
+    if value.dtype in (torch.float16, torch.bfloat16):
+        tolerance = 3e-2
+    if not torch.allclose(after, value, rtol=tolerance, atol=tolerance * float(value.abs().max() + 1e-30)):
+        raise PlanError(
+            f"{name}: without {label!r} the other steps cannot give the same value; "
+            "bake the whole site, or take the step out with keep='original'"
+        )
