@@ -136,7 +136,7 @@ class Orthogonal(Precise):
     def _first_base(self) -> Tensor:
         n = max(self.shape[-2:])
         eye = torch.eye(n, dtype=wide_dtype(self.dtype), device=self.device)
-        return eye.repeat(*self.shape[:-2], 1, 1)
+        return eye.repeat(*self.shape[:-2], 1, 1) if len(self.shape) > 2 else eye
 
     def _rebased(self, Q: Tensor) -> Tensor:
         base = self.base

@@ -49,18 +49,42 @@ def _reflect(X: Tensor, trailing: Tensor, last: bool) -> Tensor:
     return torch.cat([eye - moved[..., :b], functional.pad(trailing, [0, 0, b, 0]) - moved[..., b:]], dim=-1)
 
 
+@torch.no_grad()
+def frame(base: Tensor) -> Tensor:
+    """Return the square orthogonal matrix that starts with the columns ``householder(base)``, by one product.
+
+    Arguments:
+        base: real, of shape ``(..., n, k)``.
+    """
+    V, T, sign = _factors(base)
+    right = torch.linalg.solve_triangular(T, V.mT, upper=True)
+    k = base.size(-1)
+    right[..., :k] *= sign.unsqueeze(-2)
+    F: Tensor = (V @ right).neg_()
+    diagonal = F.diagonal(dim1=-2, dim2=-1)
+    diagonal[..., :k] += sign
+    diagonal[..., k:] += 1
+    return F
+
+
 def reflected(base: Tensor, M: Tensor) -> Tensor:
-    """Return the square orthogonal matrix that starts with the columns ``householder(base)``, times M.
+    """Return ``frame(base) @ M`` without forming the square matrix.
 
     Arguments:
         base: real, of shape ``(..., n, k)``.
         M: of shape ``(..., n, p)``.
     """
     k = base.size(-1)
+    V, T, sign = _factors(base)
+    signed = torch.cat([M[..., :k, :] * sign.unsqueeze(-1), M[..., k:, :]], dim=-2)
+    moved: Tensor = V @ torch.linalg.solve_triangular(T, V.mT @ signed, upper=True)
+    return signed - moved
+
+
+def _factors(base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return V, T and the signs of the reflections that `base` holds."""
+    k = base.size(-1)
     eye = torch.eye(base.size(-2), k, dtype=base.dtype, device=base.device)
     V = base.tril(-1) + eye
     T = (V.mT @ V) * (1 - eye[:k] / 2)
-    sign = torch.where(base.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(base.dtype).unsqueeze(-1)
-    signed = torch.cat([M[..., :k, :] * sign, M[..., k:, :]], dim=-2)
-    moved: Tensor = V @ torch.linalg.solve_triangular(T, V.mT @ signed, upper=True)
-    return signed - moved
+    return V, T, torch.where(base.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(base.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rewriter.catalog._maps._householder import frame
 from rewriter.catalog._maps._precision import wide_dtype
 
 
@@ -35,9 +36,13 @@ def completed(W: Tensor) -> Tensor:
     Q = orthonormal(W)
     if n == k:
         return Q
-    eye = torch.eye(n, dtype=W.dtype, device=W.device).expand(*W.shape[:-2], n, n)
-    full: Tensor = torch.ormqr(*torch.geqrf(Q), eye)
-    return torch.cat([Q, full[..., k:]], dim=-1)
+    if W.is_complex():
+        eye = torch.eye(n, dtype=W.dtype, device=W.device).expand(*W.shape[:-2], n, n)
+        full: Tensor = torch.ormqr(*torch.geqrf(Q), eye)
+    else:
+        full = frame(reflectors(Q))
+    full[..., :k] = Q
+    return full
 
 
 def reflectors(W: Tensor) -> Tensor:
