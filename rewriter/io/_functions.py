@@ -132,9 +132,7 @@ def _is_public(name: str) -> bool:
 def _candidates() -> Iterator[tuple[str, Callable[..., Any]]]:
     # The first name a function is seen under is the one it is stored under.
     overridable = torch.overrides.get_overridable_functions()
-    computing = {
-        function for owner, found in overridable.items() if owner is not torch.Tensor for function in found
-    }
+    computing = {function for owner, found in overridable.items() if owner is not torch.Tensor for function in found}
     for name in _OPERATOR:
         yield f"operator.{name}", getattr(operator, name)
     for name in _BUILTINS:

@@ -6,7 +6,7 @@ import keyword
 import re
 import sys
 from collections.abc import Callable, Mapping
-from types import BuiltinFunctionType, EllipsisType, FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import fx
 
 from rewriter.errors import ModelFileError
 from rewriter.io._functions import function_named, is_allowed_attribute, is_allowed_method, name_of_function
+from rewriter.io._graph_signature import signature_from_data, signature_to_data
+from rewriter.io._graph_values import decode, encode, is_identifier
 
 VERSION = 1
 
-_NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _ANNOTATIONS: dict[str, Any] = {
     "torch.Tensor": torch.Tensor,
     "int": int,
@@ -47,11 +48,9 @@ def graph_to_data(graph: fx.Graph) -> dict[str, Any]:
     Raises:
         ModelFileError: something in the graph is no data: a lambda, a tensor constant among the arguments, ….
     """
-    if type(graph._codegen) is not fx.graph.CodeGen:
-        raise ModelFileError(
-            f"a graph with code generation of its own ({type(graph._codegen).__name__}) cannot be stored"
-        )
-    return {"version": VERSION, "nodes": [_node_to_data(node) for node in graph.nodes]}
+    nodes = [_node_to_data(node) for node in graph.nodes]
+    signature = signature_to_data(graph)
+    return {"version": VERSION, "nodes": nodes, **({"signature": signature} if signature else {})}
 
 
 def graph_from_data(data: Mapping[str, Any], owner: torch.nn.Module) -> fx.Graph:
@@ -70,11 +69,7 @@ def graph_from_data(data: Mapping[str, Any], owner: torch.nn.Module) -> fx.Graph
     Raises:
         ModelFileError: a name, function, method or attribute that a stored graph may not use.
     """
-    if (
-        not isinstance(data, Mapping)
-        or data.get("version") != VERSION
-        or not isinstance(data.get("nodes"), list)
-    ):
+    if not isinstance(data, Mapping) or data.get("version") != VERSION or not isinstance(data.get("nodes"), list):
         raise ModelFileError("the file's graph is not of a form this version of reparam reads")
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -82,10 +77,9 @@ def graph_from_data(data: Mapping[str, Any], owner: torch.nn.Module) -> fx.Graph
         try:
             node = _node_from_data(entry, graph, nodes, owner)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-            raise ModelFileError(
-                f"the file's graph is damaged at node {len(nodes)}: {problem!r}"
-            ) from problem
+            raise ModelFileError(f"the file's graph is damaged at node {len(nodes)}: {problem!r}") from problem
         nodes[node.name] = node
+    signature_from_data(data.get("signature"), graph)
     graph.lint()
     return graph
 
@@ -95,8 +89,8 @@ def _node_to_data(node: fx.Node) -> dict[str, Any]:
         "op": node.op,
         "name": node.name,
         "target": _target_to_data(node),
-        "args": [_encode(value, node) for value in node.args],
-        "kwargs": {key: _encode(value, node) for key, value in node.kwargs.items()},
+        "args": [encode(value, node) for value in node.args],
+        "kwargs": {key: encode(value, node) for key, value in node.kwargs.items()},
     }
     for name, known in _ANNOTATIONS.items():
         if node.type is known:
@@ -104,7 +98,7 @@ def _node_to_data(node: fx.Node) -> dict[str, Any]:
         elif node.type == name:  # `from __future__ import annotations` leaves the text
             entry["type"] = {"text": name}
     if "reparam" in node.meta:
-        entry["reparam"] = _encode(node.meta["reparam"], node)
+        entry["reparam"] = encode(node.meta["reparam"], node)
     return entry
 
 
@@ -117,9 +111,7 @@ def _target_to_data(node: fx.Node) -> Any:
     if name is not None:
         return name
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    if getattr(sys.modules.get(str(module)), qualname, None) is not function or str(module).startswith(
-        "torch"
-    ):
+    if getattr(sys.modules.get(str(module)), qualname, None) is not function or str(module).startswith("torch"):
         raise ModelFileError(
             f"node {node.name!r} calls {function!r}, which has no name to store; use a module-level function"
         )
@@ -131,11 +123,11 @@ def _node_from_data(
 ) -> fx.Node:
     op, name = entry["op"], entry["name"]
     # torch.fx pastes names into the source it compiles: a name that is more than a name would be code.
-    if not _is_identifier(name) or name in nodes:
+    if not is_identifier(name) or name in nodes:
         raise ModelFileError(f"the file's graph has a node called {name!r}, which is no name or not unique")
-    args = tuple(_decode(value, nodes) for value in entry["args"])
-    kwargs = {key: _decode(value, nodes) for key, value in entry["kwargs"].items()}
-    if not all(_is_identifier(key) for key in kwargs):
+    args = tuple(decode(value, nodes) for value in entry["args"])
+    kwargs = {key: decode(value, nodes) for key, value in entry["kwargs"].items()}
+    if not all(is_identifier(key) for key in kwargs):
         raise ModelFileError(f"node {name!r} has a keyword that is no name: {sorted(map(str, kwargs))}")
     target = _target_from_data(op, entry["target"], owner)
     if target is getattr:
@@ -145,7 +137,7 @@ def _node_from_data(
     # torch.fx numbers some names anew (an export's `input` shadows a builtin); generated code is unaffected.
     node.name = name
     if "reparam" in entry:
-        node.meta["reparam"] = _decode(entry["reparam"], {})
+        node.meta["reparam"] = decode(entry["reparam"], {})
     return node
 
 
@@ -195,71 +187,3 @@ def _check_attribute(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     attribute = args[1] if len(args) in (2, 3) and not kwargs else None
     if not isinstance(attribute, str) or not is_allowed_attribute(attribute):
         raise ModelFileError(f"node {name!r} reads the attribute {attribute!r}, which a model file may not")
-
-
-def _encode(value: Any, node: fx.Node) -> Any:
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, torch.Size):
-        return {"size": list(value)}
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return {"tuple": [_encode(item, node) for item in value]}
-    if isinstance(value, list):
-        return {"list": [_encode(item, node) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[_encode(key, node), _encode(item, node)] for key, item in value.items()]}
-    if isinstance(value, slice):
-        return {"slice": [_encode(item, node) for item in (value.start, value.stop, value.step)]}
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, EllipsisType):
-        return {"ellipsis": True}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    for kind, cls in _NAMED.items():
-        if isinstance(value, cls):
-            return {kind: str(value).removeprefix("torch.")}
-    raise ModelFileError(
-        f"node {node.name!r} has an argument that is no plain data: {type(value).__name__} {value!r}"
-    )
-
-
-def _decode(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    if data is None or type(data) in (bool, int, float, str):
-        return data
-    if not isinstance(data, dict) or len(data) != 1:
-        raise ModelFileError(f"the file's graph holds a value that is no plain data: {type(data).__name__}")
-    ((kind, content),) = data.items()
-    if kind == "node":
-        return nodes[content]
-    if kind == "size":
-        return torch.Size(content)
-    if kind == "tuple":
-        return tuple(_decode(item, nodes) for item in content)
-    if kind == "list":
-        return [_decode(item, nodes) for item in content]
-    if kind == "dict":
-        return {_decode(key, nodes): _decode(item, nodes) for key, item in content}
-    if kind == "slice":
-        return slice(*(_decode(item, nodes) for item in content))
-    if kind == "range":
-        return range(*content)
-    if kind == "complex":
-        return complex(*content)
-    if kind == "ellipsis":
-        return ...
-    if kind == "device":
-        return torch.device(content)
-    if kind in _NAMED and _is_identifier(content):
-        found = getattr(torch, content, None)
-        if isinstance(found, _NAMED[kind]):
-            return found
-    raise ModelFileError(f"the file's graph holds a value of an unknown kind {kind!r}")
-
-
-def _is_identifier(name: Any) -> bool:
-    return isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)

@@ -119,9 +119,7 @@ def _inspect_archive(path: Path, file: IO[bytes]) -> ModelFile:
 def _inspect_legacy(path: Path, file: IO[bytes]) -> ModelFile:
     try:
         if _LEGACY_MAGIC not in [argument for _, argument, _ in pickletools.genops(file)]:
-            raise ModelFileError(
-                f"{path} is a plain pickle; write it with torch.save or reparam's save_model"
-            )
+            raise ModelFileError(f"{path} is a plain pickle; write it with torch.save or reparam's save_model")
         names = set()
         for _ in range(3):
             names |= names_in_pickle(file)

@@ -65,9 +65,7 @@ def load_model(
         return loaded
     weights = _weights(file.path, loaded)
     if factory is None:
-        raise ModelFileError(
-            f"{path} holds weights without their model; say whose (--model package.module:factory)"
-        )
+        raise ModelFileError(f"{path} holds weights without their model; say whose (--model package.module:factory)")
     return _filled(file.path, factory, weights)
 
 
@@ -91,9 +89,7 @@ def _read(file: ModelFile, allow: tuple[str, ...], trust: bool) -> Any:
         text = str(problem).partition("WeightsUnpickler error:")[2] or str(problem)
         reason = text.strip().partition("\n")[0] or type(problem).__name__
         if file.kind == "legacy" and "persistent_load" in reason:
-            reason = (
-                "a module in torch.save's old format needs --trust; save it again, or save its state dict"
-            )
+            reason = "a module in torch.save's old format needs --trust; save it again, or save its state dict"
         raise ModelFileError(f"{file.path} cannot be read: {reason}") from problem
 
 
@@ -119,8 +115,7 @@ def _refusal(file: ModelFile, refused: list[str]) -> str:
     lines = [
         f"{file.path} asks for classes or functions that are not torch.nn's:",
         *(f"  {name}{_warning(name)}" for name in refused),
-        "If you know where the file comes from, allow them: "
-        + " ".join(f"--allow {name}" for name in refused),
+        "If you know where the file comes from, allow them: " + " ".join(f"--allow {name}" for name in refused),
         "or trust the file as a whole: --trust (it may then run any code).",
     ]
     return "\n".join(lines)
@@ -169,9 +164,7 @@ def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torc
 def _is_state_dict(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
-    return all(isinstance(key, str) for key in value) and any(
-        isinstance(item, torch.Tensor) for item in value.values()
-    )
+    return all(isinstance(key, str) for key in value) and any(isinstance(item, torch.Tensor) for item in value.values())
 
 
 def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
@@ -194,7 +187,5 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
         module.load_state_dict({**_tied(module, weights), **weights})
     except RuntimeError as problem:
         lines = [line.strip() for line in str(problem).splitlines()]
-        raise ModelFileError(
-            f"the weights in {path} do not fit the model: " + " ".join(lines[1:])
-        ) from problem
+        raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem
     return module

@@ -105,9 +105,7 @@ def import_object(name: str) -> Any:
                 raise ModelFileError(f"importing {name!r} failed: {missing}") from missing
             problem = missing
     if module is None:
-        raise ModelFileError(
-            f"{name!r} cannot be imported ({problem}); is its package installed or on PYTHONPATH?"
-        )
+        raise ModelFileError(f"{name!r} cannot be imported ({problem}); is its package installed or on PYTHONPATH?")
     found: Any = module
     for part in rest:
         if not hasattr(found, part):

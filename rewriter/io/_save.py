@@ -19,11 +19,10 @@ from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
 
 _GRAPH_MODULE_OWN = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
+_MADE_FROM_GRAPH = _GRAPH_MODULE_OWN | {"_in_spec", "_out_spec"}
 
 
-def save_model(
-    model: nn.Module | ExportedProgram, path: str | os.PathLike[str], *, force: bool = False
-) -> None:
+def save_model(model: nn.Module | ExportedProgram, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write `model` to `path`, for `load_model`: all of it, or nothing.
 
     A torch.fx graph is stored as data rather than as source code, so that reading the file runs none.
@@ -36,9 +35,7 @@ def save_model(
         ModelFileError: something is there already, or the model holds what cannot be stored.
     """
     if isinstance(model, nn.Module) and Path(path).suffix in (".pt2", ".safetensors", ".onnx"):
-        raise ModelFileError(
-            f"a module is saved as .pt; {Path(path).suffix} is an export (export_model, --format)"
-        )
+        raise ModelFileError(f"a module is saved as .pt; {Path(path).suffix} is an export (export_model, --format)")
     with written_atomically(path, force=force) as temporary:
         write_model(model, temporary)
 
@@ -74,7 +71,7 @@ def restore_graph_module(name: str, graph: dict[str, Any], state: dict[str, Any]
     if not (isinstance(name, str) and name.isidentifier()) or not isinstance(state, dict):
         raise ModelFileError(f"the file's graph module is damaged: it is called {name!r}")
     module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
-    module.__dict__.update({key: value for key, value in state.items() if key not in _GRAPH_MODULE_OWN})
+    module.__dict__.update({key: value for key, value in state.items() if key not in _MADE_FROM_GRAPH})
     module.graph = graph_from_data(graph, module)
     return module
 
@@ -83,7 +80,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         # A subclass with a __reduce__ of its own knows better.
         if isinstance(obj, fx.GraphModule) and type(obj).__reduce__ is fx.GraphModule.__reduce__:
-            state = {key: value for key, value in vars(obj).items() if key not in _GRAPH_MODULE_OWN}
+            state = {key: value for key, value in vars(obj).items() if key not in _MADE_FROM_GRAPH}
             return restore_graph_module, (type(obj).__name__, graph_to_data(obj.graph), state)
         return NotImplemented
 

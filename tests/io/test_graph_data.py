@@ -25,9 +25,7 @@ class Everything(nn.Module):
         self.scale = nn.Parameter(torch.ones(4))
         self.register_buffer("shift", torch.zeros(4))
 
-    def forward(
-        self, tokens: torch.Tensor, gain: float = 1.5, *rest: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, gain: float = 1.5, *rest: torch.Tensor) -> dict[str, torch.Tensor]:
         x = self.embed(tokens)
         state = x.new_zeros(x.shape[0], 4)
         for step in range(3):
@@ -83,12 +81,41 @@ def test_opened_torch_leaves_come_back(factory):
 
 def test_an_exported_aten_graph_comes_back():
     program = torch.export.export(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), (torch.randn(2, 3),))
-    names = [
-        entry["target"] for entry in graph_to_data(program.graph)["nodes"] if entry["op"] == "call_function"
-    ]
+    names = [entry["target"] for entry in graph_to_data(program.graph)["nodes"] if entry["op"] == "call_function"]
     assert names == ["torch.ops.aten.linear.default", "torch.ops.aten.relu.default"]
     back = graph_from_data(graph_to_data(program.graph), nn.Module())
     assert str(back) == str(program.graph)
+
+
+def test_nested_arguments_come_back():
+    class Nested(nn.Module):
+        def forward(self, pair, options):
+            return {"sum": pair[0] + options["scale"], "both": [pair[1], None]}
+
+    leaf = fx.PH
+    module = fx.symbolic_trace(Nested(), concrete_args={"pair": (leaf, leaf), "options": {"scale": leaf}})
+    back = _round_trip(module)
+    assert back.code == module.code
+    x = torch.ones(2)
+    assert torch.equal(back((x, x), {"scale": x})["sum"], x + x)
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        {"names": ["a; import os"], "inputs": {"tuple": []}, "outputs": None},
+        {"names": ["a"], "inputs": {"namedtuple": ["leaf"]}, "outputs": None},
+        {"names": ["a"], "inputs": {"dict": [[("a",), "leaf"]]}, "outputs": None},
+        {"names": ["a"], "inputs": {"dict": [1]}, "outputs": None},
+        {"names": None, "inputs": "leaf", "outputs": None},
+        {"names": [], "inputs": 3, "outputs": None},
+        [],
+    ],
+    ids=repr,
+)
+def test_signatures_that_are_no_plain_nesting_are_refused(signature):
+    with pytest.raises(ModelFileError):
+        graph_from_data({"version": 1, "nodes": [], "signature": signature}, nn.Module())
 
 
 def test_own_meta_comes_back_and_foreign_meta_does_not():
@@ -148,9 +175,7 @@ def test_own_functions_are_stored_by_name_once_registered(monkeypatch):
     assert list(graph_from_data(data, nn.Module()).nodes)[1].target is graph_to_data
 
 
-def _stored(
-    op: str, target: object, args: list[object] | None = None, name: str = "evil"
-) -> dict[str, object]:
+def _stored(op: str, target: object, args: list[object] | None = None, name: str = "evil") -> dict[str, object]:
     nodes = [
         {"op": "placeholder", "name": "x", "target": "x", "args": [], "kwargs": {}},
         {"op": op, "name": name, "target": target, "args": args or [{"node": "x"}], "kwargs": {}},

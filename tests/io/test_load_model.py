@@ -290,6 +290,12 @@ def test_a_saved_graph_module_comes_back(tmp_path, user):
     assert torch.equal(loaded(x), module(x))
 
 
+def test_a_graph_module_of_an_exported_program_comes_back(tmp_path):
+    module = torch.export.export(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), (torch.ones(2, 4),)).graph_module
+    save_model(module, tmp_path / "graph.pt")
+    assert load_model(tmp_path / "graph.pt").code == module.code
+
+
 def test_a_graph_that_calls_the_user_s_function_needs_leave(tmp_path, user):
     module = nn.Sequential(fx.symbolic_trace(user.Squashing()), nn.ReLU())
     save_model(module, tmp_path / "model.pt")
