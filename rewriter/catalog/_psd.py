@@ -29,7 +29,7 @@ class _Definite(Precise):
 
 @register("psd")
 class PositiveSemidefinite(_Definite):
-    """Positive semidefinite matrices, of at most a given rank: a factor times its transpose.
+    """Positive semidefinite matrices of at most, or of exactly, a given rank: a factor times its transpose.
 
     >>> import torch
     >>> PositiveSemidefinite(rank=1, weight=torch.empty(2, 2))(torch.tensor([[1.0, 7.0], [2.0, 7.0]]))
@@ -38,6 +38,7 @@ class PositiveSemidefinite(_Definite):
 
     Arguments:
         rank: the largest rank; the first `rank` columns of the tensor are the factor. Without it, full rank.
+        fixed: make the factor a lower triangle with a positive diagonal, so that the rank is not less either.
         weight: of shape ``(..., n, n)``, filled in by the site.
 
     Raises:
@@ -49,28 +50,44 @@ class PositiveSemidefinite(_Definite):
     reference = "Burer and Monteiro, Math. Program. 95 (2003)"
     name = "psd"
 
-    def __init__(self, rank: int | None = None, *, weight: Tensor) -> None:
+    def __init__(self, rank: int | None = None, fixed: bool = False, *, weight: Tensor) -> None:
         super().__init__(weight)
         n = weight.size(-1)
         if rank is not None and not 1 <= rank <= n:
             raise RewriterError(f"psd: rank must be in 1..{n}, not {rank}")
         self.rank: int = n if rank is None else rank
+        self.fixed = fixed
 
     def value(self, X: Tensor) -> Tensor:
-        return gram(X[..., : self.rank])
+        F = X[..., : self.rank]
+        return gram(positive_triangle(F) if self.fixed else F)
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the factor of the positive semidefinite matrix of that rank nearest to `value`."""
         W = widen(value)
         values, Q = torch.linalg.eigh((W + W.mH) / 2)
-        F = Q * values.clamp_min(0).sqrt().unsqueeze(-2)
+        F = (Q * values.clamp_min(0).sqrt().unsqueeze(-2))[..., -self.rank :]
+        if self.fixed:
+            F = positive_triangle_inverse(_triangular_factor(F))
         X = torch.zeros_like(W)
-        X[..., : self.rank] = F[..., -self.rank :]
+        X[..., : self.rank] = F
         return X.to(value.dtype)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}"
+        return f"rank={self.rank}, fixed={self.fixed}"
+
+
+def _triangular_factor(F: Tensor) -> Tensor:
+    """Return the lower triangle L, with a positive diagonal, for which ``L L^H = F F^H``."""
+    R = torch.linalg.qr(F.mH)[1]
+    diagonal = R.diagonal(dim1=-2, dim2=-1)
+    phase = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal.sgn())
+    L: Tensor = (phase.conj().unsqueeze(-1) * R).mH
+    real = L.diagonal(dim1=-2, dim2=-1).abs().clamp_min(torch.finfo(L.dtype).eps)
+    square = L[..., : L.size(-1), :]
+    square.diagonal(dim1=-2, dim2=-1).copy_(real)
+    return L
 
 
 @register("spd")

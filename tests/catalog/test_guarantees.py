@@ -48,6 +48,7 @@ SQUARE: list[tuple[str, dict[str, Any], Callable[[Tensor], bool]]] = [
     ("skew", {}, lambda W: torch.equal(W, -W.mT)),
     ("psd", {}, lambda W: symmetric(W) and least_eigenvalue(W) > -20 * W.size(-1) * EPS * norm(W)),
     ("psd", {"rank": 1}, lambda W: bool((torch.linalg.matrix_rank(W, rtol=1e-4) <= 1).all())),
+    ("psd", {"fixed": True}, lambda W: least_eigenvalue(W) > -20 * W.size(-1) * EPS * norm(W)),
     ("spd", {"eps": 0.5}, lambda W: least_eigenvalue(W) > 0.5 - 20 * W.size(-1) * EPS * norm(W)),
     ("correlation", {}, lambda W: bool(((W.diagonal(dim1=-2, dim2=-1) - 1).abs() < 8 * EPS).all())),
     ("correlation", {}, lambda W: least_eigenvalue(W) > -20 * W.size(-1) * EPS),

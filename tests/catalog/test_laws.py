@@ -56,6 +56,7 @@ MEMBERS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("interval", (4, 3), {"high": 1.0}),
     ("psd", (4, 4), {}),
     ("psd", (4, 4), {"rank": 2}),
+    ("psd", (4, 4), {"rank": 2, "fixed": True}),
     ("spd", (4, 4), {"eps": 0.1}),
     ("correlation", (4, 4), {}),
     ("gl_plus", (4, 4), {}),
@@ -75,6 +76,7 @@ COMPLEX = [
     ("spectral_norm", (4, 3), {}),
     ("sphere", (4, 3), {}),
     ("psd", (4, 4), {"rank": 2}),
+    ("psd", (4, 4), {"rank": 3, "fixed": True}),
     ("spd", (4, 4), {}),
 ]
 # The power method finds the norm to some digits only, so that its image is no exact set.

@@ -16,18 +16,20 @@ def gram(F: Tensor) -> Tensor:
 
 
 def positive_triangle(X: Tensor) -> Tensor:
-    """Return the lower triangle of X with the softplus of its (real) diagonal."""
+    """Return the lower triangle of X with the softplus of its (real) diagonal; X is not wide."""
     diagonal = X.diagonal(dim1=-2, dim2=-1)
     if X.is_complex():
         diagonal = diagonal.real
-    return X.tril(-1) + functional.softplus(diagonal).to(X.dtype).diag_embed()
+    positive = functional.softplus(diagonal).to(X.dtype).diag_embed()
+    return X.tril(-1) + functional.pad(positive, [0, 0, 0, X.size(-2) - X.size(-1)])
 
 
 def positive_triangle_inverse(L: Tensor) -> Tensor:
     """Return the X that :func:`positive_triangle` maps to L."""
     diagonal = L.diagonal(dim1=-2, dim2=-1)
     real = diagonal.real if L.is_complex() else diagonal
-    return L.tril(-1) + inverse_softplus(real).to(L.dtype).diag_embed()
+    stored = inverse_softplus(real).to(L.dtype).diag_embed()
+    return L.tril(-1) + functional.pad(stored, [0, 0, 0, L.size(-2) - L.size(-1)])
 
 
 def cholesky(W: Tensor) -> Tensor:
