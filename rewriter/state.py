@@ -111,7 +111,7 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     Raises:
         PlanError: a pattern of `only` matches nothing.
     """
-    for site in _chosen(_present(model), only):
+    for site in _sites(model, only):
         if site.trained_before is not None:
             continue
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
@@ -130,7 +130,7 @@ def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     Raises:
         PlanError: a pattern of `only` matches nothing.
     """
-    for site in _chosen(_present(model), only):
+    for site in _sites(model, only):
         trained = site.trained_before or {}
         for name, tensor in site.named_parameters():
             tensor.requires_grad_(trained.get(name, tensor.requires_grad))
@@ -148,6 +148,13 @@ def invalidate(model: nn.Module) -> None:
     for site in model.modules():
         if isinstance(site, ParametrizedTensor):
             site.holding.drop()
+
+
+def _sites(model: nn.Module, only: Sequence[str] | None) -> list[ParametrizedTensor]:
+    steps, sites = _chosen(_present(model), only)
+    if steps:
+        raise PlanError(f"{steps[0][1]!r} is the label of a step of {steps[0][0].record.name}; a value is held whole")
+    return list(sites)
 
 
 def _entry(model: nn.Module, name: str) -> Entry:

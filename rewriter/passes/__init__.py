@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from rewriter.passes._batch import batch_pass
 from rewriter.passes._cache import cache_pass
+from rewriter.passes._cast import cast_pass
+from rewriter.passes._hoist import hoist, hoist_pass
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, note, run_passes
 from rewriter.passes._insert import insert_pass
 from rewriter.passes._open import open_pass
@@ -17,7 +20,11 @@ __all__ = [
     "Pass",
     "PassError",
     "Rewriting",
+    "batch_pass",
     "cache_pass",
+    "cast_pass",
+    "hoist",
+    "hoist_pass",
     "insert_pass",
     "note",
     "open_pass",

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from rewriter.runtime import ParametrizedTensor
+from rewriter.runtime._batch import BatchedEvaluation
 
 
 def print_graph(model: fx.GraphModule, *, graph: fx.Graph | None = None) -> str:
@@ -51,18 +52,26 @@ def _operation(model: nn.Module, node: fx.Node, numbers: dict[fx.Node, str]) -> 
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         if isinstance(module, ParametrizedTensor):
-            return _evaluation(module, arguments)
+            return _evaluation(module, node, numbers)
+        if isinstance(module, BatchedEvaluation):
+            return f"evaluate together {', '.join(site.record.name for site in module.sites)}"
         return f"{node.target}{call}"
     if node.op == "call_method":
         return f".{node.target}{call}"
     return f"{getattr(node.target, '__name__', node.target)}{call}"
 
 
-def _evaluation(site: ParametrizedTensor, arguments: list[str]) -> str:
-    start = [*site.original_names, *arguments]
-    policy = "" if site.record.cache == "forward" else f" [{site.record.cache}]"
+def _evaluation(site: ParametrizedTensor, node: fx.Node, numbers: dict[fx.Node, str]) -> str:
+    start = [*site.original_names, *(_value(argument, numbers) for argument in node.args)]
+    policies = [site.record.cache] if site.record.cache != "forward" else []
+    policies += ["recompute"] if site.record.memory == "recompute" else []
+    policies += ["cast once"] if node.kwargs.get("cast") else []
+    policies += [f"first {site.hoisted} hoisted"] if site.hoisted else []
+    if "batch" in node.kwargs:
+        policies.append(f"from {_value(node.kwargs['batch'], numbers)}")
+    shown = f" [{', '.join(policies)}]" if policies else ""
     names = " & ".join(" = ".join(member.names) for member in site.record.members)
-    return f"evaluate {names}{policy}: {', '.join(start)} >> {' >> '.join(site.record.chain)}"
+    return f"evaluate {names}{shown}: {', '.join(start)} >> {' >> '.join(site.record.chain)}"
 
 
 def _value(value: Any, numbers: dict[fx.Node, str]) -> str:

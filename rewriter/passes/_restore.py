@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from rewriter.passes._batch import batch_evaluations, dissolve_batches
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, note
 from rewriter.runtime import HANDED, ParametrizedTensor
 from rewriter.runtime._owner import handed_sites
@@ -18,6 +19,7 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
     Reads come back under the names and at the places they had, as far as the graph still has those places; calls of
     modules that own no parametrized tensor any more come back as calls.
     """
+    batched = dissolve_batches(rewriting)
     kept_names = {name for name, site in rewriting.sites.items() if site not in baked}
     places: list[tuple[fx.Node, dict[str, Any]]] = []
     for site, nodes in evaluations_of(rewriting).items():
@@ -27,6 +29,8 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
     _take_back_values(rewriting, baked)
     _restore_reads(rewriting, places)
     _replace_rest(rewriting, baked)
+    if batched:
+        batch_evaluations(rewriting)
 
 
 def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:

@@ -103,6 +103,11 @@ def same_setting(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and type(one) in _COMPARED and one == other)
 
 
+def settings_of(module: nn.Module) -> list[Any]:
+    """Return what a module holds beside tensors of its own, submodules and torch's bookkeeping."""
+    return [value for name, value in module.__dict__.items() if name not in _BOOKKEEPING]
+
+
 def transformed() -> bool:
     """Whether something else than plain execution is going on: a trace, a transform, fake tensors, forward mode."""
     return (

@@ -1,0 +1,69 @@
+"""hoist: the first steps of a chain that depend on nothing trained are not evaluated in every forward.
+
+Their result cannot be written into the stored tensor: the state dict would hold another tensor than torch's, and
+loading one, or training the tensor again, would give wrong values. It is kept beside it instead, exactly as long as
+the tensors it was made from are the same and unchanged, and made again when they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from rewriter.errors import RewriterError
+from rewriter.passes._infra import Pass, PassError, Rewriting
+from rewriter.runtime import ParametrizedTensor
+from rewriter.runtime._tensor import apply_steps
+
+
+def hoist(sites: Iterable[ParametrizedTensor]) -> bool:
+    """Decide for each site how many of its first steps are hoisted; the values stay the same."""
+    hoisted = False
+    for site in sites:
+        site.hoisted = _untrained_steps(site)
+        hoisted = hoisted or bool(site.hoisted)
+    return hoisted
+
+
+def _untrained_steps(site: ParametrizedTensor) -> int:
+    record = site.record
+    if record.source is not None or record.memory == "recompute" or not any(p.requires_grad for p in site.parameters()):
+        return 0
+    count, used = 0, 0
+    for step, stored, inputs in zip(site.steps[:-1], record.stored, record.inputs, strict=False):
+        tensors = [*site.originals[used : used + stored], *step.parameters()]
+        varies = any(getattr(part, "stateful", False) or getattr(part, "random", False) for part in step.modules())
+        if inputs or varies or any(tensor.requires_grad for tensor in tensors):
+            break
+        count, used = count + 1, used + stored
+    return count if count and _fits(site, count, site.originals[:used]) else 0
+
+
+@torch.no_grad()
+def _fits(site: ParametrizedTensor, count: int, stored: list[Tensor]) -> bool:
+    """Whether the result is no bigger than what it is made of: a compressed weight is not to be kept unpacked."""
+    value = apply_steps(site.record, site.settled().steps[:count], stored, ())
+    return isinstance(value, Tensor) and value.nbytes <= sum(tensor.nbytes for tensor in stored)
+
+
+@torch.no_grad()
+def _values_are_the_same(rewriting: Rewriting) -> None:
+    for site in rewriting.order:
+        if not site.hoisted or any(tensor.is_meta for tensor in site.originals):
+            continue
+        inputs = site.read_inputs()
+        with_it = site.read(*inputs)
+        count, site.hoisted = site.hoisted, 0
+        try:
+            without = site.read(*inputs)
+        except RewriterError as problem:
+            raise PassError(f"{site.record.name}: {problem}") from problem
+        finally:
+            site.hoisted = count
+        if not torch.equal(with_it, without):
+            raise PassError(f"{site.record.name} has another value when its first steps are hoisted")
+
+
+hoist_pass = Pass("hoist", lambda rewriting: hoist(rewriting.order), ensures=_values_are_the_same)

@@ -1,0 +1,144 @@
+"""Equal chains over equal shapes, evaluated in one batched call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.runtime._record import Record
+from rewriter.runtime._signature import same_setting, settings_of
+from rewriter.runtime._tensor import ParametrizedTensor, Reference, autocast_anywhere
+
+Batch = tuple[Tensor, ...]
+
+
+class BatchedEvaluation(nn.Module):
+    """A node that evaluates several sites at once; each site takes its own slice.
+
+    It refers to the sites without owning them, so that it shows in no state dict. Wherever the sites are not alike
+    at the moment it gives nothing, and each of them is evaluated by itself: in a replica, under torch.compile (which
+    fuses in its own way), while a value is held, after one of them was moved, switched or set otherwise.
+
+    A member that no gradient reaches gets a gradient of zeros, where alone it would get none.
+
+    Arguments:
+        sites: sites with equal chains over equal shapes, of steps that broadcast over leading dimensions.
+    """
+
+    def __init__(self, sites: Sequence[ParametrizedTensor]) -> None:
+        super().__init__()
+        self.references = tuple(map(Reference, sites))
+        self._is_replica = False
+
+    @property
+    def sites(self) -> list[ParametrizedTensor]:
+        """The sites, in the order of the values."""
+        return [reference.module for reference in self.references]  # type: ignore[misc]
+
+    def forward(self) -> Batch | None:
+        """Return the sites' values, or ``None`` where each has to be evaluated by itself."""
+        if torch.compiler.is_compiling() or self.__dict__.get("_is_replica"):
+            return None
+        sites = self.sites
+        if any(site.holding.busy for site in sites) or not alike(sites):
+            return None
+        return evaluate_together(sites)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._is_replica = True  # its references are to the sites that it was made from
+        return replica
+
+    def extra_repr(self) -> str:
+        return ", ".join(site.record.name for site in self.sites)
+
+
+def alike(sites: Sequence[ParametrizedTensor]) -> bool:
+    """Whether the sites differ in nothing but the numbers in their tensors."""
+    first, *others = sites
+    stored = _form(first.originals[0])
+    return all(
+        site.record.layout == first.record.layout
+        and _form(site.originals[0]) == stored
+        and len(site.steps) == len(first.steps)
+        and all(map(_same_step, first.steps, site.steps))
+        for site in others
+    )
+
+
+def evaluate_together(sites: Sequence[ParametrizedTensor]) -> Batch:
+    """Return the values of sites that are `alike`, from one run of their chain."""
+    if autocast_anywhere():
+        device = sites[0].originals[0].device.type
+        with torch.autocast(device, enabled=False):
+            return _together(sites)
+    return _together(sites)
+
+
+def _together(sites: Sequence[ParametrizedTensor]) -> Batch:
+    record: Record = sites[0].record
+    layout = record.layout
+    originals = [site.originals[0] for site in sites]
+    if record.outer:
+        originals = [layout.inward(original) for original in originals]
+    value = torch.stack(originals)
+    width = value.ndim
+    for steps in zip(*(site.steps for site in sites), strict=True):
+        value = _stacked(steps, width)(value)
+    return tuple(part if layout.plain else layout.outward(part) for part in value.unbind(0))
+
+
+def _stacked(modules: Sequence[Any], width: int) -> Any:
+    """Return a module like each of `modules`, with all their tensors along a new first dimension.
+
+    Between that dimension and a tensor's own stand as many of size one as make it broadcast like the tensor did.
+    """
+    first = modules[0]
+    if not first._parameters and not first._buffers and not first._modules:
+        return first
+    clone = first.__class__.__new__(first.__class__)
+    clone.__dict__.update(first.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        clone.__dict__[kind] = {
+            name: None if tensor is None else _stack([getattr(module, name) for module in modules], width)
+            for name, tensor in first.__dict__[kind].items()
+        }
+    clone.__dict__["_modules"] = {
+        name: None if child is None else _stacked([module._modules[name] for module in modules], width)
+        for name, child in first._modules.items()
+    }
+    return clone
+
+
+def _stack(tensors: Sequence[Tensor], width: int) -> Tensor:
+    stacked = torch.stack(list(tensors))
+    padding = [1] * (width - stacked.ndim)
+    return stacked.reshape(len(tensors), *padding, *tensors[0].shape)
+
+
+def _same_step(one: nn.Module, other: nn.Module) -> bool:
+    if type(one) is not type(other) or one.training != other.training or _hooked(one) or _hooked(other):
+        return False
+    mine, others = settings_of(one), settings_of(other)
+    if len(mine) != len(others) or not all(map(same_setting, mine, others)):
+        return False
+    for kind in ("_parameters", "_buffers"):
+        here, there = one.__dict__[kind], other.__dict__[kind]
+        if here.keys() != there.keys() or any(_form(here[name]) != _form(there[name]) for name in here):
+            return False
+    names = one._modules.keys()
+    return names == other._modules.keys() and all(
+        _same_step(one._modules[name], other._modules[name])  # type: ignore[arg-type]
+        for name in names
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _form(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
