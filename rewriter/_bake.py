@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rewriter._bake_steps import without_step
 from rewriter.errors import PlanError
 from rewriter.passes import Rewriting, restore_pass, run_passes
-from rewriter.planning import Entry, survey
+from rewriter.planning import Entry, dtype_name, survey
 from rewriter.runtime import ParametrizedTensor, RewrittenModule, detach, release, site_path
 from rewriter.runtime._owner import SESSION
 from rewriter.spec._glob import Glob
@@ -132,13 +132,12 @@ def _values(site: ParametrizedTensor, keep: Keep) -> list[Tensor]:
 
 def _originals(site: ParametrizedTensor) -> list[Tensor]:
     members, originals = site.record.members, site.originals
-    if len(originals) != len(members) or any(
-        tuple(original.shape) != member.shape for original, member in zip(originals, members, strict=False)
-    ):
-        shapes = ", ".join(str(list(original.shape)) for original in originals) or "none"
+    stored = [(tuple(original.shape), dtype_name(original.dtype)) for original in originals]
+    if stored != [(member.shape, member.dtype) for member in members]:
+        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in stored) or "nothing"
         raise PlanError(
-            f"{site.record.name}: {' >> '.join(site.record.chain)} stores tensors of shape {shapes}, which are not "
-            "the tensor it replaced; bake with keep='value'"
+            f"{site.record.name}: {' >> '.join(site.record.chain)} stores {shown}, which is not the tensor it replaced; "
+            "bake with keep='value'"
         )
     return originals
 
@@ -158,7 +157,7 @@ def _plain_tensors(baked: Baked) -> list[Tensor]:
             plain.append(nn.Parameter(value.clone(memory_format=torch.contiguous_format), requires_grad=trained))
         else:
             original = free.pop(reused)
-            original.data.copy_(value)
+            original.data.copy_(value.clone())  # which may be a view of the original
             plain.append(original.requires_grad_(trained))
     return plain
 

@@ -45,6 +45,8 @@ class Shorter:
             site.register_parameter(name, _parameter(original, free, trained))
         for index, step in enumerate(steps):
             site.add_module(str(index), step)
+        site.hoisted = 0
+        site.holding.drop()
         site.record = replace(
             record,
             chain=tuple(record.chain[index] for index in self.kept),

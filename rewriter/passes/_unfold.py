@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from rewriter.errors import CaptureError
-from rewriter.runtime import HANDED, ParametrizedTensor, RewrittenModule
+from rewriter.passes._batch import is_batch
+from rewriter.runtime import HANDED, Chunked, ParametrizedTensor, RewrittenModule
 from rewriter.runtime._tensor import apply_chain
 
 
@@ -21,6 +23,8 @@ def unfolded(model: RewrittenModule) -> fx.GraphModule:
     graph = fx.Graph()
     done: dict[fx.Node, Any] = {}
     for node in model.graph.nodes:
+        if is_batch(model, node):
+            continue
         site = _site(model, node)
         if site is None:
             done[node] = graph.node_copy(node, lambda old: done[old])
@@ -55,13 +59,25 @@ def _site(model: RewrittenModule, node: fx.Node) -> ParametrizedTensor | None:
 def _unfold(graph: fx.Graph, site: ParametrizedTensor, path: str, inputs: list[Any]) -> Any:
     tracer = fx.proxy.GraphAppendingTracer(graph)
 
-    def recorded(index: int) -> Callable[..., Any]:
-        return lambda *args: tracer.create_proxy("call_module", f"{path}.{index}", args, {})
-
     originals: list[Any] = [tracer.create_proxy("get_attr", f"{path}.{name}", (), {}) for name in site.original_names]
     given: list[Any] = [fx.Proxy(read, tracer) for read in inputs]
-    steps = [recorded(index) for index in range(len(site.record.chain))]
+    steps = [_recorded(tracer, step, f"{path}.{index}") for index, step in enumerate(site.steps)]
     value = apply_chain(site.record, steps, originals, given)
     if isinstance(value, tuple):
         return tuple(member.node for member in value)
     return value.node
+
+
+def _recorded(tracer: fx.proxy.GraphAppendingTracer, step: nn.Module, path: str) -> Callable[..., Any]:
+    """Return a function that writes a call of `step` into the graph; one call for each chunk where it has several."""
+    if not isinstance(step, Chunked):
+        return lambda *args: tracer.create_proxy("call_module", path, args, {})
+
+    def each(*args: Any) -> Any:
+        calls: list[Any] = [
+            tracer.create_proxy("call_module", f"{path}.{chunk}", tuple(tensor[chunk] for tensor in args), {})
+            for chunk in range(len(step))
+        ]
+        return torch.stack(calls)
+
+    return each

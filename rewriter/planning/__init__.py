@@ -10,10 +10,10 @@ from torch import nn
 from rewriter._pause import collector_paused
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
-from rewriter.planning._survey import Entry, survey
+from rewriter.planning._survey import Entry, dtype_name, survey
 from rewriter.spec import Spec, load_spec
 
-__all__ = ["Entry", "Plan", "Prepared", "Site", "plan", "plan_of", "prepare", "survey"]
+__all__ = ["Entry", "Plan", "Prepared", "Site", "dtype_name", "plan", "plan_of", "prepare", "survey"]
 
 
 def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
@@ -37,7 +37,10 @@ def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
         PlanError: the spec does not fit the model; every reason is listed.
         CaptureError: the capture asked for is not possible.
     """
+    from rewriter._absorb import taken_over
+
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with collector_paused(), torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-        return plan_of(model, prepare(model, read, capture, measure=True))
+        model, taken = taken_over(model) if read.absorb else (model, [])
+        return plan_of(model, prepare(model, read, capture, measure=True, taken=taken))

@@ -48,6 +48,22 @@ def test_per_acts_on_each_gate_on_its_own(capture: str, rule: Rule) -> None:
         torch.testing.assert_close(bake(new)(x), reference(x))
 
 
+def test_per_scripts_with_a_module_for_each_chunk(rule: Rule) -> None:
+    class Row(nn.Module):
+        def forward(self, X: Tensor) -> Tensor:
+            return X / X.norm()
+
+    model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3)
+    new = rewrite(model, rule("0.weight", Row(), per={"dim": 0, "chunks": 2}))
+    torch.testing.assert_close(torch.jit.script(new)(x), new(x))
+
+
+def test_a_value_that_is_a_view_of_the_original_is_baked(rule: Rule) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3)
+    new = rewrite(model, rule("0.weight", "transpose"))
+    torch.testing.assert_close(bake(new)(x), new(x))
+
+
 @CAPTURES
 def test_reshape_shows_the_chain_a_matrix(capture: str, rule: Rule) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
