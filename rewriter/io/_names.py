@@ -57,11 +57,11 @@ def known_object(name: str) -> list[tuple[Any, str]] | None:
     module, _, attribute = name.rpartition(".")
     if module == "builtins" and attribute in _CONTAINERS:
         return [(getattr(importlib.import_module("builtins"), attribute), name)]
-    if name in _TORCH_CLASSES or module.startswith(_TORCH_HOMES):
+    if name in _TORCH_CLASSES or _is_within(module, _TORCH_HOMES):
         found = _attribute(module, attribute)
         if name in _TORCH_CLASSES or _is_module_class(found, module):
             return None if found is None else [(found, name)]
-    if module == "torch" or module.startswith(("torch.nn.functional", "torch._C._nn")):
+    if module in ("torch", "torch.nn.functional", "torch._C._nn"):
         try:
             return [(function_named(name), name)]
         except ModelFileError:
@@ -112,6 +112,10 @@ def import_object(name: str) -> Any:
             raise ModelFileError(f"{name!r} cannot be found: {module.__name__} has no {'.'.join(rest)!r}")
         found = getattr(found, part)
     return found
+
+
+def _is_within(module: str, homes: Iterable[str]) -> bool:
+    return any(module == home or module.startswith(f"{home}.") for home in homes)
 
 
 def _attribute(module: str, attribute: str) -> Any:
