@@ -23,9 +23,7 @@ def example_tensor(text: str) -> torch.Tensor:
     match = _EXAMPLE.fullmatch(text)
     dtype = getattr(torch, match[1], None) if match else None
     if match is None or not isinstance(dtype, torch.dtype):
-        raise RewriterError(
-            f"an example input is given as dtype[size,…] such as float32[2,3,8], not {text!r}"
-        )
+        raise RewriterError(f"an example input is given as dtype[size,…] such as float32[2,3,8], not {text!r}")
     shape = [int(size) for size in match[2].split(",") if size.strip()]
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -126,9 +126,7 @@ def test_example_inputs_are_read_from_text(text, shape, dtype):
     assert (tuple(example.shape), example.dtype) == (shape, dtype)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "float32", "float32[2,]", "float32[-1]", "load[2]", "nn[2]", "float32[2][3]"]
-)
+@pytest.mark.parametrize("text", ["", "float32", "float32[2,]", "float32[-1]", "load[2]", "nn[2]", "float32[2][3]"])
 def test_a_wrong_example_input_is_refused(text):
     with pytest.raises(RewriterError, match=r"dtype\[size"):
         example_tensor(text)
