@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -27,15 +27,46 @@ SESSION = "_reparam_session"
 HANDED = "handed_tensors"
 
 
+class Sites(nn.ModuleDict):
+    """The sites of one owner, by tensor name.
+
+    A tied tensor's site is one module under several owners. State dicts name it under each, as they name tied
+    tensors; where torch asks for every name that a tensor has, it is given the first only: `functional_call` puts
+    tensors in for all the names in turn, and would afterwards put back what it had put in itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held_elsewhere: set[str] = set()
+
+    def hold(self, tensor: str, site: ParametrizedTensor) -> None:
+        """Add the site that computes `tensor`."""
+        if site.held:
+            self.held_elsewhere.add(tensor)
+        site.__dict__["held"] = True
+        self[tensor] = site
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        if remove_duplicate:
+            yield from super().named_modules(memo, prefix, True)
+            return
+        yield prefix, self
+        for name, module in self._modules.items():
+            if module is not None and name not in self.held_elsewhere:
+                yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, False)
+
+
 def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -> None:
     """Put `site` in the place of the tensors it computes; their slots stay, empty."""
     for tensor in tensors:
         _slots(owner, tensor)[tensor] = None
     if CONTAINER not in owner._modules:
-        owner.add_module(CONTAINER, nn.ModuleDict())
+        owner.add_module(CONTAINER, Sites())
     container = owner._modules[CONTAINER]
-    assert isinstance(container, nn.ModuleDict)
-    container[tensors[0]] = site
+    assert isinstance(container, Sites)
+    container.hold(tensors[0], site)
     if isinstance(owner, nn.RNNBase):
         owner.__dict__.pop("_flat_weights", None)
     _adopt(owner, tuple(sites_of(owner)), site.session)
@@ -109,7 +140,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 @loadable(builds=[Shell])
-def rebuild_owner(plain: Any, tensors: Sequence[str]) -> Shell:
+def rebuild_owner(plain: Any, tensors: Sequence[str]) -> nn.Module:
     """Make a shell that becomes an owner once its state is read: the first half of copying or unpickling one."""
     known = isinstance(plain, type) and issubclass(plain, nn.Module)
     if not known:
@@ -119,6 +150,9 @@ def rebuild_owner(plain: Any, tensors: Sequence[str]) -> Shell:
         shell.__class__ = _owner_class(plain, tuple(tensors))
         plain.__setstate__(shell, state)
 
+    made = _owner_class(plain, tuple(tensors))
+    if made.__basicsize__ != Shell.__basicsize__:  # slots: a shell cannot become one
+        return made.__new__(made)  # type: ignore[no-any-return]
     return Shell(become)
 
 

@@ -30,6 +30,8 @@ class ParametrizedTensor(nn.Module):
     record: Record
     session: Session
     original_names: tuple[str, ...]
+    held = False
+    """Whether some owner holds it already."""
     holding: Holding
     trained_before: dict[str, bool] | None
     """While the site is frozen: which of its parameters were trained before."""
@@ -82,7 +84,7 @@ class ParametrizedTensor(nn.Module):
         """Evaluate for a new forward: a state advances, unless it did so for this forward already."""
         if self.training and _in_backward():
             # A checkpointed region runs again.
-            return self.settled().evaluate(*inputs)
+            return self.settled(again=True).evaluate(*inputs)
         return self.evaluate(*inputs)
 
     def evaluate(self, *inputs: Tensor) -> Any:
@@ -120,9 +122,13 @@ class ParametrizedTensor(nn.Module):
         value = self.holding.keep("hoisted", steps[:count], used, first)
         return apply_chain(self.record, steps, originals, inputs, count, value)
 
-    def settled(self) -> ParametrizedTensor:
-        """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here."""
-        clone: ParametrizedTensor = _settled(self)
+    def settled(self, again: bool = False) -> ParametrizedTensor:
+        """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here.
+
+        Arguments:
+            again: leave what advances no state in its mode: it is to do what it did before, random numbers included.
+        """
+        clone: ParametrizedTensor = _settled(self, again)
         clone.holding = Holding()
         return clone
 
@@ -267,30 +273,28 @@ class Reference:
         self.module = module
 
 
-def _settled(module: Any) -> Any:
+def _settled(module: Any, again: bool) -> Any:
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update(module.__dict__)
-    clone.__dict__["training"] = False
+    clone.__dict__["training"] = again and module.training and not _keeps_state(module)
     clone.__dict__["_parameters"] = dict(module._parameters)
     clone.__dict__["_buffers"] = {
         name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
     }
     clone.__dict__["_modules"] = {
-        name: None if child is None else _settled(child) for name, child in module._modules.items()
+        name: None if child is None else _settled(child, again) for name, child in module._modules.items()
     }
     return clone
 
 
 def _varies(step: nn.Module) -> bool:
-    """Whether `step` may advance a state or draw random numbers; a step that does not say so may if it has buffers."""
-    return any(
-        getattr(module, "stateful", False) or getattr(module, "random", False) or _undeclared(module)
-        for module in step.modules()
-    )
+    return any(_keeps_state(module) or getattr(module, "random", False) for module in step.modules())
 
 
-def _undeclared(module: nn.Module) -> bool:
-    return bool(module._buffers) and not type(module).__module__.startswith("rewriter.")
+def _keeps_state(module: nn.Module) -> bool:
+    """Whether a module may advance a state: it says so, or it is nobody's we know and has buffers."""
+    unknown = not type(module).__module__.startswith("rewriter.")
+    return bool(getattr(module, "stateful", unknown and module._buffers))
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

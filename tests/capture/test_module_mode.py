@@ -1,0 +1,579 @@
+"""Models that torch.fx cannot trace keep their class, and a tensor is computed once for each forward of them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from rewriter import bake, plan, rewrite
+
+
+class Count(nn.Module):
+    """Half the tensor, counted over all threads."""
+
+    total = 0
+    lock = threading.Lock()
+
+    def forward(self, X: Tensor) -> Tensor:
+        with Count.lock:
+            Count.total += 1
+        return X / 2
+
+
+class Step(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(h @ self.weight)
+
+
+class Untraceable(nn.Module):
+    """A loop whose length depends on data, over tensors of its own and of two submodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
+        self.body = nn.Sequential(Step(), nn.Linear(4, 4))
+        self.tied = nn.Linear(4, 4, bias=False)
+        self.tied.weight = self.weight
+
+    def forward(self, x: Tensor, *, times: int = 3) -> Tensor:
+        """Apply everything, several times."""
+        for _ in range(times):
+            if x.sum() > 1e9:
+                x = x * 0
+            x = torch.tanh(self.tied(self.body(x)) + x @ self.weight)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[0]
+
+
+SPEC = {"reparam": 1, "rules": [{"name": "all", "select": "**.weight", "chain": [Count()]}]}
+SITES = 3
+
+
+def rewritten(model: nn.Module | None = None, chain: Any = None, **options: Any) -> Any:
+    rule = {"name": "all", "select": "**.weight", "chain": chain or [Count()]}
+    new = rewrite(model or Untraceable(), {"reparam": 1, "rules": [rule]}, capture="module", **options)
+    Count.total = 0
+    return new
+
+
+def halved(model: nn.Module) -> Any:
+    """What a model rewritten with `Count` computes: plain tensors, half of what is stored."""
+    plain = bake(model)
+    Count.total = 0
+    return plain
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 4)
+
+
+def test_the_plan_says_which_line_cannot_be_traced() -> None:
+    found = plan(Untraceable(), SPEC)
+    assert found.root == "module"
+    assert "test_module_mode.py" in found.why
+    assert "for _ in range(times)" in found.why
+    assert [site.names for site in found] == [("weight", "tied.weight"), ("body.0.weight",), ("body.1.weight",)]
+
+
+def test_one_evaluation_for_each_forward_of_the_root(x: Tensor) -> None:
+    new = rewritten()
+    new(x, times=7).sum().backward()
+    assert Count.total == SITES
+    with torch.no_grad():
+        new(x)
+    assert Count.total == 2 * SITES
+
+
+def test_values_and_gradients_are_those_of_torch(x: Tensor) -> None:
+    model = Untraceable().double()
+    new = rewritten(model)
+    reference = copy.deepcopy(model)
+    for module in (reference, reference.body[0], reference.body[1]):
+        parametrize.register_parametrization(module, "weight", Count())
+    del reference.tied.weight
+    parametrize.register_parametrization(_with(reference.tied, torch.zeros(4, 4).double()), "weight", Count())
+    reference.tied.parametrizations.weight.original = reference.parametrizations.weight.original
+    x = x.double()
+    ours, theirs = new(x), reference(x)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    assert expected.keys() == {name for name, _ in new.named_parameters()}
+    for name, parameter in new.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-10)
+
+
+def _with(module: nn.Module, weight: Tensor) -> nn.Module:
+    module.weight = nn.Parameter(weight)
+    return module
+
+
+def test_class_and_methods_stay(x: Tensor) -> None:
+    model = Untraceable()
+    new = rewritten(model)
+    assert isinstance(new, Untraceable)
+    assert type(new).__name__ == "Untraceable"
+    assert type(new).__module__ == Untraceable.__module__
+    assert type(new).__doc__ == Untraceable.__doc__
+    assert new.forward.__doc__ == model.forward.__doc__
+    assert inspect.signature(new.forward) == inspect.signature(model.forward)
+    assert new.width == 4
+    assert torch.equal(new.features(x), halved(new).features(x))
+    assert "tied.parametrizations.weight.original" in new.state_dict()
+
+
+def test_a_submodule_called_on_its_own_evaluates_on_its_own(x: Tensor) -> None:
+    new = rewritten()
+    new.body(x)
+    assert Count.total == 2
+    new.body[0](new.body[0](x))
+    assert Count.total == 4
+    assert torch.equal(new.body(x), halved(new).body(x))
+
+
+def test_a_rewritten_model_inside_another_is_evaluated_at_each_of_its_calls(x: Tensor) -> None:
+    inner = rewritten()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.inner(x))
+
+    Outer()(x)
+    assert Count.total == 2 * SITES
+
+
+class Recursive(Step):
+    def forward(self, h: Tensor, depth: int = 3) -> Tensor:
+        h = super().forward(h)
+        return self(h, depth - 1) if depth and h.sum() < 1e9 else h
+
+
+def test_a_forward_that_calls_itself_is_one_forward(x: Tensor) -> None:
+    new = rewritten(Recursive())
+    new(x)
+    assert Count.total == 1
+
+
+def test_an_exception_ends_the_forward(x: Tensor) -> None:
+    new = rewritten()
+    with pytest.raises(RuntimeError):
+        new(torch.randn(5, 3))
+    with torch.no_grad():
+        new.parametrizations.weight.original.zero_()
+        new.body[1].parametrizations.weight.original.zero_()
+    Count.total = 0
+    assert torch.equal(new(x), halved(new)(x))
+
+
+class Modes(nn.Module):
+    """Reads its weight first where gradients are off, or in another precision, or inside a checkpoint."""
+
+    def __init__(self, first: Callable[[Callable[[], Tensor]], float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.first(lambda: (x @ self.weight).abs().mean().detach())
+        return x @ self.weight / scale if scale > 0 else x
+
+
+def under_no_grad(read: Callable[[], Tensor]) -> float:
+    with torch.no_grad():
+        return float(read())
+
+
+def under_inference_mode(read: Callable[[], Tensor]) -> float:
+    with torch.inference_mode():
+        return float(read())
+
+
+def under_autocast(read: Callable[[], Tensor]) -> float:
+    with torch.autocast("cpu", torch.bfloat16):
+        return float(read())
+
+
+@pytest.mark.parametrize("first", [under_no_grad, under_inference_mode, under_autocast])
+def test_the_first_read_may_be_under_another_mode(first: Any, x: Tensor) -> None:
+    new = rewritten(Modes(first))
+    new(x).sum().backward()
+    assert Count.total == 1
+    plain = halved(new)
+    plain.zero_grad()
+    plain(x).sum().backward()
+    torch.testing.assert_close(new.parametrizations.weight.original.grad, plain.weight.grad / 2)
+
+
+def test_a_forward_without_gradients_leaves_nothing_for_the_next(x: Tensor) -> None:
+    new = rewritten()
+    with torch.inference_mode():
+        new(x)
+    new(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in new.parameters())
+
+
+def test_functional_call_takes_other_parameters(x: Tensor) -> None:
+    new = rewritten()
+    other = {name: torch.zeros_like(tensor) for name, tensor in new.named_parameters()}
+    expected = new(x)
+    result = torch.func.functional_call(new, other, (x,))
+    assert not result.any()
+    assert torch.equal(new(x), expected)
+    block = new.body[0]
+    stacked = {name: torch.stack([tensor, 2 * tensor]) for name, tensor in block.named_parameters()}
+    batched = torch.func.vmap(lambda given: torch.func.functional_call(block, given, (x,)))(stacked)
+    torch.testing.assert_close(batched[0], block(x))
+
+
+# Checkpointing
+
+
+class Blocks(nn.Module):
+    """Three blocks in checkpoints, with a weight that is read outside of them first."""
+
+    def __init__(self, reentrant: bool | None, outside: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Step() for _ in range(3))
+        self.weight = nn.Parameter(torch.randn(4, 4) / 2)
+        self.reentrant = reentrant
+        self.outside = outside
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(block(block(x)) @ self.weight, 0.3)
+        return x + nn.functional.dropout(x, 0.3) if x.sum() < 1e9 else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.weight if self.outside else x
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = self.run(block, x)
+            else:
+                x = checkpoint(self.run, block, x, use_reentrant=self.reentrant)
+        return x
+
+
+class Noisy(nn.Module):
+    """A random mask, in train mode."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return nn.functional.dropout(X, 0.5, self.training)
+
+
+CHAINS: dict[str, list[Any]] = {
+    "plain": [Count()],
+    "stateful": ["spectral_norm"],
+    "random": [{"weight_dropout": {"p": 0.5}}],
+    "random, not declared": [Noisy()],
+}
+
+
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_checkpointed_regions_run_again_with_the_values_of_their_forward(chain: str, outside: bool, x: Tensor) -> None:
+    x.requires_grad_()
+    plain = rewritten(Blocks(None, outside).double(), CHAINS[chain])
+    again = copy.deepcopy(plain)
+    again.reentrant = False
+    expected, found = [], []
+    for model, grads in ((plain, expected), (again, found)):
+        torch.manual_seed(0)
+        losses = [model(x.double()).square().sum() for _ in range(2)]  # two forwards, then their backwards
+        sum(losses, torch.zeros(())).backward()
+        grads += [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(again.get_buffer(name), buffer)
+
+
+def test_a_checkpointed_region_is_not_evaluated_again(x: Tensor) -> None:
+    new = rewritten(Blocks(False))
+    new(x).sum().backward()
+    assert Count.total == 4
+
+
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize("chain", ["plain", "stateful"])
+def test_reentrant_checkpoints_give_the_same_gradients(chain: str, outside: bool, x: Tensor) -> None:
+    x.requires_grad_()
+    plain = rewritten(Blocks(None, outside).double(), CHAINS[chain])
+    again = copy.deepcopy(plain)
+    again.reentrant = True
+    grads = []
+    for model in (plain, again):
+        torch.manual_seed(0)
+        model(x.double()).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-12)
+    session = again.__dict__["_reparam_session"]
+    assert not session._repeated
+
+
+def test_a_reentrant_region_is_evaluated_once_when_it_runs_again(x: Tensor) -> None:
+    new = rewritten(Blocks(True))
+    new(x.requires_grad_()).sum().backward()
+    assert Count.total == 4 + 3 * 2  # the forward; then in each of three regions a block's tensor and the shared one
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_may_be_checkpointed_as_a_whole(reentrant: bool, x: Tensor) -> None:
+    new = rewritten(Blocks(None), CHAINS["random"])
+    grads = []
+    for run in (new, lambda x: checkpoint(new, x, use_reentrant=reentrant)):
+        new.zero_grad()
+        torch.manual_seed(0)
+        run(x.requires_grad_()).square().sum().backward()
+        grads.append([parameter.grad for parameter in new.parameters()])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+# Threads and copies
+
+
+def test_threads_do_not_see_each_others_values() -> None:
+    new = rewritten()
+    plain = halved(new)
+    inputs = [torch.randn(5, 4) for _ in range(2)]
+    expected = [plain(x, times=20) for x in inputs]
+    wrong: list[str] = []
+    barrier = threading.Barrier(2)
+
+    def work(index: int) -> None:
+        barrier.wait()
+        for repeat in range(50):
+            with torch.set_grad_enabled((repeat + index) % 2 == 0):
+                result = new(inputs[index], times=20)
+            if not torch.equal(result, expected[index]):
+                wrong.append(f"thread {index}, value")
+            if result.requires_grad != ((repeat + index) % 2 == 0):
+                wrong.append(f"thread {index}, gradient")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert Count.total == 100 * SITES
+
+
+def test_a_copy_computes_its_own_values_after_the_original_is_gone(x: Tensor) -> None:
+    new = rewritten()
+    copied = copy.deepcopy(new)
+    shallow = copy.copy(new)
+    assert torch.equal(shallow(x), new(x))
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(3)
+    expected = halved(copied)(x)
+    gone = weakref.ref(new.body[0])
+    del new, shallow
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(copied(x), expected)
+    assert copied(x).requires_grad
+
+
+class CopiesItself(Step):
+    def forward(self, h: Tensor) -> Tensor:
+        if h.sum() < 1e9:
+            h = super().forward(h)
+        self.__dict__["copied"] = copy.deepcopy(self)
+        return h
+
+
+def test_a_model_may_be_copied_in_the_middle_of_its_forward(x: Tensor) -> None:
+    new = rewritten(CopiesItself())
+    result = new(x)
+    copied = new.__dict__.pop("copied")
+    with torch.no_grad():
+        new.parametrizations.weight.original.zero_()
+    assert torch.equal(copied(x), result)
+
+
+def test_pickles_keep_the_class_and_the_ties(x: Tensor) -> None:
+    new = rewritten()
+    loaded = pickle.loads(pickle.dumps(new))
+    assert isinstance(loaded, Untraceable)
+    assert torch.equal(loaded(x), new(x))
+    assert loaded.tied.parametrizations.weight is loaded.parametrizations.weight
+    Count.total = 0
+    loaded(x)
+    assert Count.total == SITES
+
+
+def test_state_dicts_go_from_one_to_the_other(x: Tensor) -> None:
+    new, other = rewritten(), rewritten()
+    assert not torch.equal(new(x), other(x))
+    other.load_state_dict(new.state_dict())
+    assert torch.equal(new(x), other(x))
+    other.load_state_dict({name: tensor.double() for name, tensor in new.state_dict().items()}, assign=True)
+    assert other(x.double()).dtype == torch.float64
+
+
+def test_conversions_and_modes_reach_the_chains(x: Tensor) -> None:
+    new = rewritten(chain=["spectral_norm"])
+    new.double().eval()
+    assert new.weight.dtype == torch.float64
+    assert new(x.double()).dtype == torch.float64
+    before = copy.deepcopy(new.state_dict())
+    new(x.double())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
+    new.train()
+    new(x.double())
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
+
+
+# Classes with a mind of their own
+
+
+class Guarded(Step):
+    """Says no to most things."""
+
+    registry: list[str] = []
+
+    def __init_subclass__(cls, *, allowed: bool, **rest: Any) -> None:
+        raise TypeError("no subclasses")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError("no other class")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "nickname":
+            return "guarded"
+        return super().__getattr__(name)
+
+
+class Slotted(Step):
+    __slots__ = ("extra",)
+
+
+class CopiedByHand(Step):
+    def __deepcopy__(self, memo: Any) -> CopiedByHand:
+        clone = type(self).__new__(type(self))
+        nn.Module.__init__(clone)
+        clone.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k.startswith("_m")}, memo))
+        clone._parameters = copy.deepcopy(self._parameters, memo)
+        return clone
+
+
+class Reduced(Step):
+    def __reduce__(self) -> Any:
+        return type(self).__new__, (type(self),), self.__dict__
+
+
+class WithMeta(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+class MetaStep(Step, metaclass=WithMeta):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Guarded, Slotted, CopiedByHand, Reduced, MetaStep])
+def test_classes_with_a_mind_of_their_own(kind: Any, x: Tensor) -> None:
+    model = kind()
+    new = rewritten(model)
+    assert isinstance(new, kind)
+    expected = torch.tanh(x @ (model.weight / 2))
+    for one in (new, copy.deepcopy(new)):
+        Count.total = 0
+        torch.testing.assert_close(one(x), expected)
+        assert Count.total == 1
+    plain = bake(new)
+    assert type(plain) is kind
+    torch.testing.assert_close(plain(x), expected)
+
+
+def test_attributes_made_up_by_the_class_are_still_made_up() -> None:
+    assert rewritten(Guarded()).nickname == "guarded"
+
+
+def test_no_class_is_left_behind() -> None:
+    class Alone(Step):
+        pass
+
+    plain = bake(rewritten(Alone()))
+    gc.collect()
+    assert type(plain) is Alone
+    assert not Alone.__subclasses__()
+    assert not any(name.startswith("_reparam") for module in plain.modules() for name in module.__dict__)
+
+
+def test_setting_the_tensor_goes_through_the_right_inverse() -> None:
+    new = rewritten(chain=["symmetric"])
+    value = torch.eye(4)
+    with torch.no_grad():
+        new.tied.weight = value
+    assert torch.equal(new.weight, value)
+    assert torch.equal(new.get_parameter("tied.weight"), value)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_compiles_without_a_graph_break(train: bool, x: Tensor) -> None:
+    torch._dynamo.reset()
+    model = Compiled()
+    new = rewritten(model, ["symmetric"]).train(train)
+    compiled = torch.compile(new, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        new.zero_grad()
+        torch.testing.assert_close(compiled(x), new(x))
+        compiled(x).sum().backward()
+        found = [parameter.grad for parameter in new.parameters()]
+        new.zero_grad()
+        new(x).sum().backward()
+        torch.testing.assert_close(found, [parameter.grad for parameter in new.parameters()])
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.mul_(0.5)
+    torch._dynamo.reset()
+
+
+class Compiled(nn.Module):
+    """Not traceable by torch.fx, and for torch.compile one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = Step()
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.step.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 77 and len(x) > 77:
+            return x
+        for _ in range(3):
+            x = self.tied(self.step(x)) @ self.step.weight
+        return x
