@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -88,7 +88,7 @@ def plan(
 def _plan(
     spec: Path,
     model_file: Path,
-    capture: str,
+    capture: Literal["auto", "graph", "module"],
     factory: str | None,
     allow: Sequence[str] | None,
     trust: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,4 +33,7 @@ Example = Annotated[
     list[str] | None,
     typer.Option("--example", metavar="DTYPE[SIZE,…]", help="An example input, such as float32[2,3]; repeatable."),
 ]
-Capture = Annotated[str, typer.Option("--capture", help="How the model is captured: auto, graph, module or export.")]
+Capture = Annotated[
+    Literal["auto", "graph", "module"],
+    typer.Option("--capture", help="Trace the model, keep its class, or whichever works."),
+]

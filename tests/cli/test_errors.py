@@ -22,6 +22,7 @@ fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[Health
         (("bake", "model.pt"), 2, "--output"),
         (("bake", "model.pt", "-o", "x.pt", "--format", "tflite"), 2, "tflite"),
         (("apply", "spec.yaml", "model.pt"), 2, "-o OUT"),
+        (("plan", "spec.yaml", "model.pt", "--capture", "magic"), 2, "magic"),
         (("bake", "model.pt", "-o", "x.pt", "--example", "nonsense"), 2, "float32[2,3,8]"),
         (("plan", "missing.yaml", "model.pt"), 3, "does not exist"),
         (("plan", ".", "model.pt"), 3, "directory"),
