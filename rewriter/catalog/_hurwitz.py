@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._registry import register
-from rewriter.catalog._maps._checks import require_real, require_shape, require_square
+from rewriter.catalog._maps._checks import require_real, require_shape, require_square, require_values
 from rewriter.catalog._maps._cholesky import cholesky, positive_triangle, positive_triangle_inverse
 from rewriter.catalog._maps._precision import wide_dtype, widen
 from rewriter.errors import RewriterError
@@ -63,6 +63,7 @@ class HurwitzStable(nn.Module):
             RewriterError: an eigenvalue of `value` does not lie left of -decay, or almost not.
         """
         require_shape("hurwitz_stable", value, self.shape)
+        require_values("hurwitz_stable", value)
         W = widen(value).double()
         eye = torch.eye(W.size(-1), dtype=W.dtype, device=W.device)
         A = W + self.decay * eye

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriter._registry import register
-from rewriter.catalog._maps._checks import require_real, require_shape, require_square
+from rewriter.catalog._maps._checks import require_real, require_shape, require_square, require_values
 from rewriter.catalog._maps._cholesky import positive_triangle, positive_triangle_inverse
 from rewriter.catalog._maps._precision import Precise, wide_dtype, widen
 from rewriter.catalog._orthogonal import SpecialOrthogonal
@@ -59,6 +59,7 @@ class PositiveDeterminant(Precise):
             RewriterError: the determinant of `value` is not positive.
         """
         require_shape(self.name, value, self.shape)
+        require_values(self.name, value)
         W = widen(value)
         # The QR decomposition of the matrix with its columns reversed is one into Q and a lower triangle.
         Q, R = torch.linalg.qr(W.flip(-1))

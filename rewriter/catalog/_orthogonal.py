@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rewriter._registry import register
 from rewriter.catalog._maps._cayley import cayley, cayley_inverse
-from rewriter.catalog._maps._checks import require_matrix, require_shape, require_square
+from rewriter.catalog._maps._checks import require_matrix, require_shape, require_square, require_values
 from rewriter.catalog._maps._exponential import exponential
 from rewriter.catalog._maps._householder import householder
 from rewriter.catalog._maps._logarithm import logarithm
@@ -96,6 +96,7 @@ class Orthogonal(Precise):
             NotImplementedError: ``map: matrix_exp`` without a base, for a matrix that is not square.
         """
         require_shape(self.name, value, self.shape)
+        require_values(self.name, value)
         wide = value.size(-2) < value.size(-1)
         W = widen(value.mT if wide else value)
         if self.base is not None:
@@ -198,7 +199,11 @@ class SpecialOrthogonal(Orthogonal):
     name = "special_orthogonal"
 
     def __init__(
-        self, map: Literal["matrix_exp", "cayley"] = "matrix_exp", trivialization: bool = True, *, weight: Tensor
+        self,
+        map: Literal["matrix_exp", "cayley"] = "matrix_exp",
+        trivialization: bool = True,
+        *,
+        weight: Tensor,
     ) -> None:
         require_square("special_orthogonal", weight)
         if map not in ("matrix_exp", "cayley"):
@@ -214,4 +219,6 @@ class SpecialOrthogonal(Orthogonal):
         try:
             self.base.copy_(rotation(W))
         except ValueError as error:
-            raise RewriterError(f"special_orthogonal: this orthogonal matrix is no rotation, {error}") from None
+            raise RewriterError(
+                f"special_orthogonal: this orthogonal matrix is no rotation, {error}"
+            ) from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rewriter._registry import register
-from rewriter.catalog._maps._checks import require_real, require_square
+from rewriter.catalog._maps._checks import require_real, require_square, require_values
 from rewriter.catalog._maps._cholesky import cholesky, gram, positive_triangle, positive_triangle_inverse
 from rewriter.catalog._maps._precision import Precise, wide_dtype, widen
 from rewriter.errors import RewriterError
@@ -130,6 +130,7 @@ class PositiveDefinite(_Definite):
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the tensor that stands for `value`, or for a positive definite matrix near it."""
+        require_values("spd", value)
         W = widen(value)
         shifted = W - self.eps * torch.eye(W.size(-1), dtype=W.dtype, device=W.device)
         return positive_triangle_inverse(cholesky(shifted)).to(value.dtype)
@@ -172,4 +173,5 @@ class Correlation(_Definite):
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the tensor that stands for `value`, or for the correlations of a matrix near it."""
+        require_values("correlation", value)
         return positive_triangle_inverse(cholesky(widen(value))).to(value.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rewriter._registry import construct, find
 from rewriter.errors import RewriterError
 from rewriter.testing import check_parametrization
 
@@ -146,3 +147,17 @@ def test_families_of_square_matrices_say_which_shape_they_found(name: str) -> No
 def test_families_of_matrices_refuse_vectors_and_say_what_to_do(name: str) -> None:
     with pytest.raises(RewriterError, match="reshape"):
         check_parametrization(name, (3,))
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=title)
+def test_a_tensor_without_values_is_built_and_evaluated(
+    member: tuple[str, tuple[int, ...], dict[str, Any]],
+) -> None:
+    name, shape, arguments = member
+    weight = torch.empty(*shape, device="meta")
+    step = construct(find(name), weight, arguments)
+    try:
+        stored = step.right_inverse(weight)  # type: ignore[operator]
+    except NotImplementedError:
+        stored = (weight, weight) if name == "hurwitz_stable" else weight
+    assert step(*(stored if isinstance(stored, tuple) else (stored,))).shape == weight.shape

@@ -16,6 +16,12 @@ def require_matrix(name: str, weight: Tensor) -> None:
         )
 
 
+def require_values(name: str, value: Tensor) -> None:
+    """Raise NotImplementedError for a meta tensor: it has no values that a right inverse could look at."""
+    if value.is_meta:
+        raise NotImplementedError(f"{name}: a tensor on the meta device has no values to start from")
+
+
 def require_square(name: str, weight: Tensor) -> None:
     """Raise RewriterError unless `weight` has shape ``(..., n, n)``."""
     require_matrix(name, weight)
