@@ -1,28 +1,27 @@
 """Symbolic tracing that refuses rather than records something else than what the model does.
 
 torch.fx runs a forward once and writes down what it saw. What it cannot see it bakes in: the training flag, random
-tensors, attributes that a forward sets. Here each of these is either made visible or makes the module a node of its
-own, which runs as it is.
+tensors, the type of a value, a grad mode, attributes that a forward sets. Here each of these is either made visible or
+makes the module a node of its own, which runs as it is.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import traceback
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
 
+from rewriter.capture._effects import Snapshot, still_alive
+from rewriter.capture._guards import Flag, guarded, refuse_unknown_call
+from rewriter.capture._proxy import Value, forget_kinds, remember_kind
+from rewriter.capture._signature import absences, check_root, optional_arguments, outline, resolve_annotations
 from rewriter.errors import CaptureError
-
-_FACTORIES = (
-    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
-    "randn", "randperm", "scalar_tensor", "tensor", "zeros",
-)  # fmt: skip
 
 
 @dataclass
@@ -48,31 +47,44 @@ def trace(root: nn.Module, inside: set[str]) -> Trace:
     Raises:
         CaptureError: the root's own forward cannot be captured, and why.
     """
-    for name in ("graph", "code"):
-        if name in root._modules or name in root._parameters or name in root._buffers:
-            raise CaptureError(f"the model has a submodule or tensor called {name!r}, a name that graphs use")
-    optional = _absent_by_default(root)
-    with _restored_containers(root):
-        traced = _trace_once(root, inside, {})
-        if optional and _outline(traced.graph) != _outline(_trace_once(root, inside, optional).graph):
+    check_root(root)
+    traced = _trace_once(root, inside, {})
+    for absent in absences(optional_arguments(root)):
+        other = _trace_once(root, inside, absent)
+        if outline(traced.graph, absent) != outline(other.graph, absent):
             raise CaptureError(
-                f"what {type(root).__name__}.forward does depends on whether {' or '.join(optional)} is None"
+                f"what {type(root).__name__}.forward does depends on whether {' and '.join(absent)} is None"
             )
     return traced
 
 
 def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> Trace:
     tracer = _Tracer(root, inside)
+    before = Snapshot(root)
     try:
-        with _training_visible(tracer, root), _factories_recorded(tracer), _assignments_refused():
+        with guarded(tracer, root):
             graph = tracer.trace(root, concrete_args=concrete or None)
+        tracer.check_refusals()
     except Exception as problem:
+        before.restore()
         raise CaptureError(f"torch.fx cannot trace {type(root).__name__}.forward: {_reason(problem)}") from problem
-    for node in graph.nodes:
-        if isinstance(node.type, str):
-            # An annotation that is still text reaches generated code in a form that TorchScript cannot read.
-            node.type = None
+    changed = before.restore()
+    if changed:
+        raise CaptureError(f"the forward changes {', '.join(changed)} as it runs")
+    values = tracer.values
+    tracer.proxies.clear()
+    if still_alive(values):
+        raise CaptureError("the forward keeps an intermediate value where a later call may find it")
+    _check_keywords(graph)
+    forget_kinds(graph)
+    resolve_annotations(root, graph)
     return Trace(graph, tracer.opaque)
+
+
+def _check_keywords(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("**") and node.users:
+            raise CaptureError(f"the forward looks into its {node.target}, which differ from call to call")
 
 
 class _Tracer(fx.Tracer):
@@ -83,14 +95,51 @@ class _Tracer(fx.Tracer):
         self.inside = inside
         self.opaque: dict[str, str] = {}
         self.paths: dict[nn.Module, str] = {}
-        for path, module in root.named_modules():
-            self.paths.setdefault(module, path)
         self.tensors: dict[Tensor, str] = {}
         for path, module in root.named_modules():
+            self.paths.setdefault(module, path)
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     self.tensors.setdefault(tensor, f"{path}.{name}" if path else name)
         self.proxies: dict[str, fx.Proxy] = {}
+        self.values: list[weakref.ref[fx.Proxy]] = []
+        self.refusals: list[str] = []
+        self.modes = _modes()
+
+    def refuse(self, message: str) -> None:
+        """Raise, and remember it in case the forward catches exceptions."""
+        self.refusals.append(message)
+        raise CaptureError(message)
+
+    def check_refusals(self) -> None:
+        """Raise what a forward caught and went on from."""
+        if self.refusals:
+            raise CaptureError(self.refusals[0])
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() > self.modes:
+            self.refuse(
+                "its forward enters a mode (a default device, a TorchFunctionMode), which a graph does not show"
+            )
+        return super().create_node(*args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        remember_kind(node)
+        value = Value(node, self)
+        self.values.append(weakref.ref(value))
+        return value
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse(f"control flow depends on a value, {obj.node.name}, that is known only when the model runs")
+        raise AssertionError
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refuse(f"a loop goes over a value, {obj.node.name}, whose length is known only when the model runs")
+        raise AssertionError
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        self.refuse(f"a value, {obj.node.name}, is unpacked with **, and its keys are known only when the model runs")
+        raise AssertionError
 
     def path_of_module(self, mod: nn.Module) -> str:
         try:
@@ -106,127 +155,62 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
+            return self._called(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
-        known = dict(self.proxies)
+        known, refusals = dict(self.proxies), list(self.refusals)
+        before = Snapshot(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            changed = before.restore()
+            if changed:
+                raise CaptureError(f"its forward changes {', '.join(changed)} as it runs")
+            if len(self.refusals) > len(refusals):
+                raise CaptureError(self.refusals[-1])
+            return result
         except Exception as problem:
+            before.restore()
             for node in reversed(self.graph.nodes):
                 if node is last:
                     break
                 self.graph.erase_node(node)
-            self.proxies = known
+            self.proxies, self.refusals = known, refusals
             self.opaque[path] = _reason(problem)
-            return super().call_module(m, forward, args, kwargs)
+        return self._called(m, forward, args, kwargs)
+
+    def _called(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_unknown_call(m)
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(m, nn.MultiheadAttention) and kwargs.get("need_weights") is False:
+            return result[0], None
+        return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if isinstance(attr_val, Tensor) and attr_val in self.tensors:
             return self.read(self.tensors[attr_val])
-        return attr_val
+        return self.read(attr_val.target) if isinstance(attr_val, Flag) else attr_val
 
     def read(self, target: str) -> fx.Proxy:
-        """Return the proxy of the node that reads `target`; one for each trace."""
+        """Return the value that reads `target`; one for each trace."""
         if target not in self.proxies:
             self.proxies[target] = self.create_proxy("get_attr", target, (), {})
         return self.proxies[target]
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, fx.Proxy):
+        if isinstance(a, (Value, Attribute)):
+            return a.node
+        if isinstance(a, Tensor):
             if a not in self.tensors:
                 raise CaptureError("its forward uses a tensor that is neither a parameter nor a buffer")
             return self.read(self.tensors[a]).node
         if isinstance(a, nn.Module):
             raise CaptureError(f"its forward passes a module ({type(a).__name__}) as an argument")
+        if isinstance(a, (dict, list)) and type(a).__module__ != "builtins" and "torch.fx" not in type(a).__module__:
+            raise CaptureError(f"its forward makes a {type(a).__name__}, of which a graph keeps the items only")
         return super().create_arg(a)
 
 
-@contextlib.contextmanager
-def _factories_recorded(tracer: _Tracer) -> Iterator[None]:
-    """Make ``torch.zeros(...)`` and its like nodes of the graph: sizes may be proxies, and random ones stay random."""
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-
-    def recorder(function: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            return tracer.create_proxy("call_function", function, args, kwargs)
-
-        return record
-
-    try:
-        for name, function in originals.items():
-            setattr(torch, name, recorder(function))
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
-
-
-@contextlib.contextmanager
-def _training_visible(tracer: _Tracer, root: nn.Module) -> Iterator[None]:
-    """Make ``self.training`` a node, so that ``train()`` and ``eval()`` still decide after capture.
-
-    A forward that branches on it is refused by torch.fx: a proxy has no truth value.
-    """
-    modules = {path: module for path, module in root.named_modules() if path in tracer.inside or not path}
-    flags = {path: module.__dict__.pop("training") for path, module in modules.items()}
-    try:
-        for path, module in modules.items():
-            # torch.fx asks its own copy of Module.__getattr__, which finds buffers: the flag stands in as one.
-            flag = torch.tensor(flags[path])
-            tracer.tensors[flag] = f"{path}.training" if path else "training"
-            module._buffers["training"] = flag
-        yield
-    finally:
-        for path, module in modules.items():
-            module._buffers.pop("training", None)
-            module.__dict__["training"] = flags[path]
-
-
-@contextlib.contextmanager
-def _assignments_refused() -> Iterator[None]:
-    """Refuse a forward that sets attributes: the graph would not, and the model would be left with proxies."""
-    assign = nn.Module.__setattr__
-
-    def refuse(module: nn.Module, name: str, value: Any) -> None:
-        raise CaptureError(f"its forward sets self.{name}")
-
-    try:
-        nn.Module.__setattr__ = refuse  # type: ignore[assignment,method-assign]
-        yield
-    finally:
-        nn.Module.__setattr__ = assign  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _restored_containers(root: nn.Module) -> Iterator[None]:
-    """Refuse a forward that appends to its lists and dicts, and take out again what it put there."""
-    kept: list[tuple[Any, Any, str]] = []
-    for module in root.modules():
-        for name, value in module.__dict__.items():
-            if type(value) in (list, dict, set) and not name.startswith("_"):
-                kept.append((value, value.copy(), f"{type(module).__name__}.{name}"))
-    yield
-    changed = []
-    for value, former, name in kept:
-        if len(value) != len(former) or value != former:
-            changed.append(name)
-            value.clear()
-            value.extend(former) if isinstance(value, list) else value.update(former)
-    if changed:
-        raise CaptureError(f"the forward changes {', '.join(changed)} as it runs")
-
-
-def _absent_by_default(root: nn.Module) -> dict[str, Any]:
-    parameters = inspect.signature(type(root).forward).parameters.values()
-    return {parameter.name: None for parameter in parameters if parameter.default is None}
-
-
-def _outline(graph: fx.Graph) -> list[tuple[str, Any]]:
-    return [
-        (node.op, node.target)
-        for node in graph.nodes
-        if node.op != "placeholder" and getattr(node.target, "__name__", "") not in ("_assert_is_none", "eq", "_assert")
-    ]
+def _modes() -> int:
+    return torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
 
 
 def _reason(problem: BaseException) -> str:
@@ -234,6 +218,9 @@ def _reason(problem: BaseException) -> str:
     lines = str(problem).strip().splitlines()
     text = lines[0] if lines else type(problem).__name__
     for frame in reversed(traceback.extract_tb(problem.__traceback__)):
-        if "/torch/" not in frame.filename and not frame.filename.startswith("<") and frame.filename != __file__:
+        if "/torch/" not in frame.filename and not frame.filename.startswith("<") and _PACKAGE not in frame.filename:
             return f"{text} (at {frame.filename}:{frame.lineno}: `{frame.line}`)"
     return text
+
+
+_PACKAGE = __file__.rpartition("capture")[0]

@@ -160,6 +160,8 @@ def _candidates() -> Iterator[tuple[str, Callable[..., Any]]]:
         for name, value in vars(module).items():
             if _is_public(name) and _is_computing(value, computing):
                 yield f"{namespace}.{name}", value
+    for name in ("pack_padded_sequence", "pack_sequence", "pad_packed_sequence", "pad_sequence"):
+        yield f"torch.nn.utils.rnn.{name}", getattr(torch.nn.utils.rnn, name)
     for name in dir(torch._C._VariableFunctions):
         if _is_public(name) or name == "_weight_norm":
             yield f"torch._VF.{name}", getattr(torch._C._VariableFunctions, name)
