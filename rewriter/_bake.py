@@ -164,7 +164,7 @@ def _plain_tensors(baked: Baked) -> list[Tensor]:
 
 def _same_form(original: Tensor, value: Tensor) -> bool:
     same = (original.shape, original.dtype, original.device) == (value.shape, value.dtype, value.device)
-    return same and original.is_contiguous()
+    return same and (original.is_contiguous() or original.is_contiguous(memory_format=torch.channels_last))
 
 
 def _trained(site: ParametrizedTensor, before: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from rewriter._pause import collector_paused
@@ -23,9 +24,11 @@ from rewriter.planning._prepare import Prepared, prepare
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
 from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session, attach, open_path, site_path
+from rewriter.runtime._memory import refill, shared_storages
 from rewriter.spec import Spec, load_spec
 
 
+@torch.inference_mode(False)
 def rewrite(model: nn.Module, spec: Any, *, capture: str = "auto", inplace: bool = False) -> nn.Module:
     """Return `model` with the parametrizations of `spec` in it.
 
@@ -74,8 +77,9 @@ def attach_sites(prepared: Prepared) -> Session:
     """Put the sites that were built into the model's modules; from here on the model is another one."""
     session = prepared.present[0][1].session if prepared.present else Session()
     order = {id(entry): index for index, entry in enumerate(prepared.entries)}
+    shared = shared_storages(entry.tensor for entry in prepared.entries if entry.tensor is not None)
     for claim, site in sorted(prepared.new, key=lambda pair: order[id(pair[0].entries[0])]):
-        _attach(claim, site, session)
+        _attach(claim, site, session, shared)
     _connect(prepared)
     return session
 
@@ -89,9 +93,9 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from problem
 
 
-def _attach(claim: Claim, site: ParametrizedTensor, session: Session) -> None:
+def _attach(claim: Claim, site: ParametrizedTensor, session: Session, shared: frozenset[int]) -> None:
     site.session = session
-    _keep_parameters(claim, site)
+    _keep_parameters(claim, site, shared)
     places: dict[int, tuple[nn.Module, list[str]]] = {}
     for entry in claim.entries:
         for owner, tensor in entry.owners:
@@ -102,14 +106,14 @@ def _attach(claim: Claim, site: ParametrizedTensor, session: Session) -> None:
             attach(owner, group, site)
 
 
-def _keep_parameters(claim: Claim, site: ParametrizedTensor) -> None:
+def _keep_parameters(claim: Claim, site: ParametrizedTensor, shared: frozenset[int]) -> None:
     """Store the originals in the model's own Parameter objects where the shapes allow it."""
     free = [entry.tensor for entry in claim.entries if isinstance(entry.tensor, nn.Parameter)]
     for name in site.original_names:
         original = getattr(site, name)
         for index, parameter in enumerate(free):
             if isinstance(original, nn.Parameter) and _same_form(parameter, original):
-                parameter.data.copy_(original.data)
+                refill(parameter, original.data, shared)
                 parameter.requires_grad = original.requires_grad
                 site._parameters[name] = parameter
                 del free[index]

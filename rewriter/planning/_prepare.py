@@ -16,6 +16,7 @@ from rewriter.planning._build import BuildError, build, check_value, describe
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._resolve import Claim, resolve
 from rewriter.planning._survey import Entry, survey
+from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.runtime import ParametrizedTensor
 from rewriter.spec import Rule, Spec
 
@@ -63,6 +64,7 @@ def prepare(model: nn.Module, spec: Spec, mode: str, *, measure: bool = False) -
     owners = [name.rpartition(".")[0] for claim, _ in present for entry in claim.entries for name in entry.names]
     owners += [name.rpartition(".")[0] for claim in claims for entry in claim.entries for name in entry.names]
     prepared = Prepared(spec, entries, capture(model, owners, mode), present=present)
+    problems += refuse_writes(claims, prepared.capture.graph)
     _build_all(prepared, claims, problems, measure)
     if problems:
         raise PlanError.of(problems)
@@ -117,7 +119,10 @@ def _refused(claim: Claim, problems: list[Diagnostic]) -> bool:
                 )
             )
             return True
-    return False
+    problem = refuse_statistics(claim)
+    if problem is not None:
+        problems.append(problem)
+    return problem is not None
 
 
 def _in_order(claims: list[Claim], entries: Sequence[Entry], problems: list[Diagnostic]) -> list[Claim]:

@@ -217,7 +217,10 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
             frame = Frame()
             frame.values.update(zip(handed_sites(self), handed, strict=True))
         with session.begin(frame):
-            return plain.forward(self, *args, **kwargs)
+            result = plain.forward(self, *args, **kwargs)
+        if frame.buffers:
+            frame.check_buffers()
+        return result
 
     def reduce(self: Any, protocol: int) -> Any:
         state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else self.__dict__
@@ -230,6 +233,9 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
             site = sites_of(self)[name]
             if not has_value(site, name, value):  # tying weights that are tied already comes to that
                 assign_value(site, name, value)
+                running = site.session.running.frame
+                if running is not None:
+                    running.forget(site)
         else:
             plain.__setattr__(self, name, value)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.errors import RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, region_of_backward, region_of_forward
 
@@ -24,6 +25,7 @@ class Frame:
         self.values: dict[Any, Any] = dict(given or {})
         self.known: dict[Any, Tensor] = {}
         self.drawn: dict[Any, Region] = {}
+        self.buffers: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
         # torch.compile can neither ask for inference mode nor enter it.
         self.inference = False if torch.compiler.is_compiling() else torch.is_inference_mode_enabled()
@@ -40,6 +42,8 @@ class Frame:
             return self.values[key]
         value = evaluate() if torch.compiler.is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
+        if key.stands_for_buffer and not torch.compiler.is_compiling():
+            self.buffers[key] = _version(value)
         if isinstance(value, Tensor) and key.repeatable:
             self.known[key] = value
         return value
@@ -64,6 +68,20 @@ class Frame:
         if region is not None and before is not None and not torch.equal(before, torch.get_rng_state()):
             self.drawn[key] = region
         return value
+
+    def forget(self, key: Any) -> None:
+        """Evaluate anew when `key` is asked for again."""
+        for held in (self.values, self.known, self.buffers):
+            held.pop(key, None)
+
+    def check_buffers(self) -> None:
+        """Refuse what the forward wrote into buffers that are computed."""
+        for key, version in self.buffers.items():
+            if _version(self.values[key]) != version:
+                raise RewriterError(
+                    f"the forward changed {key.record.name} in place; it is computed by {' >> '.join(key.record.chain)} "
+                    "and cannot keep the change: assign to it instead, or leave it out of the spec"
+                )
 
     def again(self, region: Region) -> Frame:
         """Return the frame for running a checkpointed region of this forward again.
@@ -95,13 +113,11 @@ class _Repeated(Frame):
                 tensor.register_hook(lambda gradient: self.forget(key))  # type: ignore[no-untyped-call]
         return value
 
-    def forget(self, key: Any) -> None:
-        self.values.pop(key, None)
-        self.known.pop(key, None)
-
 
 class _Running(threading.local):
-    frame: Frame | None = None
+    def __init__(self) -> None:
+        # Set from the start: torch.compile would notice that the attribute came to be, and compile again.
+        self.frame: Frame | None = None
 
 
 @loadable()
@@ -178,6 +194,11 @@ class Extent:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.running.frame = self.former
+
+
+def _version(value: Any) -> int:
+    parts = value if isinstance(value, tuple) else (value,)
+    return sum(part._version for part in parts if isinstance(part, Tensor) and not part.is_inference())
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -192,6 +192,11 @@ class ParametrizedTensor(nn.Module):
         return frame.value(self, lambda: self(*self.read_inputs()))
 
     @property
+    def stands_for_buffer(self) -> bool:
+        """Whether what it computes was a buffer, which a forward may mean to write to."""
+        return any(member.kind == "buffer" for member in self.record.members)
+
+    @property
     def repeatable(self) -> bool:
         """Whether evaluating again gives the same value: no state advances and nothing is drawn at random."""
         return not self.training or not any(map(_varies, self.steps))

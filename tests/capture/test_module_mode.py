@@ -457,8 +457,6 @@ def test_conversions_and_modes_reach_the_chains(x: Tensor) -> None:
 class Guarded(Step):
     """Says no to most things."""
 
-    registry: list[str] = []
-
     def __init_subclass__(cls, *, allowed: bool, **rest: Any) -> None:
         raise TypeError("no subclasses")
 
