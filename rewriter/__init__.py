@@ -19,6 +19,7 @@ from rewriter.errors import (
 )
 
 if TYPE_CHECKING:
+    from rewriter._absorb import absorb
     from rewriter._registry import register
     from rewriter._bake import bake
     from rewriter._once import evaluate_once
@@ -31,6 +32,7 @@ _HOMES = {
     "Plan": "rewriter.planning",
     "Site": "rewriter.planning",
     "Spec": "rewriter.spec",
+    "absorb": "rewriter._absorb",
     "bake": "rewriter._bake",
     "evaluate_once": "rewriter._once",
     "chain": "rewriter._chain",
@@ -51,6 +53,7 @@ __all__ = [
     "Site",
     "Spec",
     "SpecError",
+    "absorb",
     "bake",
     "evaluate_once",
     "chain",

@@ -1,0 +1,364 @@
+"""What torch's own tools did to a model is taken over: same outputs, same tensors, none of their machinery left."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import utils
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import rewriter
+from rewriter._copy import copied
+from rewriter.io import load_model, save_model
+
+
+class Symmetric(nn.Module):
+    def forward(self, X):
+        return X.triu() + X.triu(1).mT
+
+    def right_inverse(self, value):
+        return value.triu()
+
+
+class Halved(nn.Module):
+    def forward(self, X):
+        return X[: X.shape[0] // 2]
+
+    def right_inverse(self, value):
+        return torch.cat([value, torch.zeros_like(value)])
+
+
+class Reader(nn.Module):
+    """Reads its weight by name, as a user's module does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) @ self.fc.weight
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > -1e9 else x
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x[None])[0]
+
+
+def _two():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def _orthogonal():
+    model = _two()
+    parametrizations.orthogonal(model[0])
+    return model
+
+
+def _chain():
+    model = _two()
+    parametrizations.spectral_norm(model[0])
+    parametrize.register_parametrization(model[0], "weight", Symmetric())
+    parametrize.register_parametrization(model[2], "bias", nn.Softplus(), unsafe=True)
+    return model
+
+
+def _unsafe():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    parametrize.register_parametrization(model[0], "weight", Halved(), unsafe=True)
+    return model
+
+
+def _several():
+    model = _two()
+    parametrizations.weight_norm(model[0])
+    parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    return model
+
+
+def _buffer():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    parametrize.register_parametrization(model[0], "running_var", nn.Softplus())
+    return model.eval()
+
+
+def _read_twice():
+    model = Reader()
+    parametrizations.weight_norm(model.fc)
+    return model
+
+
+def _untraceable():
+    model = Untraceable()
+    parametrizations.spectral_norm(model.fc)
+    return model
+
+
+def _recurrent():
+    model = Recurrent()
+    parametrizations.orthogonal(model.rnn, "weight_hh_l0")
+    return model
+
+
+def _old_weight_norm():
+    model = _two()
+    utils.weight_norm(model[0])
+    utils.weight_norm(model[2], dim=None)
+    return model
+
+
+def _old_spectral_norm():
+    model = nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten(), nn.Linear(75, 3))
+    utils.spectral_norm(model[0], n_power_iterations=2)
+    utils.spectral_norm(model[2])
+    return nn.Sequential(nn.Linear(4, 32), nn.Unflatten(1, (2, 4, 4)), model)
+
+
+def _old_recurrent():
+    model = Recurrent()
+    utils.weight_norm(model.rnn, "weight_hh_l0")
+    return model
+
+
+def _pruned():
+    model = _two()
+    prune.l1_unstructured(model[0], "weight", 0.3)
+    return model
+
+
+def _pruned_often():
+    model = _pruned()
+    prune.random_unstructured(model[0], "weight", 0.2)
+    prune.random_unstructured(model[0], "bias", 1)
+    prune.ln_structured(model[2], "weight", 1, n=2, dim=0)
+    return model
+
+
+def _pruned_globally():
+    model = _two()
+    prune.global_unstructured([(model[0], "weight"), (model[2], "weight")], prune.L1Unstructured, amount=0.5)
+    return model
+
+
+def _pruned_under_weight_norm():
+    model = _two()
+    utils.weight_norm(model[0])
+    prune.l1_unstructured(model[0], "weight_v", 0.3)
+    return model
+
+
+def _pruned_under_a_parametrization():
+    model = _two()
+    parametrizations.weight_norm(model[0])
+    prune.l1_unstructured(model[0].parametrizations.weight, "original1", 0.3)
+    return model
+
+
+SOURCES = {
+    "orthogonal": (_orthogonal, "torch.parametrize"),
+    "chain": (_chain, "torch.parametrize"),
+    "unsafe": (_unsafe, "torch.parametrize"),
+    "several": (_several, "torch.parametrize"),
+    "buffer": (_buffer, "torch.parametrize"),
+    "read_twice": (_read_twice, "torch.parametrize"),
+    "untraceable": (_untraceable, "torch.parametrize"),
+    "recurrent": (_recurrent, "torch.parametrize"),
+    "old_weight_norm": (_old_weight_norm, "torch.weight_norm"),
+    "old_spectral_norm": (_old_spectral_norm, "torch.spectral_norm"),
+    "old_recurrent": (_old_recurrent, "torch.weight_norm"),
+    "pruned": (_pruned, "torch.prune"),
+    "pruned_often": (_pruned_often, "torch.prune"),
+    "pruned_globally": (_pruned_globally, "torch.prune"),
+    "pruned_under_weight_norm": (_pruned_under_weight_norm, "torch.prune+torch.weight_norm"),
+    "pruned_under_a_parametrization": (_pruned_under_a_parametrization, "torch.prune+torch.parametrize"),
+}
+
+
+@pytest.fixture(params=SOURCES)
+def source(request):
+    return SOURCES[request.param]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 4)
+
+
+def _machinery(model):
+    for module in model.modules():
+        yield from module._forward_pre_hooks.values()
+        yield from module._state_dict_hooks.values()
+        yield from module._load_state_dict_pre_hooks.values()
+        if isinstance(module, parametrize.ParametrizationList):
+            yield module
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_and_gradients_are_the_same(source, x, training):
+    model = source[0]()
+    model.train(training and not isinstance(model[0] if isinstance(model, nn.Sequential) else None, nn.BatchNorm1d))
+    new = rewriter.absorb(model)
+    stored = {id(parameter) for parameter in model.parameters()}
+    assert not stored & {id(parameter) for parameter in new.parameters()}
+    for _ in range(3):
+        expected, found = model(x), new(x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    before = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    after = [p.grad.norm() for p in new.parameters() if p.grad is not None]
+    torch.testing.assert_close(sorted(map(float, after)), sorted(map(float, before)), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_of_the_source_is_left(source, x):
+    new = rewriter.absorb(source[0]())
+    assert list(_machinery(new)) == []
+    assert not any(type(module).__name__.startswith("Parametrized") and "parametrize" in type(module).__module__
+                   for module in new.modules())  # fmt: skip
+    rules = {site.record.rule for site in new.modules() if hasattr(site, "record")}
+    assert rules == {f"absorbed:{source[1]}"}
+
+
+def test_the_model_that_was_given_stays_as_it_was(source, x):
+    model = source[0]().eval()
+    keys, expected = list(model.state_dict()), model(x)
+    rewriter.absorb(model)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(x), expected)
+    assert list(_machinery(model))
+
+
+def test_in_place_the_parameter_objects_stay(source, x):
+    model = source[0]().eval()
+    expected, before = model(x).detach(), {id(parameter) for parameter in model.parameters()}
+    new = rewriter.absorb(model, inplace=True)
+    assert {id(parameter) for parameter in new.parameters()} == before
+    torch.testing.assert_close(new(x), expected)
+
+
+def test_bake_gives_plain_modules_that_script_and_pickle_and_export(source, x):
+    model = source[0]().eval()
+    expected = model(x)
+    baked = rewriter.bake(rewriter.absorb(model))
+    assert not any("parametrizations" in key or "_orig" in key or "_mask" in key for key in baked.state_dict())
+    torch.testing.assert_close(baked(x), expected)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(baked))(x), expected)
+    torch.testing.assert_close(torch.jit.script(baked)(x), expected)
+    if not isinstance(baked, Untraceable):
+        torch.testing.assert_close(torch.export.export(baked, (x,)).module()(x), expected)
+
+
+def test_the_result_copies_exports_and_survives_a_file(source, x, tmp_path):
+    model = source[0]().eval()
+    expected = model(x)
+    new = rewriter.absorb(model)
+    torch.testing.assert_close(copy.deepcopy(new)(x), expected)
+    buffer = io.BytesIO(pickle.dumps(new))
+    torch.testing.assert_close(pickle.load(buffer)(x), expected)
+    if not isinstance(model, Untraceable):
+        torch.testing.assert_close(torch.export.export(new, (x,)).module()(x), expected)
+    save_model(new, tmp_path / "new.pt")
+    torch.testing.assert_close(load_model(tmp_path / "new.pt", allow=["test_absorb.*", f"{__name__}.*"])(x), expected)
+
+
+def test_bake_gives_the_tensors_in_the_order_of_a_plain_model():
+    for make in (_pruned_often, _several, _old_weight_norm):
+        assert list(rewriter.bake(rewriter.absorb(make())).state_dict()) == list(_two().state_dict())
+    assert list(rewriter.bake(rewriter.absorb(_old_recurrent())).state_dict()) == list(Recurrent().state_dict())
+
+
+def test_a_tensor_that_is_held_is_refused_and_the_error_says_how_to_take_it_over():
+    for make, source in ((_orthogonal, "torch.parametrize"), (_pruned, "torch.prune")):
+        spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+        with pytest.raises(rewriter.PlanError, match=rf"0\.weight is computed already, by {source}") as refused:
+            rewriter.rewrite(make(), spec)
+        assert "absorb: true" in str(refused.value)
+        assert "rewriter.absorb(model)" in str(refused.value)
+
+
+def test_other_tensors_of_the_model_are_rewritten_without_absorbing(x):
+    model = _orthogonal()
+    spec = {"reparam": 1, "rules": [{"name": "w", "select": "2.weight", "chain": ["weight_norm"]}]}
+    torch.testing.assert_close(rewriter.rewrite(model, spec)(x), model(x))
+
+
+def test_a_spec_absorbs_and_adds_rules(x):
+    model = _orthogonal()
+    spec = {
+        "reparam": 1,
+        "absorb": True,
+        "rules": [{"name": "w", "select": "2.weight", "chain": ["weight_norm"]}],
+    }
+    assert [site.rule for site in rewriter.plan(model, spec)] == ["absorbed:torch.parametrize", "w"]
+    new = rewriter.rewrite(model, spec)
+    torch.testing.assert_close(new(x), model(x))
+    assert list(rewriter.rewrite(new, spec).state_dict()) == list(new.state_dict())
+    part = rewriter.bake(new, only=["absorbed:torch.parametrize"])
+    assert "0.weight" in part.state_dict()
+    assert "2.parametrizations.weight.original0" in part.state_dict()
+
+
+@pytest.mark.parametrize("make", [_orthogonal, _untraceable])
+def test_rules_can_be_added_later(make, x):
+    absorbed = rewriter.absorb(make())
+    name = "2.bias" if make is _orthogonal else "fc.bias"
+    spec = {"reparam": 1, "rules": [{"name": "w", "select": name, "chain": [{"scale": {"factor": 2.0}}]}]}
+    new = rewriter.rewrite(absorbed, spec)
+    torch.testing.assert_close(new.eval()(x), absorbed.eval()(x))
+    new(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in new.parameters() if parameter.requires_grad)
+
+
+def test_a_rule_on_an_absorbed_tensor_is_an_error():
+    spec = {"reparam": 1, "absorb": True, "rules": [{"name": "w", "select": "0.weight", "chain": ["weight_norm"]}]}
+    model = _orthogonal()
+    with pytest.raises(rewriter.PlanError, match=r"already parametrized by rule 'absorbed:torch\.parametrize'"):
+        rewriter.rewrite(model, spec, inplace=True)
+    assert parametrize.is_parametrized(model[0])
+
+
+def test_absorbing_twice_changes_nothing():
+    once = rewriter.absorb(_orthogonal())
+    assert list(rewriter.absorb(once).state_dict()) == list(once.state_dict())
+    assert type(rewriter.absorb(_two())) is nn.Sequential
+
+
+def test_a_tensor_that_is_stored_elsewhere_too_is_not_overwritten_by_bake(x):
+    model = _two()
+    model[2] = nn.Linear(4, 4)
+    parametrizations.orthogonal(model[0])
+    model[2].weight = model[0].parametrizations.weight.original
+    plain = model[2].weight.detach().clone()
+    baked = rewriter.bake(rewriter.absorb(model))
+    assert torch.equal(baked[2].weight, plain)
+    torch.testing.assert_close(baked(x), model(x))
+
+
+def test_the_state_of_spectral_norm_comes_over_and_advances_once_a_forward(x):
+    model = _old_spectral_norm().train()
+    for _ in range(3):
+        model(x)
+    new = rewriter.absorb(model)
+    reference = copied(model)
+    for _ in range(2):
+        torch.testing.assert_close(new(x), reference(x))
+    buffers = dict(new.named_buffers())
+    assert torch.allclose(buffers["2.2.parametrizations.weight.0._u"], reference[2][2].weight_u)
