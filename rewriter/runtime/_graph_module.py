@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import fx, nn
 
@@ -11,6 +13,9 @@ from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
 from rewriter.runtime._owner import plain_class, sites_of
 from rewriter.runtime._shell import Shell
+
+_classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
+"""Generated class of each graph: models with equal graphs share theirs, as models of a hand-written class do."""
 
 _NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls"})
 
@@ -36,6 +41,16 @@ class RewrittenModule(fx.GraphModule):
         self.__dict__["_reparam_name"] = origin.__name__
         self.__dict__["_reparam_added"] = sorted(added)
         self.graph = graph
+
+    def recompile(self) -> Any:
+        name = type(self).__name__
+        # torch.fx writes `forward` into the class, which other models may have too.
+        self.__class__ = _own_class(name)
+        code = super().recompile()
+        functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
+        with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
+            self.__class__ = _classes.setdefault((name, code.src, functions), type(self))
+        return code
 
     def restored(self) -> nn.Module:
         """Return the model in the class that it had, over the same modules and tensors, without this graph's sites."""
@@ -85,6 +100,14 @@ class RewrittenModule(fx.GraphModule):
         _revive(clone, self._carried(), copy.deepcopy(self.graph))
         return clone
 
+    def _replicate_for_data_parallel(self) -> RewrittenModule:
+        replica: RewrittenModule = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # What replaces a replica's children and tensors must not write into the dicts of the original.
+        for name in ("_modules", "_buffers"):
+            replica.__dict__[name] = dict(self.__dict__[name])
+        replica.__dict__["_parameters"] = {}
+        return replica
+
     def __reduce__(self) -> Any:
         return (rebuild_rewritten, (graph_to_data(self.graph),), self._carried())
 
@@ -105,8 +128,14 @@ def rebuild_rewritten(graph: dict[str, Any]) -> Shell:
     return Shell(become)
 
 
+def _own_class(name: str) -> Any:
+    kind: Any = type(RewrittenModule.__new__(RewrittenModule))
+    kind.__name__ = name
+    return kind
+
+
 def _revive(clone: RewrittenModule, state: dict[str, Any], graph: fx.Graph) -> None:
     clone.__dict__.update(state)
     clone.__dict__["_tracer_cls"] = None
-    type(clone).__name__ = state["_reparam_name"]
+    type(clone).__name__ = state["_reparam_name"]  # a class of its own still
     clone.graph = graph

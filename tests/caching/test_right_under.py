@@ -1,0 +1,273 @@
+"""Values stay right whatever runs the model: transforms, compilers, replicas, copies, exceptions."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter import bake, evaluate_once, rewrite
+from rewriter.runtime import ParametrizedTensor
+from rewriter.state import freeze
+
+
+@pytest.fixture(params=["forward", "version"])
+def made(request: pytest.FixtureRequest, recurrent: Any) -> Any:
+    return recurrent(cache=request.param)
+
+
+def test_grad_and_vmap_of_a_functional_call(made: Any) -> None:
+    parameters = {name: parameter.detach() for name, parameter in made.model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(made.model, parameters, (x[None],)).square().sum()
+
+    with torch.no_grad():
+        made.model(made.x)
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, made.x)
+    for index, x in enumerate(made.x):
+        made.model.zero_grad()
+        made.model(x[None]).square().sum().backward()
+        for name, parameter in made.model.named_parameters():
+            torch.testing.assert_close(each[name][index], parameter.grad)
+    made.model.zero_grad()
+    torch.testing.assert_close(made.model(made.x), made.fresh())
+
+
+def test_an_ensemble_of_stacked_models(made: Any) -> None:
+    models = [copy.deepcopy(made.model) for _ in range(3)]
+    with torch.no_grad():
+        for scale, model in enumerate(models):
+            model(made.x)
+            model.cell.parametrizations.weight_hh.original.mul_(scale)
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(made.model, (parameters, buffers), (made.x,))
+
+    outs = torch.vmap(run)(parameters, buffers)
+    for out, model in zip(outs, models, strict=True):
+        torch.testing.assert_close(out, model(made.x))
+
+
+def test_forward_mode(made: Any) -> None:
+    key = "cell.parametrizations.weight_hh.original"
+    tangent = torch.randn(5, 5, dtype=torch.float64)
+
+    def run(original: Tensor) -> Tensor:
+        return torch.func.functional_call(made.model, {key: original}, (made.x,))
+
+    original = made.site.original.detach()
+    with torch.no_grad():
+        made.model(made.x)
+        _, derivative = torch.func.jvp(run, (original,), (tangent,))
+        step = 1e-6
+        numeric = (run(original + step * tangent) - run(original - step * tangent)) / (2 * step)
+    torch.testing.assert_close(derivative, numeric, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("step", ["spectral_norm", "weight_norm", {"orthogonal": {"map": "cayley"}}], ids=str)
+@pytest.mark.parametrize("cache", ["forward", "version"])
+def test_compiled_without_a_break_and_without_recompiling(recurrent: Any, cache: str, step: Any) -> None:
+    made = recurrent(step, cache=cache, init="keep")
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled: Callable[..., Any] = torch.compile(made.model, backend=backend, fullgraph=True)
+        reference = copy.deepcopy(made.model)
+        optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (made.model, reference))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                for model, run, stepper in ((made.model, compiled, optimizer), (reference, reference, other)):
+                    model.zero_grad()
+                    run(made.x).square().sum().backward()
+                    stepper.step()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        torch.testing.assert_close(made.model(made.x), reference(made.x))
+
+
+def test_compiled_without_gradients_follows_updates(made: Any) -> None:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        made.model(made.x)
+        compiled: Callable[..., Any] = torch.compile(made.model, backend="eager", fullgraph=True)
+        for _ in range(2):
+            made.site.original.add_(1)
+            torch.testing.assert_close(compiled(made.x), made.fresh())
+
+
+def test_compiled_while_frozen_uses_the_held_value(recurrent: Any) -> None:
+    torch._dynamo.reset()
+    made = recurrent("spectral_norm")
+    freeze(made.model)
+    before = copy.deepcopy(made.model.state_dict())
+    compiled: Callable[..., Any] = torch.compile(made.model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(made.x), made.model(made.x))
+    torch.testing.assert_close(made.model.state_dict(), before)
+
+
+def test_compiled_inside_evaluate_once_is_right(made: Any) -> None:
+    torch._dynamo.reset()
+    compiled: Callable[..., Any] = torch.compile(made.model, backend="eager", fullgraph=True)
+    reference = copy.deepcopy(made.model)
+    with evaluate_once(made.model):
+        compiled(made.x).sum().backward()
+        made.model(made.x).sum().backward()
+    for _ in range(2):
+        reference(made.x).sum().backward()
+    for one, other in zip(made.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_and_left_as_it_was(made: Any, strict: bool) -> None:
+    with torch.no_grad():
+        made.model(made.x)
+    program = torch.export.export(made.model, (made.x,), strict=strict)
+    torch.testing.assert_close(program.module()(made.x), made.model(made.x))
+    with torch.no_grad():
+        made.site.original.add_(1)
+        torch.testing.assert_close(made.model(made.x), made.fresh())
+
+
+class _Fails(nn.Module):
+    """A layer that fails when it is told to, or copies the model it is part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.action: list[Callable[[], None]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.weight
+        for action in self.action:
+            action()
+        return x @ self.weight
+
+
+def _two(spec: Any, capture: str) -> tuple[nn.Module, Any]:
+    model = nn.Sequential(nn.Linear(4, 4), _Fails())
+    return rewrite(model, spec("*.weight", "symmetric", init="raw"), capture=capture), torch.randn(2, 4)
+
+
+def test_an_exception_in_the_middle_of_a_forward_leaves_nothing(spec: Any) -> None:
+    model, x = _two(spec, "module")
+    inner = model.get_submodule("1")
+
+    def fail() -> None:
+        raise KeyError("on purpose")
+
+    inner.action.append(fail)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            model(x)
+    inner.action.clear()
+    with torch.no_grad():
+        inner.parametrizations.weight.original.add_(1)
+    torch.testing.assert_close(model(x), bake(model)(x))
+    assert inner.parametrizations.weight.session.frame is None
+
+
+def test_a_copy_made_inside_a_forward_is_a_model_of_its_own(spec: Any) -> None:
+    model, x = _two(spec, "module")
+    inner, copies = model.get_submodule("1"), []
+
+    def copy_now() -> None:
+        inner.action.clear()
+        copies.append(copy.deepcopy(model))
+
+    inner.action.append(copy_now)
+    with evaluate_once(model):
+        out = model(x)
+    (clone,) = copies
+    with torch.no_grad():
+        clone.get_submodule("1").parametrizations.weight.original.add_(1)
+    torch.testing.assert_close(model(x), out)
+    torch.testing.assert_close(clone(x), bake(clone)(x))
+    assert not torch.allclose(clone(x), out)
+    clone(x).sum().backward()
+    assert inner.parametrizations.weight.original.grad is None
+
+
+def _replicate(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """One replica as torch.nn.parallel.replicate makes it, which itself wants accelerators."""
+    modules = list(model.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    names = dict(model.named_modules())
+    for path, module in names.items():
+        replica = copies[module]
+        replica._former_parameters = {}
+        for key, child in module._modules.items():
+            if child is None:
+                replica._modules[key] = None
+            else:
+                setattr(replica, key, copies[child])
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[key] = None
+            else:
+                tensor = tensors[f"{path}.{key}" if path else key]
+                setattr(replica, key, tensor)
+                replica._former_parameters[key] = tensor
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                setattr(replica, key, buffer)
+    return copies[model]
+
+
+@pytest.mark.parametrize("cache", ["forward", "version"])
+def test_replicas_compute_with_their_own_tensors(capture: str, spec: Any, cache: str) -> None:
+    layers = [nn.Linear(6, 6) for _ in range(4)]
+    chain = spec("*.weight", {"orthogonal": {"map": "cayley"}}, cache=cache)
+    model = rewrite(nn.Sequential(*layers).double(), chain, capture=capture)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model(x)
+    reference = copy.deepcopy(model)
+    before = {path: module for path, module in model.named_modules()}
+    broadcast = [
+        {name: parameter * 1.0 for name, parameter in model.named_parameters()},
+        {name: parameter * 1.0 for name, parameter in model.named_parameters()},
+    ]
+    replicas = [_replicate(model, tensors) for tensors in broadcast]
+    assert {path: module for path, module in model.named_modules()} == before
+    outs: list[Any] = [None, None]
+
+    def run(index: int) -> None:
+        outs[index] = replicas[index](x * (index + 1))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (outs[0].sum() + outs[1].sum()).backward()
+    (reference(x).sum() + reference(2 * x).sum()).backward()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(model(x), reference(x))
+
+
+def test_replicas_of_a_frozen_model(capture: str, spec: Any) -> None:
+    model = rewrite(nn.Sequential(nn.Linear(4, 4)), spec("0.weight", "symmetric", init="raw"), capture=capture)
+    freeze(model)
+    x = torch.randn(2, 4)
+    replica = _replicate(model, {name: parameter * 1.0 for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(replica(x), model(x))
+
+
+def test_nothing_held_is_part_of_the_state(made: Any) -> None:
+    keys = list(made.model.state_dict())
+    with torch.no_grad():
+        made.model(made.x)
+    assert list(made.model.state_dict()) == keys
+    assert all("holding" not in site.__getstate__() for site in made.model.modules() if _is_site(site))
+
+
+def _is_site(module: nn.Module) -> bool:
+    return isinstance(module, ParametrizedTensor)
