@@ -19,21 +19,21 @@ _DEPTH = 4
 
 
 class Snapshot:
-    """The Python state of a model before its forward is recorded.
+    """The Python state of modules before a forward is recorded.
 
     Arguments:
-        root: the model.
+        modules: the modules; their submodules are not looked into.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.random = _random_state()
         self.kept: list[tuple[Any, Any, str]] = []
         seen: set[int] = set()
-        for module in root.modules():
+        for module in modules:
             attributes = vars(module)
             self.kept.append((attributes, dict(attributes), type(module).__name__))
             for name, value in attributes.items():
-                if name not in ("_parameters", "_buffers", "_modules"):
+                if name not in _STANDARD:
                     self._keep(value, f"{type(module).__name__}.{name}", seen, _DEPTH)
 
     def _keep(self, value: Any, name: str, seen: set[int], depth: int) -> None:
@@ -63,6 +63,7 @@ class Snapshot:
         return list(dict.fromkeys(changed))
 
 
+_STANDARD = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 _OPAQUE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, fx.Graph)
 

@@ -60,7 +60,7 @@ def trace(root: nn.Module, inside: set[str]) -> Trace:
 
 def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> Trace:
     tracer = _Tracer(root, inside)
-    before = Snapshot(root)
+    before = Snapshot(root.modules())
     try:
         with guarded(tracer, root):
             graph = tracer.trace(root, concrete_args=concrete or None)
@@ -158,7 +158,7 @@ class _Tracer(fx.Tracer):
             return self._called(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
         known, refusals = dict(self.proxies), list(self.refusals)
-        before = Snapshot(m)
+        before = Snapshot([m])
         try:
             result = super().call_module(m, forward, args, kwargs)
             changed = before.restore()
