@@ -78,9 +78,10 @@ class Frame:
         """Refuse what the forward wrote into buffers that are computed."""
         for key, version in self.buffers.items():
             if _version(self.values[key]) != version:
+                chain = " >> ".join(key.record.chain)
                 raise RewriterError(
-                    f"the forward changed {key.record.name} in place; it is computed by {' >> '.join(key.record.chain)} "
-                    "and cannot keep the change: assign to it instead, or leave it out of the spec"
+                    f"the forward changed {key.record.name} in place; it is computed by {chain} and cannot keep the "
+                    "change: assign to it instead, or leave it out of the spec"
                 )
 
     def again(self, region: Region) -> Frame:

@@ -218,7 +218,7 @@ def test_a_buffer_that_is_assigned_keeps_what_it_is_given(capture: str) -> None:
 @CAPTURES
 def test_lazy_modules_are_refused_until_they_have_run(capture: str) -> None:
     model = nn.Sequential(nn.LazyLinear(4))
-    with pytest.raises(PlanError, match="lazy module.*\n.*run the model once"):
+    with pytest.raises(PlanError, match=r"lazy module.*\n.*run the model once"):
         rewrite(model, spec("0.weight"), capture=capture)
     x = torch.randn(3, 5)
     model(x)
@@ -336,7 +336,7 @@ def test_tensor_subclasses_stay(kind: str, capture: str) -> None:
 
 def test_a_model_that_cannot_be_copied_says_so() -> None:
     model = Product(w=nn.Parameter(torch.randn(4, 4).as_subclass(Uncopiable)))
-    with pytest.raises(CaptureError, match="Product cannot be copied.*inplace=True"):
+    with pytest.raises(CaptureError, match=r"Product cannot be copied.*inplace=True"):
         rewrite(model, spec("w"))
     assert isinstance(rewrite(model, spec("w"), inplace=True).w, Uncopiable)
 
@@ -369,5 +369,5 @@ def test_distributed_tensors_stay_distributed(mesh: Any, capture: str) -> None:
 
 def test_a_chain_that_cannot_work_on_distributed_tensors_says_so(mesh: Any) -> None:
     model = Product(w=nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])))
-    with pytest.raises(PlanError, match="mixed torch.Tensor and DTensor"):
+    with pytest.raises(PlanError, match=r"mixed torch\.Tensor and DTensor"):
         rewrite(model, spec("w", "orthogonal"))
