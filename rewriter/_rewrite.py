@@ -121,7 +121,8 @@ def _keep_parameters(claim: Claim, site: ParametrizedTensor, shared: frozenset[i
 
 
 def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
-    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    same = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return same and not one.is_inference()  # it could never be trained
 
 
 def _connect(prepared: Prepared) -> None:

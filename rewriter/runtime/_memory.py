@@ -23,7 +23,7 @@ def refill(parameter: nn.Parameter, value: Tensor, shared: frozenset[int]) -> No
         value: of the same shape, dtype and device.
         shared: storages that other tensors use, too.
     """
-    if _dense(parameter) and _address(parameter) not in shared and not parameter.is_inference():
+    if _dense(parameter) and _address(parameter) not in shared:
         parameter.data.copy_(value)
     else:
         parameter.data = value.clone()

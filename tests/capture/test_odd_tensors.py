@@ -225,6 +225,16 @@ def test_lazy_modules_are_refused_until_they_have_run(capture: str) -> None:
     torch.testing.assert_close(rewrite(model, spec("0.weight"), capture=capture)(x), model(x))
 
 
+@CAPTURES
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_model_made_in_inference_mode_can_be_trained_once_rewritten(capture: str, inplace: bool) -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    new = rewrite(model, spec("0.weight"), capture=capture, inplace=inplace)
+    new(torch.randn(3, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in new.parameters())
+
+
 # Memory
 
 
