@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -11,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter._registry import construct
+from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.runtime import Chunked, Layout, Member, ParametrizedTensor, Record, layout_of
-from rewriter.runtime._inverse import Inverse, carry_of, invert_chain, parts_of, right_inverse
+from rewriter.runtime import Layout, Member, ParametrizedTensor, Record
+from rewriter.runtime._inverse import Inverse, invert_chain, parts_of, right_inverse
 from rewriter.spec import Rule, Step
-
-
-class BuildError(Exception):
-    """A chain that cannot be put on its site; the text says why, the caller where."""
 
 
 def describe(claim: Claim) -> tuple[tuple[str, ...], str]:
@@ -46,7 +41,7 @@ def build(
     claim: Claim,
     inputs: Mapping[str, Tensor],
     shared: Sequence[nn.Module] | None = None,
-    extra: Mapping[int, Mapping[str, Any]] | None = None,
+    extra: Extra | None = None,
 ) -> ParametrizedTensor:
     """Construct the site of `claim` from the values its tensors have now; the model is only read.
 
@@ -54,22 +49,18 @@ def build(
         claim: the rule and the tensors.
         inputs: values of the further tensors that the chain reads, by name.
         shared: steps to use instead of new ones (`share: true`).
-        extra: constructor arguments decided over all sites of the rule, by the step's index.
+        extra: constructor arguments decided over all sites of the rule.
 
     Raises:
         BuildError: a step cannot be constructed or inverted, or the chain takes other tensors than there are.
     """
     rule = claim.rule
-    values = [_value(entry) for entry in claim.entries]
-    try:
-        per = None if rule.per is None else (rule.per.dim, rule.per.chunks)
-        layout = layout_of(tuple(values[0].shape), per, rule.reshape)
-    except ValueError as problem:
-        raise BuildError(str(problem)) from problem
+    values = [value_of(entry) for entry in claim.entries]
+    layout = layout_of_claim(claim)
     if len(values) > 1 and not layout.plain:
         raise BuildError("`joint` cannot be combined with `per` or `reshape`")
     target: Any = values[0] if len(values) == 1 else tuple(values)
-    steps = list(shared) if shared is not None else _construct(rule, layout, target, extra or {})
+    steps = list(shared) if shared is not None else construct_steps(rule, layout, target, inputs, extra or {})[0]
     if rule.init == "sample":
         target = _sample(steps, layout, target)
     originals, stored, carries = _invert(rule, layout, steps, target, inputs)
@@ -99,49 +90,9 @@ def build(
     return site
 
 
-def _value(entry: Entry) -> Tensor:
-    assert entry.tensor is not None
-    return entry.tensor.detach()
-
-
 def _member(entry: Entry) -> Member:
     info = entry.infos[0]
     return Member(entry.names, info.kind, info.shape, info.dtype, entry.persistent, info.requires_grad)
-
-
-def _construct(rule: Rule, layout: Layout, target: Any, extra: Mapping[int, Mapping[str, Any]]) -> list[nn.Module]:
-    """Make the steps, the last one first: each sees the tensor that it will have to produce."""
-    steps: list[nn.Module] = []
-    value = target if layout.plain else layout.inward(target)
-    for index in reversed(range(len(rule.chain))):
-        step = rule.chain[index]
-        weight = value[0] if isinstance(value, (tuple, list)) else value
-        try:
-            module = _make(step, weight, layout, {**step.arguments, **extra.get(index, {})})
-            if index and rule.init != "raw" and not step.inputs:
-                parts = parts_of(right_inverse(module, value))
-                value = parts[carry_of(module, parts, weight.shape)]
-        except BuildError:
-            raise
-        except Exception as problem:
-            raise BuildError(f"step {index + 1}, {step}: {_first_line(problem)}") from problem
-        steps.insert(0, module)
-    return steps
-
-
-def _make(step: Step, weight: Tensor, layout: Layout, arguments: Mapping[str, Any]) -> nn.Module:
-    def one(weight: Tensor) -> nn.Module:
-        if step.module is not None:
-            return copy.deepcopy(step.module)
-        assert step.factory is not None
-        return construct(step.factory, weight, arguments)
-
-    if not layout.chunks:
-        return one(weight)
-    module = one(weight)
-    if getattr(module, "batched", False):
-        return module
-    return Chunked([one(chunk) for chunk in weight.unbind(0)])
 
 
 def _sample(steps: Sequence[nn.Module], layout: Layout, target: Any) -> Any:
@@ -167,7 +118,7 @@ def _invert(
             found = value if rule.init == "raw" else right_inverse(steps[index], value, further[index])
         except Exception as problem:
             raise BuildError(
-                f"step {index + 1}, {rule.chain[index]}: its right inverse fails on the tensor: {_first_line(problem)}"
+                f"step {index + 1}, {rule.chain[index]}: its right inverse fails on the tensor: {first_line(problem)}"
                 " (with `init: raw` the tensor is stored as it is)"
             ) from problem
         _check_arity(steps[index], rule.chain[index], len(parts_of(found)) + len(further[index]))
@@ -224,11 +175,11 @@ def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Ten
         with torch.no_grad():
             value = site.settled().evaluate(*[inputs[name] for name in site.record.reads])
     except Exception as problem:
-        raise BuildError(f"evaluating the chain fails: {_first_line(problem)}") from problem
+        raise BuildError(f"evaluating the chain fails: {first_line(problem)}") from problem
     results = [value] if len(claim.entries) == 1 else list(value)
     moved: float | None = 0.0
     for entry, result in zip(claim.entries, results, strict=True):
-        before = _value(entry)
+        before = value_of(entry)
         if not isinstance(result, Tensor):
             raise BuildError(f"the chain gives a {type(result).__name__}, not a tensor")
         if (result.shape, result.dtype) != (before.shape, before.dtype):
@@ -251,8 +202,3 @@ def _distance(after: Tensor, before: Tensor) -> float:
     norm = float(exact.norm())
     difference = float((after.to(kind) - exact).norm())
     return difference / norm if norm else difference
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__

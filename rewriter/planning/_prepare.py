@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,12 @@ from torch.nn.parameter import is_lazy
 
 from rewriter.capture import Capture, capture, has_hooks, is_torch_leaf, opens_up
 from rewriter.errors import Diagnostic, PlanError
-from rewriter.planning._build import BuildError, build, check_value, describe
+from rewriter.planning._build import build, check_value, describe
+from rewriter.planning._construct import BuildError, Extra
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._resolve import Claim, resolve
 from rewriter.planning._survey import Entry, survey
+from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.runtime import ParametrizedTensor
 from rewriter.spec import Rule, Spec
@@ -166,7 +167,8 @@ def reads_of(rule: Rule) -> list[str]:
 def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool) -> None:
     values = _Values(prepared)
     shared: dict[str, list[nn.Module]] = {}
-    extra = _planned_together(claims)
+    extra: dict[int, Extra] = {}
+    planned: set[str] = set()
     failures: dict[tuple[str, str], list[str]] = {}
     rules: dict[str, Rule] = {}
     for claim in reversed(claims):
@@ -174,6 +176,9 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
         rules[rule.name] = rule
         try:
             inputs = {name: values[name] for name in reads_of(rule)}
+            if rule.name not in planned:
+                planned.add(rule.name)
+                extra |= planned_together([other for other in claims[::-1] if other.rule.name == rule.name], inputs)
             site = build(claim, inputs, shared.get(rule.name), extra.get(id(claim)))
             prepared.moved[site] = check_value(claim, site, inputs, measure=measure)
         except BuildError as problem:
@@ -212,23 +217,6 @@ class _Values:
             value = site.read(*[self[read] for read in site.record.reads])
         result: Tensor = value if len(site.record.members) == 1 else value[index]
         return result
-
-
-def _planned_together(claims: Sequence[Claim]) -> dict[int, dict[int, Mapping[str, Any]]]:
-    """Ask parametrizations that decide over all sites of a rule (a global budget) for their arguments."""
-    extra: dict[int, dict[int, Mapping[str, Any]]] = {}
-    by_rule: dict[str, list[Claim]] = {}
-    for claim in reversed(claims):
-        by_rule.setdefault(claim.rule.name, []).append(claim)
-    for group in by_rule.values():
-        for index, step in enumerate(group[0].rule.chain):
-            planner = getattr(step.factory, "plan_sites", None)
-            if planner is None:
-                continue
-            weights = [claim.entries[0].tensor for claim in group]
-            for claim, arguments in zip(group, planner(weights, **step.arguments), strict=True):
-                extra.setdefault(id(claim), {})[index] = arguments
-    return extra
 
 
 Uses = dict[tuple[str, str], bool]
