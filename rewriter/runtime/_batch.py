@@ -123,7 +123,7 @@ def _same_step(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is not type(other) or one.training != other.training or _hooked(one) or _hooked(other):
         return False
     mine, others = settings_of(one), settings_of(other)
-    if len(mine) != len(others) or not all(map(same_setting, mine, others)):
+    if mine.keys() != others.keys() or not all(same_setting(mine[name], others[name]) for name in mine):
         return False
     for kind in ("_parameters", "_buffers"):
         here, there = one.__dict__[kind], other.__dict__[kind]

@@ -49,7 +49,7 @@ class RewrittenModule(fx.GraphModule):
         code = super().recompile()
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
-            self.__class__ = _classes.setdefault((name, code.src, functions), type(self))
+            self.__class__ = _classes.setdefault((name, code.src, functions), type(self))  # type: ignore[assignment]
         return code
 
     def restored(self) -> nn.Module:
@@ -100,8 +100,8 @@ class RewrittenModule(fx.GraphModule):
         _revive(clone, self._carried(), copy.deepcopy(self.graph))
         return clone
 
-    def _replicate_for_data_parallel(self) -> RewrittenModule:
-        replica: RewrittenModule = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
         # What replaces a replica's children and tensors must not write into the dicts of the original.
         for name in ("_modules", "_buffers"):
             replica.__dict__[name] = dict(self.__dict__[name])

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.runtime._signature import PLAIN, Signature, mark, same_objects, sign, transformed
+from rewriter.runtime._signature import PLAIN, TRAINED, Signature, same_objects, sign, transformed
+from rewriter.runtime._watch import Watch
 
 if TYPE_CHECKING:
     from rewriter.runtime._once import Once
@@ -98,25 +99,24 @@ class Holding:
         """
         if transformed() or _capturing(tensors):
             return evaluate()
-        signature = sign(modules, tensors)
-        if signature is None or not signature.repeatable:
-            return evaluate()
-        if torch.is_grad_enabled() and any(entry[2] for entry in signature.marks):
-            self.kept.pop(key, None)
-            return evaluate()
-        modes = _modes(tensors)
         kept = self.kept.get(key)
-        if kept is not None and kept.modes == modes and kept.signature == signature and kept.untouched():
+        if kept is not None and kept.holds(modules, tensors):
             return kept.value
-        generators = _random_states(signature)
-        with torch.inference_mode(False), torch.set_grad_enabled(modes[0]):
-            value = evaluate()
-            if not modes[0]:
-                value = _detached(value)  # a chain may give the stored tensor itself
-        after = sign(modules, tensors)
         self.kept.pop(key, None)
-        if after == signature and _same_random(generators, _random_states(signature)) and _keepable(value):
-            self.kept[key] = Kept(value, signature.hold(), modes)
+        before = sign(modules, tensors)
+        if before is None or not before.repeatable:
+            return evaluate()
+        if torch.is_grad_enabled() and any(entry[TRAINED] for entry in before.marks):
+            return evaluate()
+        grad = torch.is_grad_enabled()
+        modes, generators = _modes(tensors), _random_states(before)
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            value = evaluate()
+            if not grad:
+                value = _detached(value)  # a chain may give the stored tensor itself
+        drawn = not _same_random(generators, _random_states(before))
+        if sign(modules, tensors) == before and not drawn and _keepable(value):
+            self.kept[key] = Kept(value, Watch(modules, tensors), modes)
         return value
 
     def _update(self) -> None:
@@ -126,15 +126,19 @@ class Holding:
 class Kept:
     """A value, and everything that has to be as it was for the value to hold."""
 
-    def __init__(self, value: Any, signature: Signature, modes: tuple[Any, ...]) -> None:
+    def __init__(self, value: Any, watch: Watch, modes: tuple[Any, ...]) -> None:
         self.value = value
-        self.signature = signature
+        self.watch = watch
         self.modes = modes
-        self.marks = [mark(tensor) for tensor in _tensors(value)]
+        self.versions = [part._version for part in _tensors(value)]
 
-    def untouched(self) -> bool:
-        """Whether nobody has written into the value itself, as an embedding with `max_norm` does."""
-        return self.marks == [mark(tensor) for tensor in _tensors(self.value)]
+    def holds(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
+        """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
+        return (
+            self.watch.unchanged(modules, tensors)
+            and self.modes == _modes(tensors)
+            and self.versions == [part._version for part in _tensors(self.value)]
+        )
 
 
 def _tensors(value: Any) -> tuple[Any, ...]:
@@ -150,16 +154,23 @@ def _keepable(value: Any) -> bool:
 
 
 def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    device = tensors[0].device if tensors else torch.device("cpu")
-    kind = device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+    cast = stream = None
+    if torch._C._is_any_autocast_enabled():
+        cast = tuple(
+            (kind, torch.get_autocast_dtype(kind)) for kind in _kinds(tensors) if torch.is_autocast_enabled(kind)
+        )
+    if tensors and tensors[0].is_cuda:
+        stream = torch.cuda.current_stream(tensors[0].device)
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, stream)
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[str]:
+    return sorted({tensor.device.type for tensor in tensors} | {"cpu"})
 
 
 def _capturing(tensors: Sequence[Tensor]) -> bool:
     # A CUDA graph replays what it recorded: a kept value in it would never change again.
-    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
+    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _random_states(signature: Signature) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rewriter.runtime._layout import Layout
 
@@ -69,6 +69,12 @@ class Record:
     outer: bool
     batch: str = "auto"
     memory: str = "keep"
+    simple: bool = field(init=False, repr=False, compare=False)
+    """Whether the first step takes all stored tensors as they are, and each other step only the result before it."""
+
+    def __post_init__(self) -> None:
+        alone = self.source is None and not any(self.inputs) and len(self.members) == 1 and self.layout.plain
+        object.__setattr__(self, "simple", alone and not self.outer and not any(self.stored[1:]))
 
     @property
     def name(self) -> str:

@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 _COMPARED = frozenset({bool, int, float, complex, str, bytes, tuple, torch.Size, torch.dtype, torch.device})
 _BOOKKEEPING = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters"}
 PLAIN = frozenset({Tensor, nn.Parameter})
+TRAINED = 2
+"""Where a mark says whether the tensor is trained."""
 
 
 @dataclass
@@ -103,9 +105,9 @@ def same_setting(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and type(one) in _COMPARED and one == other)
 
 
-def settings_of(module: nn.Module) -> list[Any]:
+def settings_of(module: nn.Module) -> dict[str, Any]:
     """Return what a module holds beside tensors of its own, submodules and torch's bookkeeping."""
-    return [value for name, value in module.__dict__.items() if name not in _BOOKKEEPING]
+    return {name: value for name, value in module.__dict__.items() if name not in _BOOKKEEPING}
 
 
 def transformed() -> bool:

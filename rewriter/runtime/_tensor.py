@@ -238,6 +238,12 @@ def apply_chain(
         done: how many steps have run already, all without `inputs`.
         value: what they gave.
     """
+    if record.simple and not done:
+        first, *others = steps
+        value = first(*originals)
+        for step in others:
+            value = step(value)
+        return value
     value = apply_steps(record, steps, originals, inputs, done, value)
     if len(record.members) > 1:
         return tuple(value[index] for index in range(len(record.members)))
