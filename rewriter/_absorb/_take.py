@@ -57,7 +57,8 @@ class Taken:
 
 def holders_of(model: nn.Module) -> list[Holder]:
     """Find every tensor of `model` that something else computes; those that others read come first."""
-    waiting = [holder for module in model.modules() for find in _SOURCES for holder in find(module)]
+    readable = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    waiting = [holder for module in readable for find in _SOURCES for holder in find(module)]
     # An adapter changes a tensor where it is: it comes after what computes it.
     waiting.sort(key=lambda holder: any(_key(place) == _key(holder.place) for place in holder.stored))
     ordered: list[Holder] = []

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
 from rewriter.capture._leaves import opener_of
@@ -13,6 +14,7 @@ from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.runtime import RewrittenModule, plain_class
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -42,8 +44,9 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
         mode: ``"auto"``, ``"graph"`` (an error where there is no graph) or ``"module"``.
 
     Raises:
-        CaptureError: `mode` is ``"graph"`` and the root cannot be traced.
+        CaptureError: `mode` is ``"graph"`` and the root cannot be traced; or an owner is a TorchScript module.
     """
+    _refuse_compiled(model, owners)
     if isinstance(model, fx.GraphModule) and mode in ("auto", "graph"):
         return Capture("graph", copy.deepcopy(model.graph))
     if mode == "module":
@@ -59,6 +62,15 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
     return Capture("graph", traced.graph, opaque=traced.opaque)
 
 
+def _refuse_compiled(model: nn.Module, owners: Sequence[str]) -> None:
+    for owner in dict.fromkeys(owners):
+        if isinstance(model.get_submodule(owner), torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{owner or 'the model'} is compiled by TorchScript, and its tensors are part of the program; "
+                "rewrite the model before it is compiled, or leave the tensors out with `except`"
+            )
+
+
 def is_rewritten_in_place(model: nn.Module) -> bool:
     """Whether the root itself was opened by module mode."""
     return plain_class(model) is not type(model) and not isinstance(model, RewrittenModule)
@@ -72,8 +84,8 @@ def is_torch_leaf(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a user's hooks run when the module is called, so that the call has to stay one."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(module.__dict__.get(name) for name in hooks)
+    for_all = nn.modules.module
+    return any(module.__dict__.get(name) or getattr(for_all, f"_global{name}") for name in _HOOKS)
 
 
 def _inside(model: nn.Module, owners: Sequence[str]) -> set[str]:

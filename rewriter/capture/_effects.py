@@ -120,7 +120,8 @@ def _set_random(former: dict[str, Any]) -> None:
 
 def still_alive(values: list[weakref.ref[fx.Proxy]]) -> bool:
     """Say whether somebody holds on to a value that was recorded: a global list, a closure, a cache."""
-    if all(value() is None for value in values):
-        return False
-    gc.collect()
+    for generation in range(3):
+        if all(value() is None for value in values):
+            return False
+        gc.collect(generation)
     return any(value() is not None for value in values)

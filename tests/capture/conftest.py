@@ -120,7 +120,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "conv transpose 2d sized": _c(lambda: nn.ConvTranspose2d(2, 2, 3, 2), (1, 2, 3, 3), output_size=[1, 2, 8, 7]),
     "conv transpose 3d": _c(lambda: nn.ConvTranspose3d(2, 2, 2, bias=False), (1, 2, 2, 2, 2)),
     "batch norm 1d": _c(lambda: nn.BatchNorm1d(4), (5, 4)),
-    "batch norm 1d sequence": _c(lambda: nn.BatchNorm1d(4, eps=1e-3, momentum=0.3), (5, 4, 3), names=("weight", "bias")),
+    "batch norm 1d sequence": _c(
+        lambda: nn.BatchNorm1d(4, eps=1e-3, momentum=0.3), (5, 4, 3), names=("weight", "bias")
+    ),
     "batch norm 2d cumulative": _c(lambda: nn.BatchNorm2d(3, momentum=None), (2, 3, 2, 2)),
     "batch norm 2d untracked": _c(lambda: nn.BatchNorm2d(3, track_running_stats=False), (2, 3, 2, 2)),
     "batch norm 3d": _c(lambda: nn.BatchNorm3d(2), (2, 2, 2, 2, 2)),

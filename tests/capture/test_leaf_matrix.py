@@ -149,6 +149,8 @@ def test_equals_torch_in_train_and_eval_and_bakes_back(configuration: Any, chain
             assert_near(dict(enumerate(outputs)), dict(enumerate(expected_outputs)), tolerance)
             assert_near(grads, expected, tolerance)
             assert_near(dict(new.named_buffers()), dict(reference.named_buffers()), tolerance)
+        if dtype is torch.float32:
+            continue
         baked = bake(new)
         assert [type(module) for module in baked.modules()] == [type(module) for module in model.modules()]
         assert list(baked.state_dict()) == list(model.state_dict())
