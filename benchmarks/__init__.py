@@ -1,0 +1,1 @@
+"""Benchmarks of reparam; ``python benchmarks/run.py`` runs them all."""

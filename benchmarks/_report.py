@@ -1,0 +1,179 @@
+"""What is measured and what is asked of it, as data and as the tables that the docs show."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks._measure import Spread, Timings
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a ratio has to keep to; either end may be open.
+
+    Arguments:
+        low: the ratio is at least this.
+        high: the ratio is at most this.
+    """
+
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} … {self.high:g}"
+        return f"≥ {self.low:g}" if self.low is not None else f"≤ {self.high:g}"
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim, measured.
+
+    Arguments:
+        name: of the work.
+        what: what the ratio is of: ``"speed"`` (how many times faster than `against`), ``"time"`` or ``"memory"``
+            (how many times as much of it as `against`), or ``"slope"``.
+        against: whom it is measured against.
+        bound: what is asked; ``None`` for a ratio that is only told.
+        measured: the ratio; it passes by its median.
+        also: a further condition, and whether it holds.
+    """
+
+    name: str
+    what: str
+    against: str
+    bound: Bound | None
+    measured: Spread
+    also: tuple[str, bool] | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the row keeps what is asked; ``None`` where nothing is."""
+        if self.bound is None:
+            return None
+        return self.measured.median in self.bound and (self.also is None or self.also[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as JSON data."""
+        return {
+            "name": self.name,
+            "what": self.what,
+            "against": self.against,
+            "required": str(self.bound) if self.bound else None,
+            "measured": asdict(self.measured),
+            "also": None if self.also is None else {"condition": self.also[0], "holds": self.also[1]},
+            "passed": self.passed,
+        }
+
+
+@dataclass
+class Group:
+    """The rows of one benchmark, with the times they come from.
+
+    Arguments:
+        title: a heading.
+        about: what runs, in a sentence or two.
+        rows: the claims.
+        times: work → contender → seconds per call.
+    """
+
+    title: str
+    about: str
+    rows: list[Row] = field(default_factory=list)
+    times: dict[str, dict[str, Spread]] = field(default_factory=dict)
+
+    def add_times(self, work: str, timings: Timings) -> None:
+        """Keep the times of all contenders of one work."""
+        self.times[work] = {name: timings.seconds(name) for name in timings.samples}
+
+    def faster(self, work: str, timings: Timings, who: str, against: str, low: float | None) -> None:
+        """Add a row: `who` is at least `low` times faster than `against`."""
+        bound = None if low is None else Bound(low=low)
+        self.rows.append(Row(f"{work}: {who}", "speed", against, bound, timings.ratio(against, who)))
+
+    def costs(self, work: str, timings: Timings, who: str, against: str, high: float | None) -> None:
+        """Add a row: `who` takes at most `high` times as long as `against`."""
+        bound = None if high is None else Bound(high=high)
+        self.rows.append(Row(f"{work}: {who}", "time", against, bound, timings.ratio(who, against)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the group as JSON data."""
+        times = {work: {name: asdict(spread) for name, spread in of.items()} for work, of in self.times.items()}
+        return {
+            "title": self.title,
+            "about": self.about,
+            "rows": [row.to_dict() for row in self.rows],
+            "seconds": times,
+        }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def to_markdown(environments: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Iterable[Group]]) -> str:
+    """Return the page of the docs; both arguments by device."""
+    lines = [_PREFACE]
+    for device, found in groups.items():
+        told = ", ".join(f"{key} {value}" for key, value in environments[device].items())
+        lines += [f"## On {device}\n", f"{told}.\n"]
+        for group in found:
+            lines += [f"### {group.title}\n", f"{group.about}\n", _rows_table(group), _times_table(group)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_PREFACE = """# Benchmarks
+
+Written by `python benchmarks/run.py`; the numbers behind it are in `benchmarks/report.json`.
+
+All contenders of a table run in one process, one after the other in each round, in an order drawn anew for each
+round. A ratio is taken within a round; shown are its median over the rounds and, in brackets, the quartiles. *Speed*
+says how many times faster, *time* and *memory* how many times as much. A training step is forward and backward.
+"""
+
+
+def _rows_table(group: Group) -> str:
+    lines = ["| what is measured | ratio | against | asked | measured | |", "|---|---|---|---|---|---|"]
+    for row in group.rows:
+        ratio = f"**{row.measured.median:.3g}** ({row.measured.low:.3g} – {row.measured.high:.3g})"
+        if row.also is not None:
+            ratio += f", {row.also[0]}: {'yes' if row.also[1] else 'no'}"
+        verdict = {True: "✓", False: "✗", None: ""}[row.passed]
+        lines.append(f"| {row.name} | {row.what} | {row.against} | {row.bound or ''} | {ratio} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _times_table(group: Group) -> str:
+    if not group.times:
+        return ""
+    lines = ["| milliseconds | median | quartiles |", "|---|---|---|"]
+    for work, found in group.times.items():
+        for name, spread in found.items():
+            low, high = (f"{1e3 * value:.3g}" for value in (spread.low, spread.high))
+            lines.append(f"| {work}: {name} | {1e3 * spread.median:.3g} | {low} – {high} |")
+    return "\n".join(lines) + "\n"

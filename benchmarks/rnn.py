@@ -1,0 +1,93 @@
+"""The training step of an unrolled RNN, where evaluating once instead of at every step pays most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import rewriter
+from benchmarks._measure import Spread, interleaved, peak_bytes
+from benchmarks._models import (
+    ORTHOGONAL,
+    Recurrent,
+    RecurrentByHand,
+    by_geotorch,
+    by_torch,
+    spec_of,
+    training_step,
+    under_cached,
+)
+from benchmarks._report import Bound, Group, Row
+from benchmarks._settings import Settings
+
+NAMES = (*ORTHOGONAL, "spectral_norm", "weight_norm")
+UNCACHED = {"householder": 30.0, "matrix_exp": 10.0}
+CACHED = {"householder": 1.3, "matrix_exp": 1.4, "cayley": 1 / 1.02, "spectral_norm": 1 / 1.02, "weight_norm": 1 / 1.02}
+PLAIN = {"householder": 1.12, "spectral_norm": 1.12, "weight_norm": 1.12, "cayley": 1.15, "matrix_exp": 1.3}
+BY_HAND = 1.05
+MEMORY = 1 / 5
+
+Step = Callable[[], None]
+
+
+def measure(settings: Settings) -> Group:
+    """Time the step for each parametrization of the recurrent weight, and find its peak memory."""
+    steps, width, batch = (10, 16, 4) if settings.quick else (100, 128, 32)
+    group = Group(
+        "Unrolled RNN, one training step",
+        f"{steps} steps, {width} units, batch {batch}; the recurrent weight is parametrized. *graph* is the traced "
+        "model, *module* the one that keeps its class. *By hand* evaluates the same chain once and gives each step "
+        "the weight explicitly. Memory is the most that tensors hold at one time during the step, beyond what is "
+        "held before it.",
+    )
+    torch.manual_seed(0)
+    plain = Recurrent(steps, width).to(settings.device)
+    x = torch.randn(steps, batch, width, device=settings.device)
+    for name in NAMES:
+        contenders = _contenders(plain, name, x)
+        timings = interleaved(contenders, settings.rounds(40), device=settings.device)
+        group.add_times(name, timings)
+        for ours in ("graph", "module"):
+            if name in UNCACHED:
+                group.faster(name, timings, ours, "torch uncached", settings.asked(UNCACHED[name]))
+            group.faster(name, timings, ours, "torch cached", settings.asked(CACHED[name]))
+            group.costs(name, timings, ours, "plain", settings.asked(PLAIN[name]))
+            group.costs(name, timings, ours, "by hand", settings.asked(BY_HAND))
+        if name in ORTHOGONAL:
+            group.rows += [_memory(settings, name, ours, contenders) for ours in ("graph", "module")]
+    return group
+
+
+def _contenders(plain: Recurrent, name: str, x: Tensor) -> dict[str, Step]:
+    spec, tensors = spec_of(name, "recurrent.weight"), ["recurrent.weight"]
+    graph = rewriter.rewrite(plain, spec, capture="graph")
+    site = graph.get_submodule("recurrent.parametrizations.weight")
+    models: dict[str, nn.Module | None] = {
+        "plain": plain,
+        "by hand": RecurrentByHand(plain, site.get_submodule("0"), list(site.parameters(recurse=False))),
+        "graph": graph,
+        "module": rewriter.rewrite(plain, spec, capture="module"),
+        "torch uncached": by_torch(plain, name, tensors),
+        "geotorch uncached": by_geotorch(plain, name, tensors),
+    }
+    made = {who: training_step(model, x) for who, model in models.items() if model is not None}
+    for who in ("torch", "geotorch"):
+        model = models[f"{who} uncached"]
+        if model is not None:
+            made[f"{who} cached"] = under_cached(training_step(model, x))
+    return made
+
+
+def _memory(settings: Settings, name: str, ours: str, contenders: dict[str, Step]) -> Row:
+    held = {who: peak_bytes(contenders[who], settings.device) for who in (ours, "torch uncached")}
+    ratio = held[ours] / held["torch uncached"]
+    asked = settings.asked(MEMORY)
+    return Row(
+        f"{name}: {ours}, {held[ours] / 2**20:.1f} MiB of {held['torch uncached'] / 2**20:.1f}",
+        "memory",
+        "torch uncached",
+        None if asked is None else Bound(high=asked),
+        Spread(ratio, ratio, ratio),
+    )
