@@ -23,7 +23,7 @@ from rewriter.passes import (
 from rewriter.planning._prepare import Prepared, prepare
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
-from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session, attach, open_path, site_path
+from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session, attach, open_graph_owners, open_path, site_path
 from rewriter.runtime._memory import refill, shared_storages
 from rewriter.spec import Spec, load_spec
 
@@ -68,6 +68,7 @@ def _rewrite(target: nn.Module, spec: Spec, capture: str) -> nn.Module:
         return target
     session = attach_sites(prepared)
     if prepared.capture.root == "module":
+        target = open_graph_owners(target)
         open_path(target, (name for _, site in prepared.new for name in site.record.names), session)
         return target
     return _rewrite_graph(target, prepared, session)

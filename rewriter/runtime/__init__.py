@@ -5,6 +5,7 @@ from __future__ import annotations
 from rewriter.runtime._assign import assign_value, invert
 from rewriter.runtime._chunked import Chunked
 from rewriter.runtime._graph_module import RewrittenModule
+from rewriter.runtime._graph_owners import open_graph_owners
 from rewriter.runtime._inverse import Inverse, invert_chain, right_inverse
 from rewriter.runtime._layout import Layout, layout_of
 from rewriter.runtime._owner import (
@@ -38,6 +39,7 @@ __all__ = [
     "invert",
     "invert_chain",
     "layout_of",
+    "open_graph_owners",
     "open_path",
     "open_root",
     "plain_class",

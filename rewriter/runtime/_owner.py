@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.jit import ScriptModule
 
-from rewriter.errors import ModelFileError
+from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
@@ -117,7 +117,8 @@ def release(module: nn.Module) -> None:
 
 def sites_of(owner: nn.Module) -> dict[str, ParametrizedTensor]:
     """Return the sites that `owner` holds, by tensor name; a joint site under each of its tensors."""
-    container = owner._modules.get(CONTAINER)
+    children = owner._modules  # a ScriptModule has no `get` for them
+    container = children[CONTAINER] if CONTAINER in children else None  # noqa: SIM401
     found: dict[str, ParametrizedTensor] = {}
     for key, site in container._modules.items() if container is not None else ():
         if isinstance(site, ParametrizedTensor):
@@ -239,6 +240,18 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         else:
             plain.__setattr__(self, name, value)
 
+    def delete(self: Any, name: str) -> None:
+        _refuse(tensors, name, "deleted")
+        plain.__delattr__(self, name)
+
+    def register_parameter(self: Any, name: str, param: Any) -> None:
+        _refuse(tensors, name, "registered")
+        plain.register_parameter(self, name, param)
+
+    def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
+        _refuse(tensors, name, "registered")
+        plain.register_buffer(self, name, tensor, persistent)
+
     def get_parameter(self: Any, target: str) -> Any:
         path, _, name = target.rpartition(".")
         owner = self.get_submodule(path)
@@ -254,6 +267,9 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         "_reparam_plain": plain,
         "__reduce_ex__": reduce,
         "__setattr__": assign,
+        "__delattr__": delete,
+        "register_parameter": register_parameter,
+        "register_buffer": register_buffer,
         "get_parameter": get_parameter,
         "forward": functools.wraps(plain.forward)(forward),
     }
@@ -261,6 +277,11 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     if issubclass(plain, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
     return body
+
+
+def _refuse(tensors: tuple[str, ...], name: str, what: str) -> None:
+    if name in tensors:
+        raise RewriterError(f"{name} is computed by parametrizations and cannot be {what}; bake it first")
 
 
 def _shared_session(module: nn.Module) -> Session:
@@ -286,7 +307,10 @@ def _value_property(tensor: str) -> property:
                 value = frame.known.get(site)
                 if value is not None:
                     return value
-        return sites_of(self)[tensor].current_member(tensor)
+        try:
+            return sites_of(self)[tensor].current_member(tensor)
+        except AttributeError as problem:  # which Python would take to mean that there is no such attribute
+            raise RewriterError(f"computing {tensor} of {type(self).__name__} failed: {problem}") from problem
 
     return property(read, doc=f"The value of `{tensor}`, computed by its chain of parametrizations.")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from rewriter import bake, plan, rewrite
+from rewriter import RewriterError, bake, plan, rewrite
 
 
 class Count(nn.Module):
@@ -535,6 +535,62 @@ def test_setting_the_tensor_goes_through_the_right_inverse() -> None:
         new.tied.weight = value
     assert torch.equal(new.weight, value)
     assert torch.equal(new.get_parameter("tied.weight"), value)
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda new: delattr(new, "weight"),
+        lambda new: new.tied.register_parameter("weight", nn.Parameter(torch.ones(4, 4))),
+        lambda new: new.register_buffer("weight", torch.ones(4, 4)),
+    ],
+)
+def test_a_computed_tensor_is_not_deleted_or_hidden(misuse: Callable[[Any], None]) -> None:
+    new = rewritten()
+    with pytest.raises(RewriterError, match="weight is computed by parametrizations"):
+        misuse(new)
+    assert list(bake(new).state_dict()) == list(Untraceable().state_dict())
+
+
+class Broken(nn.Module):
+    broken = False
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X.no_such_thing if Broken.broken else X
+
+
+def test_an_attribute_error_in_a_chain_is_not_taken_for_a_missing_attribute(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = rewritten(Step(), [Broken()])
+    monkeypatch.setattr(Broken, "broken", True)
+    with pytest.raises(RewriterError, match=r"computing weight of Step failed.*no_such_thing"):
+        new(x)
+
+
+class OverGraph(nn.Module):
+    """A graph inside a model that cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.fx.symbolic_trace(Step())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x)) if x.sum() < 1e9 else x
+
+
+def test_a_graph_inside_reads_the_values_of_the_forward(x: Tensor) -> None:
+    model = OverGraph()
+    new = rewritten(model)
+    for one in (new, copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        Count.total = 0
+        result = one(x)
+        assert Count.total == 1
+        assert torch.equal(result, halved(new)(x))
+    plain = bake(new)
+    assert isinstance(plain.inner, torch.fx.GraphModule)
+    assert plain.inner.code == model.inner.code
+    assert list(plain.state_dict()) == list(model.state_dict())
 
 
 # torch.compile
