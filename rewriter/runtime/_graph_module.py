@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
-from rewriter.runtime._owner import plain_class, sites_of
+from rewriter.runtime._owner import CONTAINER, plain_class, sites_of
 from rewriter.runtime._shell import Shell
 
 _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
@@ -66,7 +66,10 @@ class RewrittenModule(fx.GraphModule):
         return module
 
     def __getattr__(self, name: str) -> Any:
-        if "_modules" in self.__dict__ and name in sites_of(self):
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        if CONTAINER in modules and name in sites_of(self):
             return sites_of(self)[name].current_member(name)
         try:
             return super().__getattr__(name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.runtime._fused import Group, evaluated_steps
 from rewriter.runtime._holding import Holding
 from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
@@ -37,6 +38,8 @@ class ParametrizedTensor(nn.Module):
     """While the site is frozen: which of its parameters were trained before."""
     hoisted: int
     """How many of the first steps depend on nothing that is trained; their result is kept."""
+    fused: tuple[Group, ...] = ()
+    """Which neighbouring steps are evaluated as one."""
     _places: tuple[tuple[Any, str], ...]
 
     def __init__(self, steps: Sequence[nn.Module], originals: Sequence[Tensor], record: Record) -> None:
@@ -61,7 +64,9 @@ class ParametrizedTensor(nn.Module):
     @property
     def originals(self) -> list[Tensor]:
         """The stored tensors, in the order in which the steps read them."""
-        return [getattr(self, name) for name in self.original_names]
+        stored = self._parameters
+        # Buffers are elsewhere, and so are the parameters of a replica.
+        return [stored[name] if name in stored else getattr(self, name) for name in self.original_names]  # type: ignore[misc]
 
     def forward(self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0) -> Any:
         """Return the value: a tensor, or a tuple of them for a joint site.
@@ -109,17 +114,19 @@ class ParametrizedTensor(nn.Module):
         """Apply the steps to the stored tensors, in the precision that is on."""
         if self.hoisted and not torch.compiler.is_compiling():
             return self._compose_rest(*inputs)
-        return apply_chain(self.record, self.steps, self.originals, inputs)
+        steps = evaluated_steps(self) if self.fused else self.steps
+        return apply_chain(self.record, steps, self.originals, inputs)
 
     def _compose_rest(self, *inputs: Tensor) -> Any:
         count = self.hoisted
-        steps, originals = self.steps, self.originals
+        steps = evaluated_steps(self) if self.fused else self.steps
+        originals = self.originals
         used = originals[: sum(self.record.stored[:count])]
 
         def first() -> Any:
             return apply_steps(self.record, steps[:count], used, ())
 
-        value = self.holding.keep("hoisted", steps[:count], used, first)
+        value = self.holding.keep("hoisted", self.steps[:count], used, first)
         return apply_chain(self.record, steps, originals, inputs, count, value)
 
     def settled(self, again: bool = False) -> ParametrizedTensor:
