@@ -11,18 +11,8 @@ RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 
 def test_a_quick_run_writes_the_report_and_the_tables(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(RUN),
-        "--quick",
-        "--only",
-        "micro_batches",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    options = ["--quick", "--only", "micro_batches", "--device", "cpu", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, str(RUN), *options], check=True)
     report = json.loads((tmp_path / "report.json").read_text())
     (group,) = report["benchmarks"]["cpu"]
     rows = {(row["name"], row["against"]): row for row in group["rows"]}
