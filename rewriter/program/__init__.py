@@ -1,0 +1,9 @@
+"""ExportedProgram in, ExportedProgram out: chains become nodes of the program's own graph."""
+
+from __future__ import annotations
+
+from rewriter.program._bake import bake_program
+from rewriter.program._rewrite import plan_program, rewrite_program
+from rewriter.program._sites import sites_of_program
+
+__all__ = ["bake_program", "plan_program", "rewrite_program", "sites_of_program"]

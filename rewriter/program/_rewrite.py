@@ -1,0 +1,185 @@
+"""plan and rewrite for ExportedPrograms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from rewriter.capture import Capture
+from rewriter.errors import PlanError
+from rewriter.planning._plan import Plan, Site
+from rewriter.planning._prepare import Prepared, _build_all, _in_order, _split_present
+from rewriter.planning._resolve import resolve
+from rewriter.planning._survey import survey
+from rewriter.program._insert import Edited, insert_site, tied
+from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
+from rewriter.program._skeleton import is_training, skeleton, with_computed
+from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, site_path
+from rewriter.spec import Spec
+
+_WHY = "the program's graph"
+
+
+class _Standing:
+    """A site that the program has already."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+
+def plan_program(program: ExportedProgram, spec: Spec) -> Plan:
+    """Say what `rewrite_program` would do; the program is only read."""
+    prepared, _ = _prepared(program, tied(program.state_dict), program.constants, spec, measure=True)
+    built: dict[int, tuple[Any, bool]] = {id(claim.entries[0]): (site, False) for claim, site in prepared.new}
+    built |= {id(claim.entries[0]): (site, True) for claim, site in prepared.present}
+    sites = [
+        Site(site.record, "export", _WHY, prepared.moved.get(site, 0.0), present)
+        for entry in prepared.entries
+        if id(entry) in built
+        for site, present in [built[id(entry)]]
+    ]
+    return Plan(tuple(sites), spec.source, "export", _WHY)
+
+
+def rewrite_program(program: ExportedProgram, spec: Spec, *, inplace: bool = False) -> ExportedProgram:
+    """Return a program in which the selected tensors are computed; see `rewriter.rewrite`.
+
+    Raises:
+        PlanError: the spec does not fit the program.
+        CaptureError: a chain cannot be exported.
+    """
+    edited = Edited(program, share=inplace)
+    prepared, training = _prepared(program, edited.state, edited.constants, spec)
+    if not prepared.new:
+        return program if inplace else edited.finish()
+    for claim, site in prepared.new:
+        for entry in claim.entries:
+            for name in entry.names:
+                _refuse_written(edited, name)
+        _keep_parameters(claim.entries, site)
+        with torch.random.fork_rng(devices=[]):
+            insert_site(edited, site, site_path(site), _values(edited), training)
+    return edited.finish()
+
+
+def _prepared(
+    program: ExportedProgram,
+    state: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    spec: Spec,
+    *,
+    measure: bool = False,
+) -> tuple[Prepared, bool]:
+    if spec.absorb:
+        raise PlanError("an ExportedProgram has nothing to absorb; absorb the model before it is exported")
+    sites = sites_of_program(program)
+    known = placeholder_values(program)
+    for site in sites:
+        evaluate(program, site, known)
+    training = is_training(program)
+    root = skeleton(program, {**constants, **state}, training)
+    with_computed(root, sites, known)
+    entries = survey(root)
+    owned = {name: site for site in sites for name in site.names}
+    stored = {spec.target for spec in program.graph_signature.input_specs if spec.arg.name in _stored(sites)}
+    entries = [entry for entry in entries if entry.name not in stored]
+    for entry in entries:
+        if entry.name in owned:
+            entry.site = _present(owned[entry.name])
+    claims, problems = resolve(spec, entries)
+    present, claims = _split_present(claims, problems)
+    claims = _in_order(claims, entries, problems)
+    prepared = Prepared(spec, entries, Capture("export", why=_WHY))
+    if not problems:
+        _build_all(prepared, claims, problems, measure)
+    if problems:
+        raise PlanError.of(problems)
+    prepared.present = present
+    # Sites that others read come first: a program runs from top to bottom.
+    prepared.new.reverse()
+    return prepared, training
+
+
+def _stored(sites: list[ProgramSite]) -> set[str]:
+    return {name for site in sites for name in (*site.stored, *site.aliases)}
+
+
+def _present(site: ProgramSite) -> Any:
+    members = tuple(
+        Member(
+            tuple(slot.target for slot in member.slots),
+            member.kind,
+            tuple(member.shape),
+            member.dtype,
+            member.persistent,
+            member.requires_grad,
+        )
+        for member in site.members
+    )
+    record = Record(
+        members=members,
+        rule=site.rule,
+        chain=tuple(site.chain),
+        labels=(None,) * len(site.chain),
+        options=site.options,
+        cache="forward",
+        stored=(),
+        carries=(),
+        inputs=(),
+        source=None,
+        layout=Layout(members[0].shape),
+        outer=False,
+    )
+    return _Standing(record)
+
+
+def _values(edited: Edited) -> dict[str, fx.Node]:
+    placeholders = edited.placeholders()
+    found = {str(spec.target): placeholders[spec.arg.name] for spec in edited.specs if spec.target is not None}
+    nodes = {node.name: node for node in edited.graph.nodes}
+    for site in sites_of_program(edited):  # type: ignore[arg-type]
+        for member in site.members:
+            found.update({slot.target: nodes[member.value] for slot in member.slots})
+    return found
+
+
+def _keep_parameters(entries: list[Any], site: ParametrizedTensor) -> None:
+    free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
+    for name in site.original_names:
+        original = getattr(site, name)
+        for parameter in list(free):
+            same = (parameter.shape, parameter.dtype) == (original.shape, original.dtype)
+            if isinstance(original, nn.Parameter) and same:
+                parameter.data.copy_(original.data)
+                parameter.requires_grad = original.requires_grad
+                site._parameters[name] = parameter
+                free.remove(parameter)
+                break
+
+
+def _refuse_written(edited: Edited, name: str) -> None:
+    """Refuse a tensor that the program writes to, such as the statistics of a batch norm in train mode."""
+    node = _values(edited)[name]
+    written = {spec.target for spec in edited.signature.output_specs if spec.target is not None}
+    if any(_writes(user, node) for user in node.users):
+        written.add(name)
+    if name in written:
+        raise PlanError(f"{name} is written to by the program; a computed tensor cannot be: leave it out with `except`")
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    schema = getattr(user.target, "_schema", None)
+    arguments = {} if schema is None else dict(zip((a.name for a in schema.arguments), user.args, strict=False))
+    # A batch norm writes its statistics without saying so in its schema.
+    trains = arguments.get("training") is True or arguments.get("use_input_stats") is True
+    statistics = [arguments.get("running_mean"), arguments.get("running_var")] if trains else []
+    declared = [
+        arguments.get(argument.name)
+        for argument in (schema.arguments if schema is not None else ())
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return any(value is node for value in (*statistics, *declared))
