@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from rewriter.capture._bytecode import asked_for_none
 from rewriter.errors import CaptureError
 from rewriter.runtime import plain_class
 
@@ -43,14 +44,15 @@ def check_root(root: nn.Module) -> None:
 def optional_arguments(root: nn.Module) -> list[str]:
     """Return the names of the forward's arguments that may be None."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_ONLY)
-    return [
-        parameter.name
-        for parameter in list(inspect.signature(plain_class(root).forward).parameters.values())[1:]
-        if parameter.kind in named
-        and (
-            parameter.default is None or "None" in str(parameter.annotation) or "Optional" in str(parameter.annotation)
-        )
-    ]
+    forward = plain_class(root).forward
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    asked = asked_for_none(code) if code is not None else frozenset()
+
+    def may_be_none(parameter: inspect.Parameter) -> bool:
+        return parameter.default is None or parameter.name in asked or _admits_none(str(parameter.annotation))
+
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return [parameter.name for parameter in parameters if parameter.kind in named and may_be_none(parameter)]
 
 
 def _admits_none(annotation: str) -> bool:

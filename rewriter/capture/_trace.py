@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
+from rewriter.capture._bytecode import asks_of_result
 from rewriter.capture._effects import Snapshot, still_alive
 from rewriter.capture._guards import Flag, guarded, refuse_unknown_call
 from rewriter.capture._proxy import Value, forget_kinds, remember_kind
@@ -179,8 +180,11 @@ class _Tracer(fx.Tracer):
 
     def _called(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_unknown_call(m)
+        variable = None if type(m).__module__.startswith("torch.nn.") else asks_of_result()
+        if variable is not None:
+            self.refuse(f"whether {variable}, which {self.paths[m]} returns, is None is known only when the model runs")
         result = super().call_module(m, forward, args, kwargs)
-        if isinstance(m, nn.MultiheadAttention) and kwargs.get("need_weights") is False:
+        if isinstance(m, nn.MultiheadAttention) and (*args[4:5], kwargs.get("need_weights"))[0] is False:
             return result[0], None
         return result
 

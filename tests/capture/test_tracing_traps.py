@@ -535,6 +535,41 @@ def test_attention_without_weights_returns_none() -> None:
     once(model_of(forward, attn=nn.MultiheadAttention(4, 2)), "graph")
 
 
+def test_what_a_module_returns_may_be_none() -> None:
+    class Maybe(nn.Module):
+        def __init__(self, gives: bool) -> None:
+            super().__init__()
+            self.gives = gives
+
+        def forward(self, x: Tensor) -> Any:
+            return x * 2, (x + 1 if self.gives else None)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out, cache = self.maybe(self.fc(x))
+        if cache is not None:
+            out = out + cache
+        return out
+
+    once(model_of(forward, maybe=Maybe(True)), "module")
+    once(model_of(forward, maybe=Maybe(False)), "module")
+
+    def whole(self: Any, x: Tensor) -> Tensor:
+        y = self.maybe(self.fc(x))
+        z = torch.relu(x)
+        return y[0] if z is not None else y[1]
+
+    once(model_of(whole, maybe=Maybe(False)), "graph")
+
+
+def test_an_argument_compared_with_none() -> None:
+    def forward(self: Any, x: Tensor, mask) -> Tensor:  # type: ignore[no-untyped-def]
+        if mask is not None:
+            x = x * mask
+        return self.fc(x)
+
+    assert_same(model_of(forward), [lambda m: m(X, None), lambda m: m(X, Y)], "module")
+
+
 def test_tracing_draws_no_random_numbers_and_leaves_the_model_alone() -> None:
     model = model_of(_python_random, seen=[1])
     state, python, attributes = torch.get_rng_state(), random.getstate(), dict(vars(model))
