@@ -307,8 +307,10 @@ def _value_property(tensor: str) -> property:
                 value = frame.known.get(site)
                 if value is not None:
                     return value
+        else:  # one site computes several tensors and has the name of another
+            site = sites_of(self)[tensor]
         try:
-            return sites_of(self)[tensor].current_member(tensor)
+            return site.current_member(tensor)
         except AttributeError as problem:  # which Python would take to mean that there is no such attribute
             raise RewriterError(f"computing {tensor} of {type(self).__name__} failed: {problem}") from problem
 

@@ -18,7 +18,7 @@ from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, regio
 class Frame:
     """One running forward: the values evaluated in it, and the modes that were on when it began.
 
-    `known` holds those values that may be read without looking where: they would be the same in a second run.
+    `known` holds the values that are read time and again, wherever that is: they would be the same in a second run.
     """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
@@ -39,13 +39,14 @@ class Frame:
         would have to reproduce one by one.
         """
         if key in self.values:
-            return self.values[key]
+            value = self.values[key]
+            if isinstance(value, Tensor) and key.repeatable:
+                self.known[key] = value
+            return value
         value = evaluate() if torch.compiler.is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
         if key.stands_for_buffer and not torch.compiler.is_compiling():
             self.buffers[key] = _version(value)
-        if isinstance(value, Tensor) and key.repeatable:
-            self.known[key] = value
         return value
 
     def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:

@@ -201,7 +201,7 @@ class ParametrizedTensor(nn.Module):
     @property
     def stands_for_buffer(self) -> bool:
         """Whether what it computes was a buffer, which a forward may mean to write to."""
-        return any(member.kind == "buffer" for member in self.record.members)
+        return self.record.members[0].kind == "buffer"
 
     @property
     def repeatable(self) -> bool:
