@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.runtime._record import Record
-from rewriter.runtime._signature import same_setting, settings_of
+from rewriter.runtime._signature import same_setting, settings_of, transformed
 from rewriter.runtime._tensor import ParametrizedTensor, Reference, autocast_anywhere
+from rewriter.runtime._watch import Watch
 
 Batch = tuple[Tensor, ...]
 
@@ -43,9 +44,25 @@ class BatchedEvaluation(nn.Module):
         if torch.compiler.is_compiling() or self.__dict__.get("_is_replica"):
             return None
         sites = self.sites
-        if any(site.holding.busy for site in sites) or not alike(sites):
+        if any(site.holding.busy for site in sites) or not self._alike(sites):
             return None
         return evaluate_together(sites)
+
+    def _alike(self, sites: Sequence[ParametrizedTensor]) -> bool:
+        """As `alike`, looking closely only where something is not as it was when it last looked."""
+        watch: Watch | None = self.__dict__.get("_watch")
+        steps = [step for site in sites for step in site.steps]
+        originals = [site.originals[0] for site in sites]
+        if watch is not None and watch.same_forms(steps, originals):
+            return True
+        same = alike(sites)
+        # What somebody put in for one call is not to be held beyond it.
+        lasting = same and not transformed() and all(tensor.is_leaf for tensor in originals)
+        self.__dict__["_watch"] = Watch(steps, originals, content=False) if lasting else None
+        return same
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_watch"}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

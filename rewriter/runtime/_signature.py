@@ -97,7 +97,12 @@ def mark(tensor: Tensor) -> tuple[Any, ...]:
 
 def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two sequences hold the very same objects."""
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    if len(one) != len(other):
+        return False
+    for a, b in zip(one, other, strict=True):  # noqa: SIM110 (a generator costs more than the loop)
+        if a is not b:
+            return False
+    return True
 
 
 def same_setting(one: Any, other: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rewriter.runtime._signature import same_setting, settings_of
+from rewriter.runtime._signature import same_objects, same_setting, settings_of
 
 _MISSING = object()
 
@@ -21,30 +21,48 @@ class Watch:
     Arguments:
         modules: whose tensors, settings and modes are watched.
         tensors: further tensors.
+        content: whether what is in the tensors matters, or only their forms.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor], content: bool = True) -> None:
         self.modules = tuple(modules)
         self.given = tuple(tensors)
         self.states: list[tuple[Any, ...]] = []
         watched = list(tensors)
         for module in modules:
             self._add(module, watched)
-        self.tensors = [
-            (t, t._version, t.data_ptr(), t.requires_grad, t.shape, t.stride(), t.dtype, t.untyped_storage())
-            for t in watched
-        ]
+        self.forms = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in watched]
+        self.tensors = [_content(tensor) for tensor in watched] if content else []
 
     def unchanged(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same objects, and all as it was."""
-        if len(modules) != len(self.modules) or len(tensors) != len(self.given):
+        if not same_objects(modules, self.modules) or not same_objects(tensors, self.given):
             return False
-        for now, then in zip(modules, self.modules, strict=True):
-            if now is not then:
+        if not self.same_modules():
+            return False
+        for tensor, version, address, trained, shape, stride, dtype, _ in self.tensors:
+            if (
+                tensor._version != version
+                or tensor.data_ptr() != address
+                or tensor.requires_grad is not trained
+                or tensor.shape != shape
+                or tensor.stride() != stride
+                or tensor.dtype is not dtype
+            ):
                 return False
-        for tensor, other in zip(tensors, self.given, strict=True):
-            if tensor is not other:
+        return True
+
+    def same_forms(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same objects, in the same modes and settings, with tensors of the same forms."""
+        if not same_objects(modules, self.modules) or not same_objects(tensors, self.given) or not self.same_modules():
+            return False
+        for tensor, shape, dtype, device in self.forms:
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 return False
+        return True
+
+    def same_modules(self) -> bool:
+        """Whether the modules hold the same tensors in the same modes and settings, whatever is in the tensors."""
         for state, training, size, settings, places in self.states:
             if state["training"] is not training or len(state) != size:
                 return False
@@ -61,16 +79,6 @@ class Watch:
                 for key, value in items:
                     if place.get(key, _MISSING) is not value:
                         return False
-        for tensor, version, address, trained, shape, stride, dtype, _ in self.tensors:
-            if (
-                tensor._version != version
-                or tensor.data_ptr() != address
-                or tensor.requires_grad is not trained
-                or tensor.shape != shape
-                or tensor.stride() != stride
-                or tensor.dtype is not dtype
-            ):
-                return False
         return True
 
     def _add(self, module: nn.Module, watched: list[Tensor]) -> None:
@@ -87,3 +95,16 @@ class Watch:
         for child in module._modules.values():
             if child is not None:
                 self._add(child, watched)
+
+
+def _content(tensor: Tensor) -> tuple[Any, ...]:
+    return (
+        tensor,
+        tensor._version,
+        tensor.data_ptr(),
+        tensor.requires_grad,
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.untyped_storage(),
+    )
