@@ -57,7 +57,9 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
         traced = trace(model, _inside(model, owners))
     except CaptureError as problem:
         if mode == "graph":
-            raise
+            raise CaptureError(
+                f"{problem}; capture='auto' keeps the model's class and rewrites the modules that own the tensors"
+            ) from problem
         return Capture("module", why=str(problem))
     return Capture("graph", traced.graph, opaque=traced.opaque)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,15 +76,34 @@ _ABSENT = object()
 
 @contextlib.contextmanager
 def guarded(tracer: Any, root: nn.Module) -> Iterator[None]:
-    """Keep every guard up while `root` is traced."""
+    """Keep every guard up while `root` is traced; other threads do not meet them."""
     functions = {**_recorders(tracer), **_mode_guards(tracer), **_look_guards(tracer)}
+    functions = {
+        function: replacement if isinstance(replacement, _TypeOf) else _in_this_thread(function, replacement)
+        for function, replacement in functions.items()
+    }
     attributes: list[Patch] = [(torch, name, functions[getattr(torch, name)]) for name in (*_FACTORIES, *_MODES)]
     attributes += [(rnn, name, functions[getattr(rnn, name)]) for name in _PACKING]
     attributes += [(torch, "is_tensor", functions[torch.is_tensor])]
-    attributes += [(owner, name, _refusing(tracer, what)) for owner, name, what in _CONTEXTS]
-    attributes += _module_guards(tracer)
+    refusals = [(owner, name, _refusing(tracer, what)) for owner, name, what in _CONTEXTS]
+    for owner, name, replacement in (*refusals, *_module_guards(tracer)):
+        former = vars(owner)[name]
+        if isinstance(former, classmethod):
+            attributes.append((owner, name, classmethod(_in_this_thread(former.__func__, replacement))))
+        else:
+            attributes.append((owner, name, _in_this_thread(former, replacement)))
     with _names_replaced(root, functions), _training_visible(root), patched(attributes):
         yield
+
+
+def _in_this_thread(function: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    thread = threading.get_ident()
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        chosen = replacement if threading.get_ident() == thread else function
+        return chosen(*args, **kwargs)
+
+    return choose
 
 
 def _recorders(tracer: Any) -> dict[Any, Callable[..., Any]]:
