@@ -7,6 +7,7 @@ import gc
 import inspect
 import pickle
 import threading
+import timeit
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -153,6 +154,42 @@ def test_a_submodule_called_on_its_own_evaluates_on_its_own(x: Tensor) -> None:
     new.body[0](new.body[0](x))
     assert Count.total == 4
     assert torch.equal(new.body(x), halved(new).body(x))
+
+
+class Looped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = Step()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = self.step(x)
+        return x
+
+
+def test_a_submodule_on_the_way_to_the_tensors_has_forwards_of_its_own(x: Tensor) -> None:
+    new = rewritten(nn.Sequential(Looped(), nn.Linear(4, 4)))
+    new[0](x)
+    assert Count.total == 1
+    assert isinstance(new[0], Looped)
+    assert type(bake(new)[0]) is Looped
+
+
+def test_reading_a_value_that_is_known_costs_no_more_than_reading_parameters_does(x: Tensor) -> None:
+    class Timed(Step):
+        def forward(self, h: Tensor) -> Tensor:
+            times = []
+            for name in ("weight", "plain"):
+                getattr(self, name), getattr(self, name)
+                times.append(min(timeit.repeat(f"self.{name}", globals={"self": self}, number=200, repeat=20)))
+            self.__dict__["ratio"] = times[0] / times[1]
+            return h
+
+    model = Timed()
+    model.register_parameter("plain", nn.Parameter(torch.zeros(())))
+    new = rewritten(model)
+    new(x)
+    assert new.ratio < 3
 
 
 def test_a_rewritten_model_inside_another_is_evaluated_at_each_of_its_calls(x: Tensor) -> None:
@@ -597,12 +634,12 @@ def test_a_graph_inside_reads_the_values_of_the_forward(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiles_without_a_graph_break(train: bool, x: Tensor) -> None:
     torch._dynamo.reset()
-    model = Compiled()
-    new = rewritten(model, ["symmetric"]).train(train)
+    new = rewritten(Compiled(), ["symmetric"]).train(train)
     compiled = torch.compile(new, backend="aot_eager", fullgraph=True)
-    for _ in range(2):
+    for _ in range(3):
         new.zero_grad()
         torch.testing.assert_close(compiled(x), new(x))
         compiled(x).sum().backward()
