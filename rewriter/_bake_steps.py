@@ -46,6 +46,7 @@ class Shorter:
         for index, step in enumerate(steps):
             site.add_module(str(index), step)
         site.hoisted = 0
+        site.fused = ()
         site.holding.drop()
         site.record = replace(
             record,

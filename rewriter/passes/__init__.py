@@ -5,6 +5,7 @@ from __future__ import annotations
 from rewriter.passes._batch import batch_pass
 from rewriter.passes._cache import cache_pass
 from rewriter.passes._cast import cast_pass
+from rewriter.passes._fuse import fuse, fuse_pass
 from rewriter.passes._hoist import hoist, hoist_pass
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, note, run_passes
 from rewriter.passes._insert import insert_pass
@@ -23,6 +24,8 @@ __all__ = [
     "batch_pass",
     "cache_pass",
     "cast_pass",
+    "fuse",
+    "fuse_pass",
     "hoist",
     "hoist_pass",
     "insert_pass",

@@ -67,7 +67,9 @@ def _evaluation(site: ParametrizedTensor, node: fx.Node, numbers: dict[fx.Node, 
     policies += ["recompute"] if site.record.memory == "recompute" else []
     policies += ["cast once"] if node.kwargs.get("cast") else []
     policies += [f"first {site.hoisted} hoisted"] if site.hoisted else []
-    if "batch" in node.kwargs:
+    if "batch" not in node.kwargs:  # a batch evaluates its chains as they are written
+        policies += [f"steps {start + 1}–{stop} as one" for start, stop in site.fused]
+    else:
         policies.append(f"from {_value(node.kwargs['batch'], numbers)}")
     shown = f" [{', '.join(policies)}]" if policies else ""
     names = " & ".join(" = ".join(member.names) for member in site.record.members)

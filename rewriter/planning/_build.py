@@ -152,7 +152,8 @@ def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequenc
     first = claim.entries[0].infos[0]
     trained = any(entry.infos[0].requires_grad for entry in claim.entries)
     frozen = any(getattr(step, "freezes_original", False) for step in steps)
-    if not trained:
+    if not trained and not frozen:
+        # What adapts a frozen base is there to be trained.
         for step in steps:
             step.requires_grad_(False)
     if first.kind == "buffer" or not all(
@@ -198,7 +199,7 @@ def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Ten
 
 def _distance(after: Tensor, before: Tensor) -> float:
     kind = torch.complex128 if before.is_complex() else torch.float64
-    exact = before.to(kind)
+    exact = before.detach().to(kind)
     norm = float(exact.norm())
-    difference = float((after.to(kind) - exact).norm())
+    difference = float((after.detach().to(kind) - exact).norm())
     return difference / norm if norm else difference

@@ -21,6 +21,7 @@ class Site:
         moved: ‖new − old‖ / ‖old‖ of the value when the chain is put on; ``None`` where it has no meaning
             (`unsafe` shapes, tensors without values).
         present: whether the model has this parametrization already.
+        fused: the first and the last of neighbouring steps that are evaluated as one, counted from one.
     """
 
     record: Record
@@ -28,6 +29,7 @@ class Site:
     why: str
     moved: float | None
     present: bool = False
+    fused: tuple[tuple[int, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,6 +72,7 @@ class Site:
             "why": self.why,
             "moved": self.moved,
             "present": self.present,
+            "fused": [list(group) for group in self.fused],
         }
 
 
@@ -121,7 +124,7 @@ def _row(site: Site) -> tuple[str, ...]:
     return (
         " = ".join(site.names),
         site.rule,
-        " >> ".join(site.chain),
+        " >> ".join(site.chain) + "".join(f" ({first}–{last} as one)" for first, last in site.fused),
         "×".join(map(str, site.shape)) or "scalar",
         "present" if site.present else _moved(site.moved),
         f"{site.capture}: {site.why}" if site.why and site.capture != "module" else site.capture,

@@ -19,6 +19,7 @@ from rewriter.planning._survey import Entry, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.runtime import ParametrizedTensor
+from rewriter.runtime._fused import groups_of
 from rewriter.spec import Rule, Spec
 
 
@@ -82,7 +83,8 @@ def plan_of(model: nn.Module, prepared: Prepared) -> Plan:
         if id(entry) in built:
             site, present = built[id(entry)]
             how, why = _how_captured(model, prepared.capture, uses, site)
-            sites.append(Site(site.record, how, why, prepared.moved.get(site, 0.0), present))
+            fused = tuple((start + 1, stop) for start, stop in (site.fused if present else groups_of(site)))
+            sites.append(Site(site.record, how, why, prepared.moved.get(site, 0.0), present, fused))
     return Plan(tuple(sites), prepared.spec.source, prepared.capture.root, prepared.capture.why)
 
 

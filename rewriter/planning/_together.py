@@ -12,10 +12,11 @@ from rewriter.errors import RewriterError
 from rewriter.planning._construct import BuildError, arguments_of, layout_of_claim, seen_by
 from rewriter.planning._resolve import Claim
 
+Arguments = list[Mapping[str, Any]]
+"""One mapping for each chunk of a tensor; one alone where it is whole."""
 
-def planned_together(
-    claims: Sequence[Claim], inputs: Mapping[str, Tensor]
-) -> dict[int, dict[int, list[Mapping[str, Any]]]]:
+
+def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> dict[int, dict[int, Arguments]]:
     """Ask each step's ``plan_sites`` for the constructor arguments of every site.
 
     Arguments:

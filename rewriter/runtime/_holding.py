@@ -13,6 +13,7 @@ from rewriter.runtime._signature import PLAIN, TRAINED, Signature, same_objects,
 from rewriter.runtime._watch import Watch
 
 if TYPE_CHECKING:
+    from rewriter.runtime._fused import Merged
     from rewriter.runtime._once import Once
     from rewriter.runtime._tensor import ParametrizedTensor
 
@@ -32,6 +33,8 @@ class Holding:
         self.fixed: Any = None
         self.fixed_tensors: list[Tensor] = []
         self.kept: dict[str, Kept] = {}
+        self.merged: dict[int, Merged] = {}
+        """What is evaluated in place of neighbouring steps, by the first one's index."""
         self.contexts: dict[int, Once] = {}
         """The `evaluate_once` that each thread is in, by the thread's number: a thread ends no context but its own."""
         self._lock = threading.Lock()
@@ -39,6 +42,7 @@ class Holding:
     def drop(self) -> None:
         """Forget what is held; a frozen site is evaluated again when it is next asked."""
         self.kept = {}
+        self.merged = {}
         self.fixed, self.fixed_tensors = None, []
 
     def freeze(self, frozen: bool) -> None:

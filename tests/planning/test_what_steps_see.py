@@ -1,4 +1,4 @@
-"""What a step is constructed for: its tensor, the other sites of its rule, the spec's folder, the precision before it."""
+"""What a step is constructed for: its tensor, the rule's other sites, the spec's folder, the precision before it."""
 
 from __future__ import annotations
 

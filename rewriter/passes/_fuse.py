@@ -1,0 +1,55 @@
+"""fuse: neighbouring steps that merge are evaluated as one, and those that undo each other not at all.
+
+Two masks are one mask, two scales one factor, a cast to a wider dtype and back nothing. What merges says so itself:
+``fuse(next)`` returns one module equal to ``next(self(x))``, ``cancels(next)`` says that ``next(self(x))`` is ``x``.
+The state dict keeps every step that the spec wrote; see `rewriter.runtime._fused`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from rewriter.passes._infra import Pass, PassError
+from rewriter.runtime import ParametrizedTensor
+from rewriter.runtime._fused import groups_of
+
+
+def fuse(sites: Iterable[ParametrizedTensor]) -> bool:
+    """Decide for each site which of its steps are evaluated as one.
+
+    Raises:
+        PassError: a step's `fuse` or `cancels` says what is not so.
+    """
+    fused = False
+    for site in sites:
+        site.fused = groups_of(site)
+        if site.fused:
+            _require_equal(site)
+            fused = True
+    return fused
+
+
+@torch.no_grad()
+def _require_equal(site: ParametrizedTensor) -> None:
+    inputs = site.read_inputs()
+    if any(tensor.is_meta for tensor in (*site.originals, *inputs)):
+        return
+    shorter = site.read(*inputs)
+    groups, site.fused = site.fused, ()
+    written = site.read(*inputs)
+    site.fused = groups
+    values = zip(shorter, written, strict=True) if isinstance(written, tuple) else [(shorter, written)]
+    for one, other in values:
+        rounding = 1e2 * torch.finfo(other.dtype).eps if other.is_floating_point() or other.is_complex() else 0.0
+        if one.dtype != other.dtype or one.shape != other.shape or not torch.allclose(one, other, rounding, rounding):
+            steps = ", ".join(f"{start + 1}–{stop}" for start, stop in groups)
+            raise PassError(
+                f"{site.record.name}: steps {steps} of {' >> '.join(site.record.chain)} give another value as one "
+                "than one after the other; their `fuse` or `cancels` is wrong (rewrite(…, without=['fuse']) leaves "
+                "them alone)"
+            )
+
+
+fuse_pass = Pass("fuse", lambda rewriting: fuse(rewriting.order))
