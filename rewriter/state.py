@@ -111,10 +111,10 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     Raises:
         PlanError: a pattern of `only` matches nothing.
     """
-    for site in _sites(model, only):
-        if site.trained_before is not None:
-            continue
+    sites = [site for site in _sites(model, only) if site.trained_before is None]
+    for site in sites:  # before any is frozen: sites of one rule may share their steps
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
+    for site in sites:
         site.requires_grad_(False)
         site.holding.freeze(True)
         site.holding.frozen_value(site, site.read_inputs())

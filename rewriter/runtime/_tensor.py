@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.io._names import loadable
 from rewriter.runtime._fused import Group, evaluated_steps
 from rewriter.runtime._holding import Holding
 from rewriter.runtime._recompute import recomputed
@@ -284,6 +285,7 @@ def apply_steps(
     return value
 
 
+@loadable()
 class Reference:
     """A module that is not a submodule: kept out of state dicts and of the module tree, copied with the model."""
 
