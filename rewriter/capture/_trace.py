@@ -7,6 +7,7 @@ makes the module a node of its own, which runs as it is.
 
 from __future__ import annotations
 
+import threading
 import traceback
 import weakref
 from collections.abc import Callable
@@ -106,6 +107,7 @@ class _Tracer(fx.Tracer):
         self.values: list[weakref.ref[fx.Proxy]] = []
         self.refusals: list[str] = []
         self.modes = _modes()
+        self.thread = threading.get_ident()
 
     def refuse(self, message: str) -> None:
         """Raise, and remember it in case the forward catches exceptions."""
@@ -154,6 +156,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:  # torch.fx records calls wherever they happen
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self._called(m, forward, args, kwargs)
@@ -189,6 +193,8 @@ class _Tracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
         if isinstance(attr_val, Tensor) and attr_val in self.tensors:
             return self.read(self.tensors[attr_val])
         return self.read(attr_val.target) if isinstance(attr_val, Flag) else attr_val

@@ -6,6 +6,7 @@ Every model here is rewritten with a chain that keeps its weights, so that the p
 from __future__ import annotations
 
 import functools
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, rand, zeros
+
+from rewriter import rewrite
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 Y = torch.linspace(2, -1, 12).reshape(3, 4)
@@ -168,3 +171,28 @@ def test_structured_outputs(kind: Any, once: Any, model_of: Any) -> None:
 def test_sizes_are_those_of_the_input(assert_same: Any, model_of: Any) -> None:
     model = model_of(lambda self, x: self.fc(x).reshape(x.shape[0] * 2, -1) / x.size(-1))
     assert_same(model, [lambda m: m(X), lambda m: m(torch.ones(5, 4))], "graph")
+
+
+def test_other_threads_run_their_models_while_one_is_traced(spec: Any) -> None:
+    other = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.BatchNorm1d(4))
+    failed: list[Exception] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                with torch.no_grad():
+                    assert isinstance(other(torch.rand(3, 4)), Tensor)
+                assert all(isinstance(parameter, nn.Parameter) for parameter in other.parameters())
+            except Exception as problem:
+                failed.append(problem)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(3):
+            rewrite(nn.Sequential(*[nn.Linear(4, 4) for _ in range(100)]), spec)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed, failed[0]
