@@ -315,6 +315,7 @@ def test_a_conversion_inside_is_refused(recurrent: Any) -> None:
         made.model.float()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_double_backward_through_the_chain_is_refused(recurrent: Any) -> None:
     made = recurrent()
     with pytest.raises(RewriterError, match="create_graph"), evaluate_once(made.model):
