@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
 from rewriter.errors import PlanError
@@ -30,11 +32,27 @@ class Baked:
     values: list[Tensor]
 
 
+@overload
+def bake(
+    model: ExportedProgram, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
+) -> ExportedProgram: ...
+
+
+@overload
+def bake(
+    model: nn.Module, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
+) -> nn.Module: ...
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def bake(
-    model: nn.Module, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
-) -> nn.Module:
+    model: nn.Module | ExportedProgram,
+    *,
+    only: Sequence[str] | None = None,
+    keep: Keep = "value",
+    inplace: bool = False,
+) -> nn.Module | ExportedProgram:
     """Return the model with its parametrizations evaluated into plain tensors.
 
     >>> import torch, rewriter
@@ -59,6 +77,10 @@ def bake(
     """
     if keep not in ("value", "original"):
         raise PlanError(f"keep is 'value' or 'original', not {keep!r}")
+    if isinstance(model, ExportedProgram):
+        from rewriter.program import bake_program
+
+        return bake_program(model, only=only, keep=keep, inplace=inplace)
     target = model if inplace else copy.deepcopy(model)
     return _bake(target, only, keep)
 
@@ -71,8 +93,9 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
     graphs = [(path, module) for path, module in target.named_modules() if isinstance(module, RewrittenModule)]
     for _, module in graphs:
         _restore(module, set(chosen))
+    uses = Counter(id(parameter) for module in target.modules() for parameter in module._parameters.values())
     for one in baked:
-        _put_back(one)
+        _put_back(one, uses)
     for site in shorter:
         site.apply()
     for opened in list(target.modules()):
@@ -136,16 +159,24 @@ def _originals(site: ParametrizedTensor) -> list[Tensor]:
     if stored != [(member.shape, member.dtype) for member in members]:
         shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in stored) or "nothing"
         raise PlanError(
-            f"{site.record.name}: {' >> '.join(site.record.chain)} stores {shown}, which is not the tensor it replaced; "
-            "bake with keep='value'"
+            f"{site.record.name}: {' >> '.join(site.record.chain)} stores {shown}, which is not the tensor it "
+            "replaced; bake with keep='value'"
         )
     return originals
 
 
-def _plain_tensors(baked: Baked) -> list[Tensor]:
-    """Make the parameters and buffers: the Parameter objects that are stored, where their form allows it."""
+def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:
+    """Make the parameters and buffers: the Parameter objects that are stored, where their form allows it.
+
+    One that the model has in a second place is not reused, unless it is the value: the other place keeps it.
+    """
     site = baked.site
-    free = [original for original in site.originals if isinstance(original, nn.Parameter)]
+    free = [
+        original
+        for original in site.originals
+        if isinstance(original, nn.Parameter)
+        and (uses[id(original)] == 1 or any(original is value for value in baked.values))
+    ]
     plain: list[Tensor] = []
     for member, value in zip(site.record.members, (value.detach() for value in baked.values), strict=True):
         if member.kind == "buffer":
@@ -187,9 +218,9 @@ def _restore(module: RewrittenModule, chosen: set[ParametrizedTensor]) -> None:
     module.graph = rewriting.graph
 
 
-def _put_back(baked: Baked) -> None:
+def _put_back(baked: Baked, uses: Mapping[int, int]) -> None:
     places: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
-    for entry, value in zip(baked.entries, _plain_tensors(baked), strict=True):
+    for entry, value in zip(baked.entries, _plain_tensors(baked, uses), strict=True):
         for owner, tensor in entry.owners:
             places.setdefault(id(owner), (owner, {}))[1][tensor] = value
     for owner, values in places.values():

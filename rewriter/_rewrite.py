@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
+from rewriter._absorb import Taken, take_over, taken_over
+from rewriter._copy import copied
 from rewriter._pause import collector_paused
-from rewriter.errors import CaptureError
+from rewriter.capture import Call
+from rewriter.errors import CaptureError, RewriterError
 from rewriter.passes import (
     Rewriting,
+    batch_pass,
     cache_pass,
+    cast_pass,
+    fuse,
+    fuse_pass,
+    hoist,
+    hoist_pass,
     insert_pass,
     open_pass,
     outline,
@@ -21,15 +31,61 @@ from rewriter.passes import (
     verify_against,
 )
 from rewriter.planning._prepare import Prepared, prepare
-from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
-from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session, attach, open_graph_owners, open_path, site_path
+from rewriter.runtime import (
+    ParametrizedTensor,
+    RewrittenModule,
+    Session,
+    attach,
+    open_graph_owners,
+    open_path,
+    site_path,
+)
 from rewriter.runtime._memory import refill, shared_storages
 from rewriter.spec import Spec, load_spec
 
+_OPTIONAL = {"hoist": hoist_pass, "fuse": fuse_pass, "cast": cast_pass, "batch": batch_pass}
 
-@torch.inference_mode(False)
-def rewrite(model: nn.Module, spec: Any, *, capture: str = "auto", inplace: bool = False) -> nn.Module:
+
+@overload
+def rewrite(
+    model: ExportedProgram,
+    spec: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    capture: str = "auto",
+    inplace: bool = False,
+    without: Collection[str] = (),
+) -> ExportedProgram: ...
+
+
+@overload
+def rewrite(
+    model: nn.Module,
+    spec: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    capture: str = "auto",
+    inplace: bool = False,
+    without: Collection[str] = (),
+) -> nn.Module: ...
+
+
+def rewrite(
+    model: nn.Module | ExportedProgram,
+    spec: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    capture: str = "auto",
+    inplace: bool = False,
+    without: Collection[str] = (),
+) -> nn.Module | ExportedProgram:
     """Return `model` with the parametrizations of `spec` in it.
 
     >>> import torch, rewriter
@@ -43,73 +99,111 @@ def rewrite(model: nn.Module, spec: Any, *, capture: str = "auto", inplace: bool
     the same spec changes nothing.
 
     Arguments:
-        model: any module, or a GraphModule.
+        model: any module, a GraphModule, or an ExportedProgram, which gives an ExportedProgram.
         spec: a `Spec`, or anything `load_spec` takes.
+        example_inputs: arguments of a call. A captured graph is compared with the model on them, and not used where
+            it differs; ``capture="export"`` needs them.
+        example_kwargs: keyword arguments of that call.
+        dynamic_shapes: for ``capture="export"``, which sizes vary, as for `torch.export.export`.
         capture: ``"auto"`` traces the model and falls back to keeping its class where it cannot be traced;
-            ``"graph"`` and ``"module"`` ask for one of the two.
+            ``"graph"`` and ``"module"`` ask for one of the two. ``"export"`` goes through `torch.export` and rewrites
+            the graph of ATen operations.
         inplace: reuse the model's own modules and Parameter objects, so that an optimizer stays valid. A model that
             was traced still comes back as a new module, over the same tensors.
+        without: passes to leave out: any of ``"batch"``, ``"cast"``, ``"fuse"`` and ``"hoist"``. They change how fast
+            a model runs, and not what it computes.
 
     Raises:
         SpecError: the spec cannot be read.
         PlanError: the spec does not fit the model; the model is as it was.
         CaptureError: the capture asked for is not possible.
     """
-    if capture not in ("auto", "graph", "module"):
-        raise CaptureError(f"capture is 'auto', 'graph' or 'module', not {capture!r}")
+    if capture not in ("auto", "graph", "module", "export"):
+        raise CaptureError(f"capture is 'auto', 'graph', 'module' or 'export', not {capture!r}")
+    unknown = set(without) - _OPTIONAL.keys()
+    if unknown:
+        raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(_OPTIONAL)}")
     read = spec if isinstance(spec, Spec) else load_spec(spec)
-    with collector_paused():
-        return _rewrite(model if inplace else _copied(model), read, capture)
+    if isinstance(model, ExportedProgram):
+        from rewriter.program import rewrite_program
+
+        return rewrite_program(model, read, inplace=inplace)
+    call = None
+    if example_inputs is not None or example_kwargs is not None:
+        call = Call(tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
+    with torch.inference_mode(False), collector_paused():
+        if read.absorb:
+            target, taken = _taken(model, read, capture, inplace, call)
+        else:
+            target, taken = model if inplace else copied(model), []
+        return _rewrite(target, read, capture, without, taken, call)
 
 
-def _rewrite(target: nn.Module, spec: Spec, capture: str) -> nn.Module:
-    prepared = prepare(target, spec, capture)
-    if not prepared.new:
+def _taken(
+    model: nn.Module, spec: Spec, capture: str, inplace: bool, call: Call | None
+) -> tuple[nn.Module, list[Taken]]:
+    if not inplace:
+        return taken_over(model)
+    # What does not fit shows on a copy, while the model is still as it was.
+    copy, taken = taken_over(model)
+    prepare(copy, spec, capture, taken=taken, call=call)
+    return take_over(model)
+
+
+def _rewrite(
+    target: nn.Module,
+    spec: Spec,
+    capture: str,
+    without: Collection[str],
+    taken: Sequence[Taken],
+    call: Call | None,
+) -> nn.Module:
+    prepared = prepare(target, spec, capture, taken=taken, call=call)
+    if not prepared.new and not prepared.absorbed:
         return target
     session = attach_sites(prepared)
     if prepared.capture.root == "module":
+        fresh = [site for _, site in (*prepared.new, *prepared.absorbed)]
         target = open_graph_owners(target)
-        open_path(target, (name for _, site in prepared.new for name in site.record.names), session)
+        open_path(target, (name for site in fresh for name in site.record.names), session)
+        if "hoist" not in without:
+            hoist(fresh)
+        if "fuse" not in without:
+            fuse(fresh)
         return target
-    return _rewrite_graph(target, prepared, session)
+    return _rewrite_graph(target, prepared, session, without)
 
 
 def attach_sites(prepared: Prepared) -> Session:
     """Put the sites that were built into the model's modules; from here on the model is another one."""
-    session = prepared.present[0][1].session if prepared.present else Session()
+    session = prepared.standing[0].session if prepared.standing else Session()
     order = {id(entry): index for index, entry in enumerate(prepared.entries)}
+    made = [*((claim.entries, site) for claim, site in prepared.new)]
     shared = shared_storages(entry.tensor for entry in prepared.entries if entry.tensor is not None)
-    for claim, site in sorted(prepared.new, key=lambda pair: order[id(pair[0].entries[0])]):
-        _attach(claim, site, session, shared)
+    for entries, site in made:
+        _keep_parameters(entries, site, shared)
+    made += [([entry], site) for entry, site in prepared.absorbed]
+    for entries, site in sorted(made, key=lambda pair: order[id(pair[0][0])]):
+        _attach(entries, site, session)
     _connect(prepared)
     return session
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as problem:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({problem}); detach what it caches, or use inplace=True"
-        ) from problem
-
-
-def _attach(claim: Claim, site: ParametrizedTensor, session: Session, shared: frozenset[int]) -> None:
-    site.session = session
-    _keep_parameters(claim, site, shared)
+def _attach(entries: Sequence[Entry], site: ParametrizedTensor, session: Session) -> None:
+    site.__dict__["session"] = session
     places: dict[int, tuple[nn.Module, list[str]]] = {}
-    for entry in claim.entries:
+    for entry in entries:
         for owner, tensor in entry.owners:
             places.setdefault(id(owner), (owner, []))[1].append(tensor)
     for owner, tensors in places.values():
-        groups = [tensors] if len(claim.entries) > 1 else [[tensor] for tensor in tensors]
+        groups = [tensors] if len(entries) > 1 else [[tensor] for tensor in tensors]
         for group in groups:
             attach(owner, group, site)
 
 
-def _keep_parameters(claim: Claim, site: ParametrizedTensor, shared: frozenset[int]) -> None:
+def _keep_parameters(entries: Sequence[Entry], site: ParametrizedTensor, shared: frozenset[int]) -> None:
     """Store the originals in the model's own Parameter objects where the shapes allow it."""
-    free = [entry.tensor for entry in claim.entries if isinstance(entry.tensor, nn.Parameter)]
+    free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
     for name in site.original_names:
         original = getattr(site, name)
         for index, parameter in enumerate(free):
@@ -142,7 +236,10 @@ def rewriting_of(root: nn.Module, prepared: Prepared, session: Session) -> Rewri
     """Return what the passes work on: the captured graph and the sites attached to `root`."""
     graph = prepared.capture.graph
     assert graph is not None
-    sites = [site for _, site in (*prepared.new, *prepared.present)]
+    sites = [site for _, site in (*prepared.new, *prepared.absorbed, *prepared.present)]
+    if isinstance(root, RewrittenModule):
+        called = {node.target for node in graph.nodes if node.op == "call_module"}
+        sites += [site for site in prepared.standing if site not in sites and site_path(site) in called]
     return Rewriting(
         root=root,
         graph=graph,
@@ -153,11 +250,14 @@ def rewriting_of(root: nn.Module, prepared: Prepared, session: Session) -> Rewri
     )
 
 
-def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session) -> nn.Module:
+def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session, without: Collection[str]) -> nn.Module:
+    for name, tensor in prepared.capture.constants.items():
+        root.register_buffer(name, tensor, persistent=False)
     rewriting = rewriting_of(root, prepared, session)
     graph = rewriting.graph
     before = outline(graph)
-    run_passes(rewriting, [open_pass, insert_pass, cache_pass, prune_pass, verify_against(before)])
+    optional = [step for name, step in _OPTIONAL.items() if name not in without]
+    run_passes(rewriting, [open_pass, insert_pass, cache_pass, prune_pass, *optional, verify_against(before)])
     if isinstance(root, RewrittenModule):
         root.graph = graph
         return root

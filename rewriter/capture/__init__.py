@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from rewriter.capture._capture import Capture, capture, has_hooks, is_torch_leaf
+from rewriter.capture._examples import Call, difference
+from rewriter.capture._export import CONSTANT, export_capture
 from rewriter.capture._leaves import Opened, Opener, Own, bind_call, opener_of, opens, opens_up, reads_every_site
 
 __all__ = [
+    "CONSTANT",
+    "Call",
     "Capture",
     "Opened",
     "Opener",
     "Own",
     "bind_call",
     "capture",
+    "difference",
+    "export_capture",
     "has_hooks",
     "is_torch_leaf",
     "opener_of",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rewriter.capture._leaves import opener_of
 from rewriter.capture._trace import trace
@@ -23,16 +23,18 @@ class Capture:
     """The way into a model.
 
     Arguments:
-        root: ``"graph"`` or ``"module"``.
+        root: ``"graph"``, ``"module"`` or ``"export"``.
         graph: the graph, not yet rewritten; ``None`` in module mode.
         why: why there is no graph.
         opaque: path of a module that stays one node → why it could not be looked into.
+        constants: tensors that the graph reads and the model does not have.
     """
 
     root: str
     graph: fx.Graph | None = None
     why: str = ""
     opaque: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capture:

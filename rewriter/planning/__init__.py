@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from rewriter._pause import collector_paused
+from rewriter.capture import Call
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
 from rewriter.planning._survey import Entry, dtype_name, survey
@@ -16,7 +19,15 @@ from rewriter.spec import Spec, load_spec
 __all__ = ["Entry", "Plan", "Prepared", "Site", "dtype_name", "plan", "plan_of", "prepare", "survey"]
 
 
-def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
+def plan(
+    model: nn.Module | ExportedProgram,
+    spec: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    capture: str = "auto",
+) -> Plan:
     """Say what `rewrite` would do: which rule owns which tensors, how they are reached, how far they move.
 
     >>> import torch, rewriter
@@ -28,9 +39,9 @@ def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
     Neither the model nor the state of the random number generators changes.
 
     Arguments:
-        model: any module.
+        model: any module, or an ExportedProgram.
         spec: a `Spec`, or anything `load_spec` takes.
-        capture: as for `rewrite`.
+        example_inputs, example_kwargs, dynamic_shapes, capture: as for `rewrite`.
 
     Raises:
         SpecError: the spec cannot be read.
@@ -40,7 +51,14 @@ def plan(model: nn.Module, spec: Any, *, capture: str = "auto") -> Plan:
     from rewriter._absorb import taken_over
 
     read = spec if isinstance(spec, Spec) else load_spec(spec)
+    if isinstance(model, ExportedProgram):
+        from rewriter.program import plan_program
+
+        return plan_program(model, read)
+    call = None
+    if example_inputs is not None or example_kwargs is not None:
+        call = Call(tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with collector_paused(), torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         model, taken = taken_over(model) if read.absorb else (model, [])
-        return plan_of(model, prepare(model, read, capture, measure=True, taken=taken))
+        return plan_of(model, prepare(model, read, capture, measure=True, taken=taken, call=call))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from rewriter.capture import Capture, capture, has_hooks, is_torch_leaf, opens_up
-from rewriter.errors import Diagnostic, PlanError
+from rewriter.capture import Call, Capture, capture, difference, export_capture, has_hooks, is_torch_leaf, opens_up
+from rewriter.errors import CaptureError, Diagnostic, PlanError
 from rewriter.planning._build import build, check_value, describe
 from rewriter.planning._construct import BuildError, Extra
 from rewriter.planning._plan import Plan, Site
@@ -18,9 +19,12 @@ from rewriter.planning._resolve import Claim, resolve
 from rewriter.planning._survey import Entry, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
-from rewriter.runtime import ParametrizedTensor
+from rewriter.runtime import ParametrizedTensor, RewrittenModule
 from rewriter.runtime._fused import groups_of
 from rewriter.spec import Rule, Spec
+
+if TYPE_CHECKING:
+    from rewriter._absorb import Taken
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Prepared:
         new: claims with the sites built for them, each one before the sites it reads.
         present: sites that the model has already.
         moved: how far each new site's value moves.
+        absorbed: sites taken over from other tools.
     """
 
     spec: Spec
@@ -41,9 +46,25 @@ class Prepared:
     new: list[tuple[Claim, ParametrizedTensor]] = field(default_factory=list)
     present: list[tuple[Claim, ParametrizedTensor]] = field(default_factory=list)
     moved: dict[ParametrizedTensor, float | None] = field(default_factory=dict)
+    absorbed: list[tuple[Entry, ParametrizedTensor]] = field(default_factory=list)
+
+    @property
+    def standing(self) -> list[ParametrizedTensor]:
+        """The sites that the model has already, whether or not a rule of this spec owns them."""
+        fresh = {id(site) for _, site in self.absorbed}
+        sites = dict.fromkeys(entry.site for entry in self.entries if entry.site is not None)
+        return [site for site in sites if id(site) not in fresh]
 
 
-def prepare(model: nn.Module, spec: Spec, mode: str, *, measure: bool = False) -> Prepared:
+def prepare(
+    model: nn.Module,
+    spec: Spec,
+    mode: str,
+    *,
+    measure: bool = False,
+    taken: Sequence[Taken] = (),
+    call: Call | None = None,
+) -> Prepared:
     """Resolve, capture and build; the model is only read.
 
     Arguments:
@@ -51,21 +72,31 @@ def prepare(model: nn.Module, spec: Spec, mode: str, *, measure: bool = False) -
         spec: what to put into it.
         mode: how to capture it.
         measure: whether to find how far each value moves.
+        taken: tensors taken over from other tools, which the model holds as plain ones.
+        call: example inputs.
 
     Raises:
         PlanError: the spec does not fit the model; every reason is listed.
         CaptureError: `mode` asks for a graph and there is none.
     """
+    from rewriter._absorb._take import held_entries, sites_for  # it surveys models with what is defined here
+
     entries = survey(model)
-    claims, problems = resolve(spec, entries)
+    absorbed = sites_for(taken, entries)
+    for entry, site in absorbed:
+        entry.site = site
+    held = held_entries(model)
+    claims, problems = resolve(spec, [*entries, *(entry for entry, _ in held)])
     present, claims = _split_present(claims, problems)
-    claims = [claim for claim in claims if not _refused(claim, problems)]
+    holders = {id(entry): source for entry, source in held}
+    claims = [claim for claim in claims if not _refused(claim, holders, problems)]
     claims = _in_order(claims, entries, problems)
     if problems:
         raise PlanError.of(problems)
     owners = [name.rpartition(".")[0] for claim, _ in present for entry in claim.entries for name in entry.names]
     owners += [name.rpartition(".")[0] for claim in claims for entry in claim.entries for name in entry.names]
-    prepared = Prepared(spec, entries, capture(model, owners, mode), present=present)
+    owners += [name.rpartition(".")[0] for entry, _ in absorbed for name in entry.names]
+    prepared = Prepared(spec, entries, _way(model, owners, mode, call), present=present, absorbed=absorbed)
     problems += refuse_writes(claims, prepared.capture.graph)
     _build_all(prepared, claims, problems, measure)
     if problems:
@@ -73,10 +104,27 @@ def prepare(model: nn.Module, spec: Spec, mode: str, *, measure: bool = False) -
     return prepared
 
 
+def _way(model: nn.Module, owners: Sequence[str], mode: str, call: Call | None) -> Capture:
+    """Capture the model, and compare what was captured with it where there is a call to compare on."""
+    if mode == "export" and not isinstance(model, RewrittenModule):
+        return export_capture(model, call)
+    way = capture(model, owners, "auto" if mode == "export" else mode)
+    if call is None or way.graph is None or isinstance(model, fx.GraphModule):
+        return way
+    text = difference(model, way.graph, call)
+    if not text:
+        return way
+    why = f"the traced graph is not the model: on the example inputs {text}"
+    if mode == "graph":
+        raise CaptureError(f"{type(model).__name__}: {why}; use capture='module'")
+    return Capture("module", why=why)
+
+
 def plan_of(model: nn.Module, prepared: Prepared) -> Plan:
     """Return what was prepared as a plan."""
     built = {id(claim.entries[0]): (site, False) for claim, site in prepared.new}
     built |= {id(claim.entries[0]): (site, True) for claim, site in prepared.present}
+    built |= {id(entry): (site, False) for entry, site in prepared.absorbed}
     sites = []
     uses = _uses_by_target(prepared.capture)
     for entry in prepared.entries:
@@ -112,8 +160,16 @@ def _split_present(
     return present, new
 
 
-def _refused(claim: Claim, problems: list[Diagnostic]) -> bool:
+def _refused(claim: Claim, holders: Mapping[int, str], problems: list[Diagnostic]) -> bool:
     for entry in claim.entries:
+        if id(entry) in holders:
+            problems.append(
+                claim.rule.where("select").diagnose(
+                    f"{entry.name} is computed already, by {holders[id(entry)]}",
+                    "take it over (`absorb: true` in the spec, or rewriter.absorb(model)), or use `except`",
+                )
+            )
+            return True
         if entry.tensor is not None and is_lazy(entry.tensor):
             problems.append(
                 claim.rule.where("select").diagnose(
@@ -173,6 +229,8 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
     planned: set[str] = set()
     failures: dict[tuple[str, str], list[str]] = {}
     rules: dict[str, Rule] = {}
+    checked: set[object] = set()
+    built: list[tuple[Claim, ParametrizedTensor]] = []
     for claim in reversed(claims):
         rule = claim.rule
         rules[rule.name] = rule
@@ -182,17 +240,28 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
                 planned.add(rule.name)
                 extra |= planned_together([other for other in claims[::-1] if other.rule.name == rule.name], inputs)
             site = build(claim, inputs, shared.get(rule.name), extra.get(id(claim)))
-            prepared.moved[site] = check_value(claim, site, inputs, measure=measure)
+            form = _form(site, inputs.values())
+            if measure or form not in checked:
+                prepared.moved[site] = check_value(claim, site, inputs, measure=measure)
+                checked.add(form)
         except BuildError as problem:
             failures.setdefault((rule.name, str(problem)), []).append(claim.name)
             continue
         if rule.share:
             shared.setdefault(rule.name, site.steps)
-        prepared.new.insert(0, (claim, site))
+        built.append((claim, site))
         values.add(claim, site)
+    prepared.new += reversed(built)
     for (name, text), sites in failures.items():
         more = f" (and {len(sites) - 1} more sites)" if len(sites) > 1 else ""
         problems.append(rules[name].where("chain").diagnose(f"rule {name!r} on {sites[-1]}{more}: {text}"))
+
+
+def _form(site: ParametrizedTensor, inputs: Iterable[Tensor]) -> object:
+    """Return what decides which shape and dtype a site's value has: sites of one form are looked at once."""
+    wanted = tuple((member.shape, member.dtype) for member in site.record.members)
+    taken = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (*site.originals, *inputs))
+    return site.record.rule, wanted, taken
 
 
 class _Values:
@@ -234,8 +303,8 @@ def _uses_by_target(way: Capture) -> Uses:
 
 
 def _how_captured(model: nn.Module, way: Capture, uses: Uses, site: ParametrizedTensor) -> tuple[str, str]:
-    if way.root == "module":
-        return "module", way.why
+    if way.root in ("module", "export"):
+        return way.root, way.why
     ways: dict[tuple[str, str], None] = {}
     for name in site.record.names:
         path, _, _ = name.rpartition(".")

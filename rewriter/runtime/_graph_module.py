@@ -61,6 +61,9 @@ class RewrittenModule(fx.GraphModule):
             module = origin.__new__(origin)
         added = {*self._reparam_added, *_NOT_COPIED, "_reparam_class", "_reparam_name", "_reparam_added"}
         module.__dict__.update({name: value for name, value in self.__dict__.items() if name not in added})
+        for name in [name for name in module._buffers if name.startswith("reparam_constant_")]:
+            del module._buffers[name]
+            module._non_persistent_buffers_set.discard(name)
         if isinstance(module, fx.GraphModule):
             module.graph = self.graph
         return module

@@ -1,0 +1,85 @@
+"""One call of a model, to capture it with or to compare a captured graph on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Example arguments.
+
+    Arguments:
+        args: positional ones.
+        kwargs: keyword ones.
+        dynamic_shapes: which sizes vary, as for `torch.export.export`.
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+
+
+def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool = False) -> str:
+    """Say how the graph's outputs differ from the model's on one call; empty where they do not.
+
+    Neither the model's buffers and modes nor the state of the random number generators change.
+    """
+    with _unchanged(model), torch.no_grad():
+        for module in model.modules():
+            module.training = module.training and training
+        seed = torch.get_rng_state()
+        expected = model(*pytree.tree_map(_cloned, tuple(call.args)), **pytree.tree_map(_cloned, dict(call.kwargs)))
+        torch.set_rng_state(seed)
+        captured = fx.GraphModule(model, copy.deepcopy(graph))
+        found = captured(*pytree.tree_map(_cloned, tuple(call.args)), **pytree.tree_map(_cloned, dict(call.kwargs)))
+    before, after = pytree.tree_flatten(expected), pytree.tree_flatten(found)
+    if len(before[0]) != len(after[0]):
+        return f"it returns {len(after[0])} values where the model returns {len(before[0])}"
+    for one, other in zip(before[0], after[0], strict=True):
+        text = _differs(one, other)
+        if text:
+            return text
+    return ""
+
+
+def _differs(one: Any, other: Any) -> str:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return "" if type(one) is type(other) and (one is other or one == other) else f"{other!r} instead of {one!r}"
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return f"{other.dtype}{list(other.shape)} instead of {one.dtype}{list(one.shape)}"
+    tolerance = _TOLERANCE.get(one.dtype, 0.0)
+    if one.is_meta or torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
+        return ""
+    return f"its output differs by {float((one - other).abs().max()):.1e}"
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda]
+    with torch.random.fork_rng(devices=list({tensor.device for tensor in tensors})):
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            with torch.no_grad():
+                for buffer, kept in buffers.items():
+                    if not torch.equal(buffer, kept):
+                        buffer.copy_(kept)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

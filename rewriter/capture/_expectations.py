@@ -1,0 +1,79 @@
+"""What an exported graph takes for granted of its inputs, said when it runs; and what train mode decides in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.errors import CaptureError
+from rewriter.io import graph_function
+
+
+@graph_function
+def expect_shape(value: Any, shape: list[int | None], name: str) -> None:
+    """Refuse an input of another shape than the graph was captured for; `None` stands for any size."""
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(value, Tensor):
+        raise CaptureError(f"{name} was a tensor when the model was captured, and is a {type(value).__name__} now")
+    found = list(value.shape)
+    if len(found) != len(shape) or any(want is not None and size != want for size, want in zip(found, shape)):  # noqa: B905
+        wanted = [("any" if size is None else size) for size in shape]
+        raise CaptureError(
+            f"{name} has shape {found}; the model was captured for {wanted} (say which sizes vary: dynamic_shapes)"
+        )
+
+
+@graph_function
+def expect_value(value: Any, expected: Any, name: str) -> None:
+    """Refuse another value than the one that the graph was captured for."""
+    if torch.compiler.is_compiling() or (type(value) is type(expected) and value == expected):
+        return
+    shown = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+    raise CaptureError(f"{name} was {expected!r} when the model was captured, and is {shown} now")
+
+
+@graph_function
+def expect_mode(training: bool, expected: bool) -> None:
+    """Refuse the mode that the graph was not captured in."""
+    if training is not expected:
+        modes = ("train", "eval") if expected else ("eval", "train")
+        raise CaptureError(
+            f"the model was captured in {modes[0]} mode, and its graph in {modes[1]} mode is another one; "
+            f"capture it again in {modes[1]} mode, or with capture='module'"
+        )
+
+
+@graph_function
+def by_mode(training: bool, train: Any, eval: Any) -> Any:
+    """Return what an operation is given in the mode that is on."""
+    return train if training else eval
+
+
+@graph_function
+def add_in_training(training: bool, tensor: Tensor, amount: int) -> None:
+    """Count in train mode, as batch norms do."""
+    if training:
+        tensor.add_(amount)
+
+
+@graph_function
+def begin_grad_mode(enabled: bool) -> bool:
+    """Set whether gradients are recorded; return whether they were."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(enabled)
+    return before
+
+
+@graph_function
+def end_grad_mode(before: bool) -> None:
+    """Record gradients as before."""
+    torch._C._set_grad_enabled(before)
+
+
+@graph_function
+def rebuild(leaves: list[Any], structure: str) -> Any:
+    """Return the model's own structure of outputs, one that torch knows by name."""
+    return torch.utils._pytree.tree_unflatten(leaves, torch.utils._pytree.treespec_loads(structure))
