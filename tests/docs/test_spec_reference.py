@@ -1,0 +1,111 @@
+"""docs/spec.md says about every key what the schema says, and its examples load."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from torch import nn
+
+from rewriter import load_spec
+from rewriter.spec import json_schema
+from rewriter.spec._source import read
+
+PAGE = (Path(__file__).parents[2] / "docs" / "spec.md").read_text()
+
+
+class Entry(NamedTuple):
+    """One key of the page: where it belongs, what is said of it, its example."""
+
+    section: str
+    key: str
+    text: str
+    example: str
+
+
+def entries() -> list[Entry]:
+    found = []
+    for section in re.split(r"^## ", PAGE, flags=re.M)[1:]:
+        title, _, body = section.partition("\n")
+        for part in re.split(r"^### `", body, flags=re.M)[1:]:
+            key, _, rest = part.partition("`\n")
+            text, _, example = rest.partition("```yaml\n")
+            found.append(Entry(title.strip("`"), key, " ".join(text.split()), example.partition("```")[0]))
+    return found
+
+
+def described() -> dict[tuple[str, str], dict[str, Any]]:
+    """Every key of the schema, by the page's section."""
+    schema = json_schema()
+    forms = schema["$defs"]
+    step = forms["RuleForm"]["properties"]["chain"]["items"]["oneOf"][1]["additionalProperties"]
+    sections = {
+        "A spec": schema,
+        "A rule": forms["RuleForm"],
+        "A selector": forms["SelectorPredicates"],
+        "A step": step,
+        "per": forms["PerForm"],
+    }
+    return {(name, key): value for name, form in sections.items() for key, value in form["properties"].items()}
+
+
+def test_every_key_has_an_entry_and_every_entry_a_key() -> None:
+    assert [(entry.section, entry.key) for entry in entries()] == list(described())
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: f"{entry.section}: {entry.key}")
+def test_an_entry_starts_with_the_schema_s_description_and_default(entry: Entry) -> None:
+    schema = described()[entry.section, entry.key]
+    description = " ".join(schema["description"].split())
+    assert entry.text.startswith(description)
+    default = schema.get("default")
+    if default is not None:
+        shown = (
+            {False: "false", True: "true"}.get(default, str(default))
+            if not isinstance(default, (list, dict))
+            else default
+        )
+        assert f"Default `{shown}`" in entry.text
+
+
+@pytest.fixture
+def my_pkg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that the page's examples import."""
+    module = type(sys)("my_pkg.constraints")
+    package = type(sys)("my_pkg")
+    package.__path__ = []  # type: ignore[attr-defined]
+
+    class Scale(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+
+    class Fold(nn.Module):
+        pass
+
+    for kind in (Scale, Fold):
+        kind.__module__ = module.__name__
+        setattr(module, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, "my_pkg", package)
+    monkeypatch.setitem(sys.modules, "my_pkg.constraints", module)
+
+
+@pytest.mark.parametrize("entry", entries(), ids=lambda entry: f"{entry.section}: {entry.key}")
+def test_an_example_uses_its_key_and_loads(entry: Entry, my_pkg: None) -> None:
+    written = read(f"example:\n{re.sub('^', '  ', entry.example, flags=re.M)}\n").data["example"]
+    assert re.search(rf"\b{entry.key}\b", entry.example)
+    if entry.section == "A spec":
+        spec = written if "rules" in written else {**written, "rules": []}
+    else:
+        rule: dict[str, Any] = {"name": "example", "select": "**.weight", "chain": ["symmetric"]}
+        rule |= {"A selector": {"select": written}, "A step": {"chain": written}}.get(entry.section, written)
+        rules = [rule, *({"name": name, "select": "*", "chain": ["skew"]} for name in rule.get("overrides", ()))]
+        spec = {"reparam": 1, "imports": {"my": "my_pkg.constraints"}, "rules": rules}
+    assert load_spec(spec).rules is not None
+
+
+def test_the_first_example_loads(my_pkg: None) -> None:
+    text = PAGE.partition("```yaml\n")[2].partition("```")[0]
+    assert [rule.name for rule in load_spec(text).rules] == ["recurrent-kernel", "attention"]
