@@ -11,9 +11,21 @@ import pytest
 
 from rewriter import _registry
 from rewriter.cli import main
+from rewriter.testing import check_parametrization
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
+
+
+LAWFUL: dict[str, dict[str, Any]] = {
+    "Positive": {},
+    "bounded": {},
+    "Polar": {},
+    "smoothed": {},
+    "noisy": {},
+    "factor": {"factor": 2.0},
+}
+"""What the guide shows as good keeps the laws that it teaches."""
 
 
 def run_commands(text: str) -> None:
@@ -52,4 +64,6 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             file = tmp_path / f"guide_line_{line + 1}.py"
             file.write_text("\n" * line + text)
             exec(compile("\n" * line + text, str(file), "exec"), names)
+    for name, arguments in LAWFUL.items():
+        check_parametrization(names.get(name, name), (4, 4), arguments=arguments)
     sys.modules.pop("constraints", None)
