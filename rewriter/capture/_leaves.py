@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.fx.node import map_aggregate
 
 from rewriter.runtime import plain_class, sites_of
+from rewriter.runtime._owner import CONTAINER
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,15 @@ class Opened:
     @property
     def names(self) -> set[str]:
         """The module's own attributes that the function reads."""
-        found: set[str] = set()
-        map_aggregate(self.arguments, lambda value: found.add(value.name) if isinstance(value, Own) else None)
-        return found
+        return {argument.name for argument in _flat(self.arguments) if isinstance(argument, Own)}
+
+
+def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, (tuple, list)):
+            yield from _flat(argument)
+        else:
+            yield argument
 
 
 Opener = Callable[[Any], Opened]
@@ -78,22 +84,31 @@ def opens_up(module: nn.Module, tensor: str) -> bool:
 
 def reads_every_site(module: nn.Module, opened: Opened) -> bool:
     """Say whether all computed tensors at and below `module`, of which there are some, are arguments of `opened`."""
-    computed = {
-        f"{path}.{tensor}" if path else tensor
-        for path, owner in module.named_modules(remove_duplicate=False)
-        for tensor in sites_of(owner)
-    }
+    computed = set(_computed(module, ""))
     return bool(computed) and computed <= opened.names
 
 
+def _computed(module: nn.Module, prefix: str) -> Iterator[str]:
+    for tensor in sites_of(module):
+        yield prefix + tensor
+    for name, child in module._modules.items():
+        if child is not None and name != CONTAINER:
+            yield from _computed(child, f"{prefix}{name}.")
+
+
 @functools.lru_cache(maxsize=1024)
-def _signature_of(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
+def _signature_of(forward: Any) -> tuple[inspect.Signature, bool]:
+    """Return the signature, and whether all its parameters can be given by position, one each."""
+    signature = inspect.signature(forward)
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    return signature, all(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
 
 
 def bind_call(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Return the arguments of a call of `module` in the order of its forward, defaults filled in."""
-    signature = _signature_of(plain_class(module).forward)
+    signature, plain = _signature_of(plain_class(module).forward)
+    if plain and not kwargs and len(args) == len(signature.parameters) - 1:
+        return tuple(args)
     bound = signature.bind(None, *args, **kwargs)
     bound.apply_defaults()
     return tuple(bound.arguments.values())[1:]

@@ -24,8 +24,10 @@ def fuse(sites: Iterable[ParametrizedTensor]) -> bool:
     """
     fused = False
     for site in sites:
-        site.fused = groups_of(site)
-        if site.fused:
+        groups = groups_of(site)
+        if groups != site.fused:
+            site.fused = groups
+        if groups:
             _require_equal(site)
             fused = True
     return fused

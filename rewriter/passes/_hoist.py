@@ -22,14 +22,18 @@ def hoist(sites: Iterable[ParametrizedTensor]) -> bool:
     """Decide for each site how many of its first steps are hoisted; the values stay the same."""
     hoisted = False
     for site in sites:
-        site.hoisted = _untrained_steps(site)
-        hoisted = hoisted or bool(site.hoisted)
+        count = _untrained_steps(site)
+        if count != site.hoisted:
+            site.hoisted = count
+        hoisted = hoisted or bool(count)
     return hoisted
 
 
 def _untrained_steps(site: ParametrizedTensor) -> int:
     record = site.record
-    if record.source is not None or record.memory == "recompute" or not any(p.requires_grad for p in site.parameters()):
+    if len(record.chain) == 1 or record.source is not None or record.memory == "recompute":
+        return 0
+    if not any(parameter.requires_grad for parameter in site.parameters()):
         return 0
     count, used = 0, 0
     for step, stored, inputs in zip(site.steps[:-1], record.stored, record.inputs, strict=False):

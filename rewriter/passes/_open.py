@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from rewriter.capture import Own, bind_call, has_hooks, opener_of, reads_every_site
+from rewriter.capture import Opened, Own, bind_call, has_hooks, opener_of, reads_every_site
 from rewriter.passes._infra import META, Pass, PassError, Rewriting
 
 
@@ -18,23 +18,25 @@ def open_leaves(rewriting: Rewriting) -> bool:
     for node in list(rewriting.graph.nodes):
         if node.op == "call_module" and node.target in rewriting.holders:
             module = rewriting.root.get_submodule(node.target)
-            if _can_open(module):
-                _open(rewriting, node, module, reads)
+            function = _opened(module)
+            if function is not None:
+                _open(rewriting, node, module, function, reads)
                 opened = True
     return opened
 
 
-def _can_open(module: nn.Module) -> bool:
+def _opened(module: nn.Module) -> Opened | None:
+    """Return the module as a function of its tensors, if it is one of all those that are computed."""
     opener = opener_of(module)
-    return opener is not None and not has_hooks(module) and reads_every_site(module, opener(module))
+    if opener is None or has_hooks(module):
+        return None
+    opened = opener(module)
+    return opened if reads_every_site(module, opened) else None
 
 
-def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, reads: dict[str, fx.Node]) -> None:
-    opener = opener_of(module)
-    assert opener is not None
+def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, opened: Opened, reads: dict[str, fx.Node]) -> None:
     path = str(node.target)
     given = bind_call(module, node.args, node.kwargs)
-    opened = opener(module)
     names = list(node.kwargs)
     graph = rewriting.graph
     with graph.inserting_before(node):
@@ -75,7 +77,7 @@ def _nothing_left_to_open(rewriting: Rewriting) -> None:
     for node in rewriting.graph.nodes:
         if node.op == "call_module" and node.target in rewriting.holders:
             module = rewriting.root.get_submodule(node.target)
-            if _can_open(module):
+            if _opened(module) is not None:
                 raise PassError(f"{node.target} is still called as a module")
 
 

@@ -132,20 +132,22 @@ def _invert(
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _signature_of(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
 def _check_arity(step: nn.Module, named: Step, given: int) -> None:
-    signature = _signature_of(type(step).forward)
-    try:
-        signature.bind(*range(given + 1))
-    except TypeError as problem:
+    forward = type(step).forward
+    if not _takes(forward, given):
         raise BuildError(
-            f"{named}: its forward takes {signature}, and the chain gives it {given} tensors"
+            f"{named}: its forward takes {inspect.signature(forward)}, and the chain gives it {given} tensors"
             " (several stored tensors come from a right_inverse that returns them, further ones from `inputs`)"
-        ) from problem
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _takes(forward: Any, given: int) -> bool:
+    try:
+        inspect.signature(forward).bind(None, *range(given))
+    except TypeError:
+        return False
+    return True
 
 
 def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequence[Tensor]) -> list[Tensor]:

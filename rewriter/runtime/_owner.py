@@ -35,16 +35,19 @@ class Sites(nn.ModuleDict):
     tensors in for all the names in turn, and would afterwards put back what it had put in itself.
     """
 
+    held_elsewhere: set[str]
+
     def __init__(self) -> None:
         super().__init__()
-        self.held_elsewhere: set[str] = set()
+        # Here and below: Module.__setattr__ and its like look for parameters and hooks, which tells in big models.
+        self.__dict__["held_elsewhere"] = set()
 
     def hold(self, tensor: str, site: ParametrizedTensor) -> None:
         """Add the site that computes `tensor`."""
         if site.held:
             self.held_elsewhere.add(tensor)
         site.__dict__["held"] = True
-        self[tensor] = site
+        self._modules[tensor] = site
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -63,7 +66,7 @@ def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -
     for tensor in tensors:
         _slots(owner, tensor)[tensor] = None
     if CONTAINER not in owner._modules:
-        owner.add_module(CONTAINER, Sites())
+        owner._modules[CONTAINER] = Sites()
     container = owner._modules[CONTAINER]
     assert isinstance(container, Sites)
     container.hold(tensors[0], site)

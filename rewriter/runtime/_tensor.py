@@ -51,11 +51,11 @@ class ParametrizedTensor(nn.Module):
         self.__dict__.update(holding=Holding(record.cache == "version"), trained_before=None, hoisted=0)
         for name, original in zip(names, originals, strict=True):
             if isinstance(original, nn.Parameter):
-                self.register_parameter(name, original)
+                self._parameters[name] = original
             else:
                 self.register_buffer(name, original, persistent=record.members[0].persistent)
         for index, step in enumerate(steps):
-            self.add_module(str(index), step)
+            self._modules[str(index)] = step
 
     @property
     def steps(self) -> list[nn.Module]:
