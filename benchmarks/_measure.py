@@ -7,11 +7,14 @@ import math
 import random
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Run = Callable[..., Any]
 
@@ -107,10 +110,10 @@ def _wait(device: str) -> None:
 
 
 def peak_bytes(run: Run, device: str = "cpu") -> int:
-    """Return the most memory that a call holds at one time, beyond what was held before it.
+    """Return the most memory that tensors made during a call hold at one time.
 
-    On a CPU this adds up what torch's allocator gives and takes back, as torch.profiler records it; that includes
-    the temporaries inside of operators, and leaves out memory that is not a tensor's.
+    On a CPU every operator is watched for the storages that it returns, until they are freed: that includes all that
+    is kept for backward, and leaves out the temporaries inside of a single operator.
     """
     run()
     gc.collect()
@@ -120,15 +123,42 @@ def peak_bytes(run: Run, device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _Watch() as watch:
         run()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held, peak = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return watch.peak
+
+
+class _Watch(TorchDispatchMode):
+    """Adds up the storages that come into being, and takes off those that are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.peak = 0, 0
+        self.known: dict[int, weakref.ref[Any] | None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            self.known.setdefault(storage._cdata, None)  # not made during the call
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in self.known:
+                self._add(storage._cdata, storage)
+        return result
+
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+
+        def freed(_: object) -> None:
+            self.held -= size
+            del self.known[key]
+
+        self.known[key] = weakref.ref(storage, freed)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
