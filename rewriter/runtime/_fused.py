@@ -92,11 +92,11 @@ def merged_runs(steps: Sequence[nn.Module], plain: Sequence[bool], barrier: int 
 def evaluated_steps(site: ParametrizedTensor) -> Sequence[Callable[..., Any]]:
     """Return what is called for each step of `site`: itself; or for a group, one module and then nothing.
 
-    Where the program is recorded rather than run (torch.compile, torch.export, transforms) the chain is evaluated
-    as it is written: what was merged before would be recorded as a constant.
+    Where the program is recorded rather than run (torch.compile, torch.export, transforms, CUDA graphs) the chain is
+    evaluated as it is written: what was merged before would be recorded as a constant.
     """
     steps: list[Any] = site.steps
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or _recorded_on_gpu(site):
         return steps
     called = list(steps)
     for start, stop in site.fused:
@@ -157,6 +157,10 @@ def _state(steps: Sequence[nn.Module]) -> tuple[list[Any], list[Any]]:
 
 def _is_plain(buffer: Tensor) -> bool:
     return type(buffer) in PLAIN and not buffer.is_inference() and not buffer.requires_grad
+
+
+def _recorded_on_gpu(site: ParametrizedTensor) -> bool:
+    return any(tensor.is_cuda for tensor in site.originals) and torch.cuda.is_current_stream_capturing()
 
 
 def _unchanged(value: Tensor) -> Tensor:

@@ -182,6 +182,17 @@ def test_exported_scripted_and_transformed_the_chain_is_as_written() -> None:
     torch.testing.assert_close(torch.jit.trace(new, (X,))(X), expected)
 
 
+def test_what_a_trained_adapter_stands_on_is_merged_and_then_kept() -> None:
+    new = rewrite(net(), spec(MASK, OTHER, {"lora": {"r": 2}}))
+    new(X)
+    site = site_of(new)
+    assert (site.hoisted, site.fused) == (2, ((0, 2),))
+    with torch.no_grad():
+        getattr(site, "1").mask.zero_()
+    adapter = getattr(site, "2")
+    torch.testing.assert_close(new.get_submodule("0").weight, 4.0 * adapter.lora_B @ adapter.lora_A)
+
+
 def test_a_step_that_says_what_is_not_so_is_found() -> None:
     @register("pretends_to_cancel")
     class Pretends(nn.Module):
@@ -211,6 +222,7 @@ STEPS = st.sampled_from(
         "detach",
         "symmetric",
         "spectral_norm",
+        {"lora": {"r": 2}},
         {"orthogonal": {"map": "cayley"}},
     ]
 )
