@@ -16,6 +16,8 @@ from rewriter.errors import ModelFileError
 Kind = Literal["torch", "legacy", "exported", "safetensors"]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_DAMAGE = (ValueError, EOFError, UnicodeError, MemoryError, OverflowError)
+"""What a damaged pickle raises; a length that was hit may ask for more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _inspect_archive(path: Path, file: IO[bytes]) -> ModelFile:
         raise ModelFileError(f"{path} is damaged or cut off: {problem}") from problem
     try:
         return ModelFile(path, "torch", tuple(sorted(names_in_pickle(pickle))))
-    except (ValueError, EOFError, UnicodeError) as problem:
+    except _DAMAGE as problem:
         raise ModelFileError(f"{path} is damaged: {problem}") from problem
 
 
@@ -123,7 +125,7 @@ def _inspect_legacy(path: Path, file: IO[bytes]) -> ModelFile:
         names = set()
         for _ in range(3):
             names |= names_in_pickle(file)
-    except (ValueError, EOFError, UnicodeError) as problem:
+    except _DAMAGE as problem:
         raise ModelFileError(f"{path} is damaged or cut off: {problem}") from problem
     return ModelFile(path, "legacy", tuple(sorted(names)))
 

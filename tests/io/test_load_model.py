@@ -251,6 +251,13 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, what, message):
         load_model(tmp_path / "model.pt")
 
 
+def test_a_length_beyond_all_memory_is_damage(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"\x80\x02\x96" + (2**62).to_bytes(8, "little"))
+    with pytest.raises(ModelFileError, match="damaged"):
+        load_model(path)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_end_in_a_model_file_error(tmp_path, data):
