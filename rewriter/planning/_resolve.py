@@ -92,7 +92,8 @@ def _joint_claims(
     rule: Rule, matched: list[Entry], entries: Sequence[Entry], problems: list[Diagnostic]
 ) -> list[Claim]:
     by_name = {name: entry for entry in entries for name in entry.names}
-    owners = dict.fromkeys(info.owner for entry in matched for info in entry.infos)
+    chosen = (info for entry in matched for info in entry.infos if rule.select.matches(info))
+    owners = dict.fromkeys(info.owner for info in chosen)
     claims = []
     for owner in owners:
         names = [f"{owner}.{tensor}" if owner else tensor for tensor in rule.joint]

@@ -174,6 +174,32 @@ def test_joint_computes_several_tensors_of_one_module(capture: str, rule: Rule) 
     torch.testing.assert_close(baked(x), model(x))
 
 
+def test_joint_takes_the_owner_that_was_selected_of_a_tied_tensor(rule: Rule) -> None:
+    class Scaled(nn.Module):
+        def forward(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            return 2 * weight, 2 * bias
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 3), nn.Linear(3, 7)
+            self.embed.weight = self.head.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embed(tokens))
+
+    model, tokens = Tied().double(), torch.arange(7)
+    spec = rule({"module": "Linear"}, Scaled(), joint=["weight", "bias"], init="raw")
+    new = rewrite(model, spec)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.head.weight.mul_(2), reference.head.bias.mul_(2)
+    torch.testing.assert_close(new(tokens), reference(tokens))
+    baked = bake(new)
+    assert baked.embed.weight is baked.head.weight
+    torch.testing.assert_close(baked(tokens), reference(tokens))
+
+
 def test_share_uses_one_parametrization_for_all_sites(rule: Rule) -> None:
     class Gain(nn.Module):
         def __init__(self) -> None:
