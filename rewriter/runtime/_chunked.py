@@ -33,3 +33,21 @@ class Chunked(nn.ModuleList):
         if isinstance(found[0], (tuple, list)):
             return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
         return torch.stack(found)
+
+    def fuse(self, next: nn.Module) -> nn.Module | None:
+        """Return one module for each slice where the modules of every slice merge."""
+        if not isinstance(next, Chunked) or len(next) != len(self):
+            return None
+        merged = [_asks(one, "fuse", other) for one, other in zip(self, next, strict=True)]
+        return Chunked(merged) if all(isinstance(module, nn.Module) for module in merged) else None
+
+    def cancels(self, next: nn.Module) -> bool:
+        """Say whether the modules of every slice undo each other."""
+        if not isinstance(next, Chunked) or len(next) != len(self):
+            return False
+        return all(_asks(one, "cancels", other) for one, other in zip(self, next, strict=True))
+
+
+def _asks(module: nn.Module, question: str, following: nn.Module) -> Any:
+    answer = getattr(module, question, None)
+    return answer(following) if callable(answer) else None

@@ -6,7 +6,7 @@ them, and made again whenever one of them has changed: another mask was loaded, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,8 +144,8 @@ def _state(steps: Sequence[nn.Module]) -> tuple[list[Any], list[Any]]:
     """Return what tells that a step has changed; quick, since it is looked at in every forward."""
     objects: list[Any] = []
     marks: list[Any] = []
-    for step in steps:
-        held = step.__dict__
+    for part in (part for step in steps for part in _parts(step)):
+        held = part.__dict__
         objects += held.values()
         marks += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
         for buffer in held["_buffers"].values():
@@ -173,7 +173,15 @@ def _asks(step: nn.Module, question: str, following: nn.Module) -> Any:
 
 
 def _is_fixed(step: nn.Module) -> bool:
-    held = step.__dict__
-    if held["_modules"] or held["_parameters"] or held["_forward_hooks"] or held["_forward_pre_hooks"]:
-        return False
-    return not getattr(step, "stateful", False) and not getattr(step, "random", False)
+    for part in _parts(step):
+        held = part.__dict__
+        if held["_parameters"] or held["_forward_hooks"] or held["_forward_pre_hooks"]:
+            return False
+        if getattr(part, "stateful", False) or getattr(part, "random", False):
+            return False
+    return True
+
+
+def _parts(step: nn.Module) -> Iterable[nn.Module]:
+    # Nearly every step is one module, for which torch's walk costs more than the look at it.
+    return step.modules() if step._modules else (step,)

@@ -182,6 +182,22 @@ def test_exported_scripted_and_transformed_the_chain_is_as_written() -> None:
     torch.testing.assert_close(torch.jit.trace(new, (X,))(X), expected)
 
 
+def test_the_chunks_of_a_tensor_are_merged_each_on_its_own() -> None:
+    options = {"per": {"dim": 0, "chunks": 2}}
+    amount = {"l1_unstructured": {"amount": 2}}
+    new = rewrite(net(), spec(amount, OTHER, **options))
+    written = rewrite(net(), spec(amount, OTHER, **options), without=["fuse"])
+    written.load_state_dict(new.state_dict())
+    assert site_of(new).fused == ((0, 2),)
+    assert (multiplications(new), multiplications(written)) == (2, 4)
+    torch.testing.assert_close(new(X), written(X))
+    for model in (new, written):
+        getattr(site_of(model), "1").get_submodule("1").mask.fill_(False)
+    torch.testing.assert_close(new(X), written(X))
+    assert not new.get_submodule("0").weight[2:].any()
+    torch.testing.assert_close(torch.jit.script(new)(X), new(X))
+
+
 def test_what_a_trained_adapter_stands_on_is_merged_and_then_kept() -> None:
     new = rewrite(net(), spec(MASK, OTHER, {"lora": {"r": 2}}))
     new(X)
