@@ -69,7 +69,7 @@ def construct_steps(
     """
     steps: list[nn.Module] = []
     value = target if layout.plain else layout.inward(target)
-    entering = _entering(rule, layout, value, inputs)
+    entering = _entering(rule, value, inputs)
     for index in reversed(range(start, len(rule.chain))):
         step = rule.chain[index]
         weight = first_of(value)
@@ -87,7 +87,7 @@ def construct_steps(
     return steps, value
 
 
-def _entering(rule: Rule, layout: Layout, value: Any, inputs: Mapping[str, Tensor]) -> list[torch.dtype | None]:
+def _entering(rule: Rule, value: Any, inputs: Mapping[str, Tensor]) -> list[torch.dtype | None]:
     """Return for each step the dtype of what the step before it gives; ``None`` throughout where no step casts.
 
     A step casts if it says ``preserves_dtype = False`` and has the dtype that it gives as its attribute ``dtype``.
