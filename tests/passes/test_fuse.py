@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rewriter import RewriterError, bake, plan, register, rewrite
+from rewriter import RewriterError, bake, evaluate_once, plan, register, rewrite
+from rewriter.io import load_model, save_model
 from rewriter.passes import PassError, print_graph
 from rewriter.runtime import ParametrizedTensor
+from rewriter.state import freeze, unfreeze
 
 MASK, OTHER = {"l1_unstructured": {"amount": 5}}, {"ln_structured": {"amount": 1, "dim": 0}}
 
@@ -170,6 +173,35 @@ def test_copies_conversions_and_files_go_on_alike() -> None:
     torch.testing.assert_close(again(X), expected)
     assert multiplications(again) == 1
     torch.testing.assert_close(copy.deepcopy(new).float()(X.float()), expected.float())
+
+
+@pytest.mark.parametrize("capture", ["graph", "module"])
+@pytest.mark.parametrize("cache", ["forward", "version", "never"])
+def test_whatever_holds_or_changes_a_site_sees_the_same_value(cache: str, capture: str, tmp_path: Path) -> None:
+    chain = [MASK, {"l1_unstructured": {"amount": 5, "label": "second"}}, {"scale": {"factor": 2.0, "label": "twice"}}]
+    chain += [{"scale": {"factor": 0.25}}]
+    model = net()
+    new = rewrite(model, spec(*chain, cache=cache), capture=capture)
+    written = rewrite(model, spec(*chain, cache=cache), capture=capture, without=["fuse"])
+    assert site_of(new).fused == ((0, 2), (2, 4))
+    expected = written(X)
+    with torch.inference_mode():
+        torch.testing.assert_close(new(X), expected)
+    with evaluate_once(new):
+        new(X).sum().backward()
+        new(X).sum().backward()
+    (2 * expected.sum()).backward()
+    torch.testing.assert_close(site_of(new).original.grad, site_of(written).original.grad)
+    freeze(new)
+    torch.testing.assert_close(new(X), expected)
+    unfreeze(new)
+    for label in ("second", "twice"):
+        torch.testing.assert_close(bake(new, only=[label])(X), expected)
+    save_model(new, tmp_path / "new.pt")
+    again = load_model(tmp_path / "new.pt")
+    assert isinstance(again, nn.Module)
+    assert site_of(again).fused == site_of(new).fused
+    torch.testing.assert_close(again(X), expected)
 
 
 def test_exported_scripted_and_transformed_the_chain_is_as_written() -> None:
