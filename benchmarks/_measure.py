@@ -64,6 +64,7 @@ def interleaved(
     prepare: Callable[[], Any] | None = None,
     warm_up: int = 2,
     shortest: float = 0.002,
+    collecting: bool = False,
 ) -> Timings:
     """Time every contender once per round, in an order that is drawn anew for each round.
 
@@ -74,6 +75,7 @@ def interleaved(
         prepare: makes, untimed, what each call is given; without it contenders are called with nothing.
         warm_up: rounds that do not count.
         shortest: seconds; what is faster is called so often that a sample takes about as long.
+        collecting: leave Python's garbage collector on, for work of which it is a part.
     """
     names, order = list(contenders), random.Random(0)
     repeats = dict.fromkeys(names, 1)
@@ -83,7 +85,7 @@ def interleaved(
         gc.collect()
         for name in names:
             arguments = [()] * repeats[name] if prepare is None else [(prepare(),)]
-            taken = _sample(contenders[name], arguments, device)
+            taken = _sample(contenders[name], arguments, device, collecting)
             if index >= 0:
                 samples[name].append(taken)
             elif prepare is None:
@@ -91,8 +93,9 @@ def interleaved(
     return Timings(samples)
 
 
-def _sample(run: Run, arguments: Sequence[tuple[Any, ...]], device: str) -> float:
-    gc.disable()
+def _sample(run: Run, arguments: Sequence[tuple[Any, ...]], device: str, collecting: bool) -> float:
+    if not collecting:
+        gc.disable()
     try:
         _wait(device)
         begin = time.perf_counter()

@@ -34,7 +34,7 @@ Step = Callable[[], None]
 
 def measure(settings: Settings) -> Group:
     """Time the step for each parametrization of the recurrent weight, and find its peak memory."""
-    steps, width, batch = (10, 16, 4) if settings.quick else (100, 128, 32)
+    steps, width, batch = (10, 16, 4) if settings.quick else (100, 128, 16)
     group = Group(
         "Unrolled RNN, one training step",
         f"{steps} steps, {width} units, batch {batch}; the recurrent weight is parametrized. *graph* is the traced "
