@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rewriter
 from benchmarks._measure import interleaved
-from benchmarks._models import by_geotorch, by_torch, spec_of
+from benchmarks._models import as_trained, by_geotorch, by_torch, spec_of
 from benchmarks._report import Group
 from benchmarks._settings import Settings
 
@@ -78,7 +78,7 @@ def _layer(rows: int, columns: int, settings: Settings) -> nn.Linear:
 
 
 def _step(model: nn.Module, plain: nn.Linear) -> Callable[[], None]:
-    chain = model.get_submodule("parametrizations.weight")
+    chain = as_trained(model).get_submodule("parametrizations.weight")
     gradient: Tensor = torch.randn_like(plain.weight)
     stored = list(chain.parameters())
 

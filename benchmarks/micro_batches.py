@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rewriter
 from benchmarks._measure import interleaved
-from benchmarks._models import by_torch, spec_of
+from benchmarks._models import as_trained, by_torch, spec_of
 from benchmarks._report import Group
 from benchmarks._settings import Settings
 
@@ -29,7 +29,7 @@ def measure(settings: Settings) -> Group:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(width, width, bias=False)).to(settings.device)
     batches = list(torch.randn(COUNT, batch, width, device=settings.device))
-    ours = rewriter.rewrite(plain, spec_of("matrix_exp"))
+    ours = as_trained(rewriter.rewrite(plain, spec_of("matrix_exp")))
     each_time = _accumulate(ours, batches)
 
     def once() -> None:
@@ -40,7 +40,7 @@ def measure(settings: Settings) -> Group:
         "plain": _accumulate(plain, batches),
         "evaluate_once": once,
         "each time": each_time,
-        "torch uncached": _accumulate(by_torch(plain, "matrix_exp", ["0.weight"]), batches),
+        "torch uncached": _accumulate(as_trained(by_torch(plain, "matrix_exp", ["0.weight"])), batches),
     }
     timings = interleaved(contenders, settings.rounds(20), device=settings.device)
     group.add_times("matrix_exp", timings)
