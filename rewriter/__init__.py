@@ -20,12 +20,12 @@ from rewriter.errors import (
 
 if TYPE_CHECKING:
     from rewriter._absorb import absorb
-    from rewriter._registry import register
     from rewriter._bake import bake
-    from rewriter._once import evaluate_once
     from rewriter._chain import chain
-    from rewriter.planning import Plan, Site, plan
+    from rewriter._once import evaluate_once
+    from rewriter._registry import register
     from rewriter._rewrite import rewrite
+    from rewriter.planning import Plan, Site, plan
     from rewriter.spec import Spec, load_spec
 
 _HOMES = {
@@ -55,8 +55,8 @@ __all__ = [
     "SpecError",
     "absorb",
     "bake",
-    "evaluate_once",
     "chain",
+    "evaluate_once",
     "load_spec",
     "plan",
     "register",

@@ -141,7 +141,8 @@ def test_keep_original_undoes_what_raw_put_on(case: Any, capture: str, rule: Rul
 
 def test_keep_original_refuses_where_there_is_no_one_original(make: dict[str, Any], rule: Rule) -> None:
     new = rewrite(make["Twice"](), rule("layer.weight", "weight_norm"))
-    with pytest.raises(PlanError, match=r"layer\.weight: weight_norm stores float32\[5, 1\], float32\[5, 5\], which.*keep='value'"):
+    stored = r"layer\.weight: weight_norm stores float32\[5, 1\], float32\[5, 5\], which.*keep='value'"
+    with pytest.raises(PlanError, match=stored):
         bake(new, keep="original")
 
 
