@@ -99,14 +99,21 @@ def arguments_of(factory: Callable[..., torch.nn.Module]) -> dict[str, inspect.P
 def construct(
     factory: Callable[..., torch.nn.Module], weight: torch.Tensor, arguments: Mapping[str, Any]
 ) -> torch.nn.Module:
-    """Build the parametrization for one tensor, filling in ``weight`` and ``size`` where it asks for them."""
+    """Build the parametrization for one tensor, filling in ``weight`` and ``size`` where it asks for them.
+
+    What is made without seeing the tensor gets the tensor's device and precision.
+    """
     wanted = _signature(factory).parameters
     injected: dict[str, Any] = {}
     if "weight" in wanted:
         injected["weight"] = weight
     if "size" in wanted:
         injected["size"] = weight.shape
-    return factory(**injected, **arguments)
+    module = factory(**injected, **arguments)
+    if "weight" not in injected and (module._parameters or module._buffers or module._modules):
+        # It could not know the tensor's device and precision, and made its own tensors where the default is.
+        module.to(weight.device, weight.dtype if weight.is_floating_point() else None)
+    return module
 
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:

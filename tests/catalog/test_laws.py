@@ -86,9 +86,7 @@ APPROXIMATE = {name: ("right inverse", "projection") for name in ("spectral_norm
 
 def title(member: tuple[str, tuple[int, ...], dict[str, Any]]) -> str:
     name, shape, arguments = member
-    return "-".join(
-        [name, "x".join(map(str, shape)), *(f"{key}={value}" for key, value in arguments.items())]
-    )
+    return "-".join([name, "x".join(map(str, shape)), *(f"{key}={value}" for key, value in arguments.items())])
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=title)
@@ -100,21 +98,15 @@ def test_laws_hold_in_double_precision(member: tuple[str, tuple[int, ...], dict[
 @pytest.mark.parametrize("member", COMPLEX, ids=title)
 def test_laws_hold_for_complex_weights(member: tuple[str, tuple[int, ...], dict[str, Any]]) -> None:
     name, shape, arguments = member
-    check_parametrization(
-        name, shape, dtype=torch.complex128, arguments=arguments, skip=APPROXIMATE.get(name, ())
-    )
+    check_parametrization(name, shape, dtype=torch.complex128, arguments=arguments, skip=APPROXIMATE.get(name, ()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("member", MEMBERS, ids=title)
-def test_laws_hold_in_lower_precision(
-    member: tuple[str, tuple[int, ...], dict[str, Any]], dtype: torch.dtype
-) -> None:
+def test_laws_hold_in_lower_precision(member: tuple[str, tuple[int, ...], dict[str, Any]], dtype: torch.dtype) -> None:
     name, shape, arguments = member
     slow = ("scripting", "export", "hard points", "batching")
-    check_parametrization(
-        name, shape, dtype=dtype, arguments=arguments, skip=(*slow, *APPROXIMATE.get(name, ()))
-    )
+    check_parametrization(name, shape, dtype=dtype, arguments=arguments, skip=(*slow, *APPROXIMATE.get(name, ())))
 
 
 @pytest.mark.parametrize(

@@ -123,15 +123,11 @@ def test_spectral_norm_of_zero_is_zero_and_recovers() -> None:
 def operator(kernel: Tensor, size: list[int], stride: int, padding: int, dilation: int) -> Tensor:
     """Return the matrix of a convolution, one column per input entry."""
     inputs = torch.eye(kernel.size(1) * size[0] * size[1], dtype=kernel.dtype)
-    outputs = functional.conv2d(
-        inputs.view(-1, kernel.size(1), *size), kernel, None, stride, padding, dilation
-    )
+    outputs = functional.conv2d(inputs.view(-1, kernel.size(1), *size), kernel, None, stride, padding, dilation)
     return outputs.flatten(1).T
 
 
-@pytest.mark.parametrize(
-    ("stride", "padding", "dilation"), [(1, 0, 1), (1, 1, 1), (2, 1, 1), (2, 0, 2), (3, 2, 1)]
-)
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (1, 1, 1), (2, 1, 1), (2, 0, 2), (3, 2, 1)])
 def test_conv_spectral_norm_is_the_norm_of_the_operator(stride: int, padding: int, dilation: int) -> None:
     kernel = torch.randn(3, 2, 3, 3, dtype=torch.float64)
     size = [7, 8]

@@ -48,9 +48,7 @@ def stored(map: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -
 @pytest.mark.parametrize("trivialization", [True, False])
 @pytest.mark.parametrize("map", MAPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_are_those_of_torch(
-    map: str, shape: tuple[int, ...], trivialization: bool
-) -> None:
+def test_values_and_gradients_are_those_of_torch(map: str, shape: tuple[int, ...], trivialization: bool) -> None:
     weight = torch.randn(*shape, dtype=torch.float64)
     ours = Orthogonal(map, trivialization, weight=weight)  # type: ignore[arg-type]
     theirs = TorchOrthogonal(weight, map, trivialization)  # type: ignore[arg-type]
@@ -108,9 +106,7 @@ def test_householder_right_inverse_without_a_base_is_that_of_torch(shape: tuple[
 @pytest.mark.parametrize("map", MAPS)
 @settings(max_examples=15)
 @given(m=st.integers(1, 9), n=st.integers(1, 9), batch=st.integers(0, 2), scale=st.floats(0, 20))
-def test_the_value_is_orthogonal_wherever_the_tensor_goes(
-    map: str, m: int, n: int, batch: int, scale: float
-) -> None:
+def test_the_value_is_orthogonal_wherever_the_tensor_goes(map: str, m: int, n: int, batch: int, scale: float) -> None:
     weight = torch.randn(*([batch] if batch else []), m, n)
     step = Orthogonal(map, weight=weight)  # type: ignore[arg-type]
     X = step.right_inverse(weight) + scale * torch.randn_like(weight)

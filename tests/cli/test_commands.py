@@ -45,6 +45,14 @@ def test_plan_and_a_dry_run_say_the_same_and_write_nothing(reparam, folder):
     assert sorted(os.listdir()) == files
 
 
+def test_applying_twice_changes_nothing(reparam, folder):
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt").code == 0
+    again = reparam("apply", "spec.yaml", "rewritten.pt", "-o", "again.pt", "--json")
+    assert again.code == 0, again.err
+    assert all(site["present"] for site in again.json["sites"])
+    assert reparam("diff", "rewritten.pt", "again.pt", "--json").json["equal"] is True
+
+
 def test_a_part_is_baked_by_rule_or_name(reparam, folder):
     reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt")
     part = reparam("bake", "rewritten.pt", "-o", "part.pt", "--only", "0.weight", "--json")
