@@ -43,10 +43,18 @@ def _chosen(sites: list[ProgramSite], only: Sequence[str] | None) -> list[Progra
     for pattern in [only] if isinstance(only, str) else only:
         glob = Glob(pattern)
         found = [site for site in sites if site.rule == pattern or any(map(glob.matches, site.names))]
+        labelled = [site for site in sites if pattern in site.labels and site not in found]
+        for site in labelled:
+            if len(site.chain) > 1:
+                raise PlanError(
+                    f"only={pattern!r} is one step of {' >> '.join(site.chain)}, which computes {site.name}; a program "
+                    "is baked by whole chains: name the rule or the tensor, or bake the step before it is exported"
+                )
+        found += labelled
         if not found:
             rules = ", ".join(sorted({repr(site.rule) for site in sites})) or "none"
             raise PlanError(
-                f"only={pattern!r} is neither a rule of the program nor matches a parametrized tensor; "
+                f"only={pattern!r} is neither a rule or label of the program nor matches a parametrized tensor; "
                 f"its rules are {rules}"
             )
         chosen.update((id(site), site) for site in found)

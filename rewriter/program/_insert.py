@@ -28,6 +28,9 @@ class Edited:
         self.program = program
         self.module = copy.deepcopy(program.graph_module)
         self.graph = self.module.graph
+        # torch.fx renames what is called like a Python builtin, `input` above all; the signature goes by names.
+        for node, own in zip(self.graph.nodes, program.graph.nodes, strict=True):
+            node.name = own.name
         signature = copy.deepcopy(program.graph_signature)
         self.signature = signature
         self.specs: Specs = list(signature.input_specs)
@@ -118,6 +121,7 @@ def insert_site(
         any(getattr(step, "freezes_original", False) for step in site.steps),
         aliases,
         graph_to_data(_as_functions(evaluation)) if apart else None,
+        list(site.record.labels),
     )
     write_site(results[0], record)
 

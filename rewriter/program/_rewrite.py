@@ -10,14 +10,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from rewriter.capture import Capture
-from rewriter.errors import PlanError
+from rewriter.errors import CaptureError, PlanError
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, _build_all, _in_order, _split_present
 from rewriter.planning._resolve import resolve
-from rewriter.planning._survey import survey
+from rewriter.planning._survey import Entry, survey
 from rewriter.program._insert import Edited, insert_site, tied
 from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
-from rewriter.program._skeleton import is_training, skeleton, with_computed
+from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
 from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, site_path
 from rewriter.spec import Spec
 
@@ -29,6 +29,16 @@ class _Standing:
 
     def __init__(self, record: Record) -> None:
         self.record = record
+
+
+def check_capture(capture: str) -> None:
+    """Refuse a capture that a program cannot have.
+
+    Raises:
+        CaptureError: it is for modules.
+    """
+    if capture not in ("auto", "export"):
+        raise CaptureError(f"an ExportedProgram is a captured graph already: capture is 'auto', not {capture!r}")
 
 
 def plan_program(program: ExportedProgram, spec: Spec) -> Plan:
@@ -43,6 +53,11 @@ def plan_program(program: ExportedProgram, spec: Spec) -> Plan:
         for site, present in [built[id(entry)]]
     ]
     return Plan(tuple(sites), spec.source, "export", _WHY)
+
+
+def survey_program(program: ExportedProgram) -> list[Entry]:
+    """List the tensors of a program in its own order, as `survey` does for a module."""
+    return _surveyed(program, tied(program.state_dict), program.constants, is_training(program))
 
 
 def rewrite_program(program: ExportedProgram, spec: Spec, *, inplace: bool = False) -> ExportedProgram:
@@ -76,20 +91,8 @@ def _prepared(
 ) -> tuple[Prepared, bool]:
     if spec.absorb:
         raise PlanError("an ExportedProgram has nothing to absorb; absorb the model before it is exported")
-    sites = sites_of_program(program)
-    known = placeholder_values(program)
-    for site in sites:
-        evaluate(program, site, known)
     training = is_training(program)
-    root = skeleton(program, {**constants, **state}, training)
-    with_computed(root, sites, known)
-    entries = survey(root)
-    owned = {name: site for site in sites for name in site.names}
-    stored = {spec.target for spec in program.graph_signature.input_specs if spec.arg.name in _stored(sites)}
-    entries = [entry for entry in entries if entry.name not in stored]
-    for entry in entries:
-        if entry.name in owned:
-            entry.site = _present(owned[entry.name])
+    entries = _surveyed(program, state, constants, training)
     claims, problems = resolve(spec, entries)
     present, claims = _split_present(claims, problems)
     claims = _in_order(claims, entries, problems)
@@ -102,6 +105,37 @@ def _prepared(
     # Sites that others read come first: a program runs from top to bottom.
     prepared.new.reverse()
     return prepared, training
+
+
+def _surveyed(
+    program: ExportedProgram, state: Mapping[str, Any], constants: Mapping[str, Any], training: bool
+) -> list[Entry]:
+    sites = sites_of_program(program)
+    known = placeholder_values(program)
+    for site in sites:
+        evaluate(program, site, known)
+    root = skeleton(program, {**constants, **state}, training)
+    with_computed(root, sites, known)
+    put_in_order(root, _names(program, sites))
+    owned = {name: site for site in sites for name in site.names}
+    stored = {spec.target for spec in program.graph_signature.input_specs if spec.arg.name in _stored(sites)}
+    entries = [entry for entry in survey(root) if entry.name not in stored]
+    for entry in entries:
+        if entry.name in owned:
+            entry.site = _present(owned[entry.name])
+    return entries
+
+
+def _names(program: ExportedProgram, sites: list[ProgramSite]) -> list[str]:
+    """Return the names of the program's tensors in the order that they had before any was computed."""
+    names = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs}
+    order = list(names)
+    for site in reversed(sites):
+        for member in reversed(site.members):
+            for slot in reversed(member.slots):
+                names[slot.name] = slot.target
+                order.insert(order.index(slot.before) if slot.before in order else len(order), slot.name)
+    return [names[name] for name in order]
 
 
 def _stored(sites: list[ProgramSite]) -> set[str]:
@@ -124,7 +158,7 @@ def _present(site: ProgramSite) -> Any:
         members=members,
         rule=site.rule,
         chain=tuple(site.chain),
-        labels=(None,) * len(site.chain),
+        labels=tuple(site.labels) or (None,) * len(site.chain),
         options=site.options,
         cache="forward",
         stored=(),

@@ -69,6 +69,7 @@ class ProgramSite:
         frozen: whether the stored tensor is not trained while the one it replaced may have been.
         aliases: placeholders that name the stored tensors once more, for the further names of a tied tensor.
         evaluation: in a program for training, the chain in evaluation mode, where that is another one.
+        labels: the steps' labels.
     """
 
     rule: str
@@ -81,6 +82,7 @@ class ProgramSite:
     frozen: bool
     aliases: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] | None = None
+    labels: list[str | None] = field(default_factory=list)
 
     @property
     def name(self) -> str:

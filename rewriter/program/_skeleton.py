@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,18 @@ def with_computed(root: nn.Module, sites: list[ProgramSite], values: dict[str, T
             kind = InputKind.PARAMETER if member.kind == "parameter" else InputKind.BUFFER
             for slot in member.slots:
                 put(root, slot.target, shown, kind, member.persistent, {})
+
+
+def put_in_order(root: nn.Module, names: Sequence[str]) -> None:
+    """Put the tensors of every module into the order of `names`."""
+    rank = {name: index for index, name in enumerate(names)}
+    for path, module in root.named_modules():
+        prefix = f"{path}." if path else ""
+        held: Any
+        for held in (module._parameters, module._buffers):
+            ordered = sorted(held.items(), key=lambda item: rank.get(f"{prefix}{item[0]}", len(rank)))
+            held.clear()
+            held.update(ordered)
 
 
 def is_training(program: ExportedProgram) -> bool:
