@@ -125,8 +125,9 @@ def rewrite(
         raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(_OPTIONAL)}")
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     if isinstance(model, ExportedProgram):
-        from rewriter.program import rewrite_program
+        from rewriter.program import check_capture, rewrite_program
 
+        check_capture(capture)
         return rewrite_program(model, read, inplace=inplace)
     call = None
     if example_inputs is not None or example_kwargs is not None:

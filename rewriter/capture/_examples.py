@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from rewriter.errors import CaptureError
+
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
@@ -34,12 +36,22 @@ def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool 
     """Say how the graph's outputs differ from the model's on one call; empty where they do not.
 
     Neither the model's buffers and modes nor the state of the random number generators change.
+
+    Raises:
+        CaptureError: the model itself fails.
     """
     with _unchanged(model), torch.no_grad():
         for module in model.modules():
             module.training = module.training and training
         seed = torch.get_rng_state()
-        expected = model(*pytree.tree_map(_cloned, tuple(call.args)), **pytree.tree_map(_cloned, dict(call.kwargs)))
+        args, kwargs = pytree.tree_map(_cloned, (tuple(call.args), dict(call.kwargs)))
+        try:
+            expected = model(*args, **kwargs)
+        except Exception as problem:
+            reason = str(problem).strip().partition("\n")[0]
+            raise CaptureError(
+                f"the model fails on the example inputs: {type(problem).__name__}: {reason}"
+            ) from problem
         torch.set_rng_state(seed)
         captured = fx.GraphModule(model, copy.deepcopy(graph))
         found = captured(*pytree.tree_map(_cloned, tuple(call.args)), **pytree.tree_map(_cloned, dict(call.kwargs)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rewriter.cli._app import app
-from rewriter.cli._inputs import read_examples, read_module, read_spec, stderr, step
+from rewriter.cli._inputs import read_examples, read_model, read_spec, stderr, step
 from rewriter.cli._options import (
     Allow,
     AllowImport,
@@ -23,8 +23,14 @@ from rewriter.cli._options import (
     OptionalOutput,
     SpecFile,
     Trust,
+    Way,
 )
 from rewriter.cli._outcome import Outcome
+from rewriter.errors import RewriterError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
 
 
 @app.command()
@@ -45,24 +51,26 @@ def apply(
 ) -> Outcome:
     """Put the parametrizations of SPEC into MODEL, check the values, and write OUT."""
     if dry_run:
-        return _plan(spec, model_file, capture, model, allow, trust, allow_import)
+        return _plan(spec, model_file, capture, example, model, allow, trust, allow_import)
     if output is None:
         raise typer.BadParameter("say where to write the model: -o OUT (or --dry-run)")
     import rewriter
     from rewriter.cli._verify import verify_rewritten
-    from rewriter.io import check_writable, save_model
+    from rewriter.io import check_suffix, check_writable, save_model
 
     check_writable(output, force)
     examples = read_examples(example)
     read = read_spec(spec, allow_import)
-    module = read_module(model_file, model, allow, trust)
+    loaded = read_model(model_file, model, allow, trust)
+    check_suffix(loaded, output)
+    _check_capture(loaded, capture, examples)
     with step("planning"):
-        planned = rewriter.plan(module, read, capture=capture)
+        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=examples)
     stderr.print(str(planned))
     with step("rewriting"):
-        rewritten = rewriter.rewrite(module, read, capture=capture)
+        rewritten: Any = rewriter.rewrite(loaded, read, capture=capture, example_inputs=examples)
     with step("checking"):
-        checks = verify_rewritten(module, rewritten, planned, examples)
+        checks = verify_rewritten(loaded, rewritten, planned, examples)
     with step(f"writing {output}"):
         save_model(rewritten, output, force=force)
     stderr.print(f"wrote {output}: {checks}")
@@ -74,6 +82,7 @@ def plan(
     spec: SpecFile,
     model_file: ModelPath,
     capture: Capture = "auto",
+    example: Example = None,
     model: Factory = None,
     allow: Allow = None,
     trust: Trust = False,
@@ -82,13 +91,14 @@ def plan(
     debug: Debug = False,
 ) -> Outcome:
     """Say which rule of SPEC owns which tensors of MODEL, and how far each would move."""
-    return _plan(spec, model_file, capture, model, allow, trust, allow_import)
+    return _plan(spec, model_file, capture, example, model, allow, trust, allow_import)
 
 
 def _plan(
     spec: Path,
     model_file: Path,
-    capture: Literal["auto", "graph", "module"],
+    capture: Way,
+    example: Sequence[str] | None,
     factory: str | None,
     allow: Sequence[str] | None,
     trust: bool,
@@ -96,8 +106,17 @@ def _plan(
 ) -> Outcome:
     import rewriter
 
+    examples = read_examples(example)
     read = read_spec(spec, allow_import)
-    module = read_module(model_file, factory, allow, trust)
+    loaded = read_model(model_file, factory, allow, trust)
+    _check_capture(loaded, capture, examples)
     with step("planning"):
-        planned: Any = rewriter.plan(module, read, capture=capture)
+        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=examples)
     return Outcome(planned.to_dict(), str(planned))
+
+
+def _check_capture(model: nn.Module | ExportedProgram, capture: Way, examples: tuple[Any, ...] | None) -> None:
+    from torch import nn
+
+    if capture == "export" and examples is None and isinstance(model, nn.Module):
+        raise RewriterError("--capture export runs the model: give its inputs, such as --example float32[2,3]")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rewriter.cli._app import app
-from rewriter.cli._inputs import read_examples, read_module, stderr, step
+from rewriter.cli._inputs import read_examples, read_model, stderr, step
+from rewriter.cli._models import entries_of
 from rewriter.cli._options import Allow, Debug, Example, Factory, Force, Json, ModelPath, Output, Trust
 from rewriter.cli._outcome import Outcome
 
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
+
+_FORMATS: Mapping[str, Format] = {".pt2": "pt2", ".onnx": "onnx", ".safetensors": "safetensors"}
 
 
 @app.command()
@@ -20,9 +29,13 @@ def bake(
     output: Output,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="PATTERN", help="A rule's name or a glob of tensor names; repeatable."),
+        typer.Option(
+            "--only", metavar="PATTERN", help="A rule, a glob of tensor names, or the label of a step; repeatable."
+        ),
     ] = None,
-    format: Annotated[Format, typer.Option("--format", help="What to write.")] = "module",
+    format: Annotated[
+        Format | None, typer.Option("--format", help="What to write; if not given, what OUT is called.")
+    ] = None,
     keep: Annotated[
         Literal["value", "original"], typer.Option("--keep", help="The values, or the stored tensors.")
     ] = "value",
@@ -38,20 +51,33 @@ def bake(
     import rewriter
     from rewriter.export import export_model
     from rewriter.io import check_writable
-    from rewriter.planning import survey
 
     check_writable(output, force)
     examples = read_examples(example)
-    module = read_module(model_file, model, allow, trust)
-    before = [entry.name for entry in survey(module) if entry.site is not None]
+    loaded = read_model(model_file, model, allow, trust)
+    written = format or _format_of(loaded, output)
+    before = [entry.name for entry in entries_of(loaded) if entry.site is not None]
     with step("baking"):
-        baked = rewriter.bake(module, only=only or None, keep=keep, inplace=True)
-    left = {entry.name for entry in survey(baked) if entry.site is not None}
+        baked = rewriter.bake(loaded, only=only or None, keep=keep, inplace=True)
+    left = {entry.name for entry in entries_of(baked) if entry.site is not None}
     names = [name for name in before if name not in left]
     with step(f"writing {output}"):
-        export_model(baked, output, format=format, example_inputs=examples, force=force)
+        export_model(baked, output, format=written, example_inputs=examples, force=force)
     if not before:
         stderr.print(f"{model_file} has no parametrized tensor: it is written as it is")
     tensors = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    stderr.print(f"wrote {output}: {tensors} baked, {len(left)} left parametrized, as {format}")
-    return Outcome({"baked": names, "left": sorted(left), "format": format, "output": str(output)})
+    stderr.print(f"wrote {output}: {tensors} baked, {len(left)} left parametrized, as {written}")
+    return Outcome({"baked": names, "left": sorted(left), "format": written, "output": str(output)})
+
+
+def _format_of(model: nn.Module | ExportedProgram, output: Path) -> Format:
+    from torch import nn
+
+    from rewriter.io import check_suffix
+
+    if isinstance(model, nn.Module):
+        return _FORMATS.get(output.suffix.lower(), "module")
+    if output.suffix.lower() in _FORMATS:
+        return _FORMATS[output.suffix.lower()]
+    check_suffix(model, output)
+    return "pt2"

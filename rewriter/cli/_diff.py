@@ -9,6 +9,7 @@ import typer
 
 from rewriter.cli._app import app
 from rewriter.cli._inputs import read_model
+from rewriter.cli._models import entries_of, state_of
 from rewriter.cli._options import Allow, Debug, Factory, Json, Trust
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._text import columns, shape_text
@@ -30,7 +31,7 @@ def diff(
 ) -> Outcome:
     """Compare the tensors of two models, and the chains of those that are computed."""
     a, b = (read_model(path, model, allow, trust) for path in (first, second))
-    tensors = _compare(_state(a), _state(b))
+    tensors = _compare(state_of(a), state_of(b))
     chains = _compare_chains(_chains(a), _chains(b))
     classes = [type(a).__name__, type(b).__name__]
     document = {
@@ -64,7 +65,7 @@ def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[dict[str, A
 
 def _compare_values(old: Tensor, new: Tensor) -> tuple[str, str]:
     if not old.isclose(new, rtol=0, atol=0, equal_nan=True).all():
-        return "values", f"largest difference {float((old.double() - new.double()).abs().max()):.2e}"
+        return "values", f"largest difference {float((old.detach().double() - new.detach().double()).abs().max()):.2e}"
     return "equal", ""
 
 
@@ -72,19 +73,8 @@ def _form(tensor: Tensor) -> str:
     return f"{shape_text(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _state(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
-    state: Any = model.state_dict
-    return dict(state() if callable(state) else state)
-
-
 def _chains(model: nn.Module | ExportedProgram) -> dict[str, str]:
-    from torch import nn
-
-    from rewriter.planning import survey
-
-    if not isinstance(model, nn.Module):
-        return {}
-    return {entry.name: " >> ".join(entry.site.record.chain) for entry in survey(model) if entry.site}
+    return {entry.name: " >> ".join(entry.site.record.chain) for entry in entries_of(model) if entry.site}
 
 
 def _compare_chains(old: dict[str, str], new: dict[str, str]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rewriter.cli._app import app
-from rewriter.cli._inputs import read_module, read_spec
+from rewriter.cli._inputs import read_model, read_spec
+from rewriter.cli._models import entries_of
 from rewriter.cli._options import Allow, AllowImport, Debug, Factory, Json, ModelPath, SpecFile, Trust
 from rewriter.cli._outcome import Outcome
 from rewriter.errors import PlanError
@@ -31,10 +32,9 @@ def explain(
 ) -> Outcome:
     """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
     from rewriter._registry import suggestion
-    from rewriter.planning import survey
 
     read = read_spec(spec, allow_import)
-    entries = survey(read_module(model_file, model, allow, trust))
+    entries = entries_of(read_model(model_file, model, allow, trust))
     found = next((entry for entry in entries if tensor in entry.names), None)
     if found is None:
         near = suggestion(tensor, [name for entry in entries for name in entry.names])

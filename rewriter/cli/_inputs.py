@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rewriter.errors import CaptureError, Diagnostic, SpecError
+from rewriter.errors import Diagnostic, SpecError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,18 +50,6 @@ def read_model(
         from rewriter.io import load_model
 
         return load_model(path, model=factory, allow=tuple(allow or ()), trust=trust)
-
-
-def read_module(path: Path, factory: str | None, allow: Sequence[str] | None, trust: bool) -> nn.Module:
-    """Read a model file that has to hold a module."""
-    from torch import nn
-
-    model = read_model(path, factory, allow, trust)
-    if not isinstance(model, nn.Module):
-        raise CaptureError(
-            f"{path} holds an ExportedProgram, which this version does not rewrite; give the module it was made from"
-        )
-    return model
 
 
 def read_examples(texts: Sequence[str] | None) -> tuple[Any, ...] | None:

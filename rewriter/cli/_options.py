@@ -33,7 +33,10 @@ Example = Annotated[
     list[str] | None,
     typer.Option("--example", metavar="DTYPE[SIZE,…]", help="An example input, such as float32[2,3]; repeatable."),
 ]
+Way = Literal["auto", "graph", "module", "export"]
 Capture = Annotated[
-    Literal["auto", "graph", "module"],
-    typer.Option("--capture", help="Trace the model, keep its class, or whichever works."),
+    Way,
+    typer.Option(
+        "--capture", help="Trace the model, keep its class, whichever works, or use torch.export (with --example)."
+    ),
 ]

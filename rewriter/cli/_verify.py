@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from rewriter._bake import bake
-from rewriter.errors import NumericError
+from rewriter.cli._models import entries_of, state_of
+from rewriter.errors import CaptureError, NumericError
 from rewriter.planning import Plan
+
+Model = nn.Module | ExportedProgram
 
 _UNMOVED = 1e-6
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -46,21 +50,23 @@ class Checks:
         return ", ".join(texts)
 
 
-def verify_rewritten(
-    before: nn.Module, rewritten: nn.Module, plan: Plan, examples: tuple[Any, ...] | None = None
-) -> Checks:
+def verify_rewritten(before: Model, rewritten: Model, plan: Plan, examples: tuple[Any, ...] | None = None) -> Checks:
     """Compare a rewritten model, baked, with the model it was made from.
 
     Arguments:
         before: the model that was rewritten.
         plan: says which values move.
-        examples: inputs on which the rewritten and the baked model must agree.
+        examples: inputs on which the rewritten and the baked model must agree, unless it is a program for training
+            with chains that compute something else there.
 
     Raises:
         NumericError: names every tensor that differs.
+        CaptureError: the model fails on the example inputs.
     """
     baked = bake(rewritten)
-    old, new = before.state_dict(), baked.state_dict()
+    # What was parametrized before is compared by its values too.
+    plain = bake(before) if any(entry.site is not None for entry in entries_of(before)) else before
+    old, new = state_of(plain), state_of(baked)
     problems: list[str] = []
     if list(old) != list(new):
         problems.append(f"the baked model has other tensors: {sorted(set(old) ^ set(new)) or 'in another order'}")
@@ -77,7 +83,9 @@ def verify_rewritten(
             largest = max(largest, difference)
             if not difference <= _TOLERANCE.get(new[name].dtype, 0.0):
                 problems.append(f"{name} should have kept its value and differs by {difference:.1e}")
-    outputs = None if examples is None else _compare_outputs(rewritten, baked, examples, problems)
+    outputs = None
+    if examples is not None and not _evaluates_otherwise(rewritten):
+        outputs = _compare_outputs(rewritten, baked, examples, problems)
     if problems:
         raise NumericError("the rewritten model is not the model it should be:\n  " + "\n  ".join(problems))
     return Checks(kept, len(unmoved & set(old)), largest, outputs)
@@ -97,21 +105,45 @@ def _difference(old: Tensor, new: Tensor) -> float:
     return float((old - new).abs().max()) / (scale or 1.0)
 
 
-@torch.no_grad()
-def _compare_outputs(rewritten: nn.Module, baked: nn.Module, examples: tuple[Any, ...], problems: list[str]) -> float:
-    modes = {module: module.training for module in (*rewritten.modules(), *baked.modules())}
-    rewritten.eval()
-    baked.eval()
-    try:
-        pairs = zip(_tensors(rewritten(*examples)), _tensors(baked(*examples)), strict=True)
-        differences = [(_difference(one, other), other.dtype) for one, other in pairs]
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _evaluates_otherwise(model: Model) -> bool:
+    """Whether a chain computes in this program something else than its value in evaluation mode."""
+    if isinstance(model, nn.Module):
+        return False
+    from rewriter.program import sites_of_program
+
+    return any(site.evaluation is not None for site in sites_of_program(model))
+
+
+def _compare_outputs(rewritten: Model, baked: Model, examples: tuple[Any, ...], problems: list[str]) -> float:
+    pairs = zip(_outputs(rewritten, examples), _outputs(baked, examples), strict=True)
+    differences = [(_difference(one, other), other.dtype) for one, other in pairs]
     for difference, dtype in differences:
         if not difference <= _TOLERANCE.get(dtype, 0.0):
             problems.append(f"the outputs of the rewritten and the baked model differ by {difference:.1e}")
     return max((difference for difference, _ in differences), default=0.0)
+
+
+@torch.no_grad()
+def _outputs(model: Model, examples: tuple[Any, ...]) -> list[Tensor]:
+    """Return what a model returns in evaluation mode, or a program in its own; neither changes."""
+    module: nn.Module = model if isinstance(model, nn.Module) else model.module()
+    modes = {child: child.training for child in module.modules()}
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        for child in modes:
+            child.training = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _tensors(module(*torch.utils._pytree.tree_map(torch.clone, examples)))
+    except Exception as problem:
+        reason = str(problem).strip().partition("\n")[0]
+        raise CaptureError(f"the model fails on the example inputs: {type(problem).__name__}: {reason}") from problem
+    finally:
+        for child, training in modes.items():
+            child.training = training
+        for buffer, value in kept:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def _tensors(value: Any) -> list[Tensor]:

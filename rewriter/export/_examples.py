@@ -24,7 +24,11 @@ def example_tensor(text: str) -> torch.Tensor:
     dtype = getattr(torch, match[1], None) if match else None
     if match is None or not isinstance(dtype, torch.dtype):
         raise RewriterError(f"an example input is given as dtype[size,…] such as float32[2,3,8], not {text!r}")
-    shape = [int(size) for size in match[2].split(",") if size.strip()]
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return torch.zeros(shape, dtype=dtype)
+    try:
+        shape = [int(size) for size in match[2].split(",") if size.strip()]
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+    except (RuntimeError, ValueError, TypeError, OverflowError) as problem:
+        reason = str(problem).partition("\n")[0]
+        raise RewriterError(f"no example input can be made of {text!r}: {reason}") from problem

@@ -7,9 +7,10 @@ from rewriter.io._functions import graph_function
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._load import load_model
 from rewriter.io._names import import_object, loadable
-from rewriter.io._save import save_model
+from rewriter.io._save import check_suffix, save_model
 
 __all__ = [
+    "check_suffix",
     "check_writable",
     "graph_from_data",
     "graph_function",

@@ -55,9 +55,11 @@ def load_model(
         ModelFileError: the file cannot be read, is of another kind, or asks for names that are not allowed.
     """
     file = inspect_file(Path(path))
-    factory = _factory(model)
     if file.kind == "exported":
+        if model is not None:
+            raise ModelFileError(f"{path} holds an ExportedProgram, a whole model; leave the model factory out")
         return load_exported(file.path, allow=tuple(allow), trust=trust)
+    factory = _factory(model)
     loaded = _read(file, tuple(allow), trust)
     if isinstance(loaded, nn.Module):
         if factory is not None:

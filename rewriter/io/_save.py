@@ -34,10 +34,22 @@ def save_model(model: nn.Module | ExportedProgram, path: str | os.PathLike[str],
     Raises:
         ModelFileError: something is there already, or the model holds what cannot be stored.
     """
-    if isinstance(model, nn.Module) and Path(path).suffix in (".pt2", ".safetensors", ".onnx"):
-        raise ModelFileError(f"a module is saved as .pt; {Path(path).suffix} is an export (export_model, --format)")
+    check_suffix(model, path)
     with written_atomically(path, force=force) as temporary:
         write_model(model, temporary)
+
+
+def check_suffix(model: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Refuse a file name that says it is another kind of file.
+
+    Raises:
+        ModelFileError: such as a module as ``.pt2``.
+    """
+    suffix = Path(path).suffix.lower()
+    if isinstance(model, nn.Module) and suffix in (".pt2", ".safetensors", ".onnx"):
+        raise ModelFileError(f"a module is saved as .pt; {suffix} is an export (export_model, bake --format)")
+    if isinstance(model, ExportedProgram) and suffix in (".pt", ".pth", ".safetensors", ".onnx"):
+        raise ModelFileError(f"an ExportedProgram is saved as .pt2, not {suffix}")
 
 
 def write_model(model: nn.Module | ExportedProgram, path: Path) -> None:

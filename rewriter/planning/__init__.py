@@ -52,8 +52,9 @@ def plan(
 
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     if isinstance(model, ExportedProgram):
-        from rewriter.program import plan_program
+        from rewriter.program import check_capture, plan_program
 
+        check_capture(capture)
         return plan_program(model, read)
     call = None
     if example_inputs is not None or example_kwargs is not None:

@@ -1,0 +1,31 @@
+"""What commands ask of a model, be it a module or an ExportedProgram."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+    from rewriter.planning import Entry
+
+
+def entries_of(model: nn.Module | ExportedProgram) -> list[Entry]:
+    """List the tensors of a model; those that chains compute stand where they always stood."""
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        from rewriter.planning import survey
+
+        return survey(model)
+    from rewriter.program import survey_program
+
+    return survey_program(model)
+
+
+def state_of(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:
+    """Return the state dict."""
+    from torch import nn
+
+    return dict(model.state_dict() if isinstance(model, nn.Module) else model.state_dict)

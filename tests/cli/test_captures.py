@@ -1,0 +1,88 @@
+"""--capture and --example: how apply and plan reach a module's tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rewriter.io import load_model
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+
+DOUBLING = """
+import torch
+from torch import nn
+
+class Doubling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+    def forward(self, x, y):
+        return self.fc(x) + y
+"""
+
+
+@pytest.mark.parametrize("capture", ["auto", "graph", "module", "export"])
+def test_every_capture_can_be_asked_for(reparam, folder, capture):
+    example = ("--example", "float32[3,4]")
+    planned = reparam("plan", "spec.yaml", "model.pt", "--capture", capture, *example, "--json")
+    assert planned.code == 0, planned.err
+    assert planned.json["root"] == ("graph" if capture == "auto" else capture)
+    assert all(site["capture"] for site in planned.json["sites"])
+    applied = reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt", "--capture", capture, *example, "--json")
+    assert applied.code == 0, applied.err
+    assert applied.json["checks"]["outputs"] < 1e-5
+    reparam("bake", "out.pt", "-o", "baked.pt")
+    assert torch.allclose(load_model("baked.pt")(X), load_model("out.pt")(X))
+
+
+def test_an_example_for_each_input(reparam, folder, monkeypatch):
+    (folder / "doubling.py").write_text(DOUBLING)
+    (folder / "fc.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: fc.weight, chain: [symmetric]}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    import doubling
+
+    torch.save(doubling.Doubling(), "doubling.pt")
+    known = ("doubling.pt", "--allow", "doubling.Doubling", "--capture", "export")
+    both = reparam("plan", "fc.yaml", *known, "--example", "float32[3,4]", "--example", "float32[3,1]", "--json")
+    assert both.code == 0, both.err
+    assert both.json["root"] == "export"
+    one = reparam("plan", "fc.yaml", *known, "--example", "float32[3,4]")
+    assert one.code == 4
+    assert "'y'" in one.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--capture", "export"), 2, "--example float32[2,3]"),
+        (("--example", "float32[3,5]"), 4, "fails on the example inputs"),
+        (("--capture", "export", "--example", "float32[3,5]"), 4, "cannot capture Sequential"),
+        (("--example", "float32[3,4"), 2, "float32[2,3,8]"),
+        (("--example", "float33[3,4]"), 2, "float32[2,3,8]"),
+        (("--example", "float32[99999999999999]"), 2, "no example input"),
+        (("--example", "float32[99999999999999999999999]"), 2, "no example input"),
+        (("--example", ""), 2, "float32[2,3,8]"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_bad_captures_and_examples(reparam, folder, arguments, code, message):
+    for command in (("plan", "spec.yaml", "model.pt"), ("apply", "spec.yaml", "model.pt", "-o", "out.pt")):
+        result = reparam(*command, *arguments)
+        assert (result.code, result.out) == (code, "")
+        assert message in result.err
+    assert not (folder / "out.pt").exists()
+
+
+def test_a_label_bakes_one_step(reparam, folder):
+    (folder / "spec.yaml").write_text(
+        "reparam: 1\nrules:\n"
+        "  - {name: a, select: 0.weight, chain: [{weight_norm: {label: length}}, {symmetric: {label: half}}]}\n"
+    )
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt").code == 0
+    assert "label" in reparam("bake", "--help").out
+    result = reparam("bake", "out.pt", "-o", "part.pt", "--only", "length", "--json")
+    assert result.code == 0, result.err
+    assert result.json["left"] == ["0.weight"]
+    chains = {t["names"][0]: t["chain"] for t in reparam("inspect", "part.pt", "--json").json["tensors"]}
+    assert chains["0.weight"] == ["symmetric"]
