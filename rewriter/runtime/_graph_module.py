@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
@@ -25,7 +26,7 @@ class RewrittenModule(fx.GraphModule):
 
     The submodules, tensors, hooks and plain attributes are the model's own, under their own names, so that the state
     dict reads as torch's parametrizations would have it. The graph travels as data when the model is pickled: reading
-    it back runs no code and traces nothing.
+    it back runs no code and traces nothing. Its code is written when it is first asked for.
 
     Arguments:
         root: the model whose tree is taken over.
@@ -40,16 +41,24 @@ class RewrittenModule(fx.GraphModule):
         self.__dict__["_reparam_class"] = fx.GraphModule if issubclass(origin, fx.GraphModule) else origin
         self.__dict__["_reparam_name"] = origin.__name__
         self.__dict__["_reparam_added"] = sorted(added)
-        self.graph = graph
+        for name in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
+            del self.__dict__[name]
+        self.__dict__["_graph"] = graph
+        graph.owning_module = self
+        self.__class__ = _own_class(origin.__name__, _Unwritten)
 
     def recompile(self) -> Any:
         name = type(self).__name__
-        # torch.fx writes `forward` into the class, which other models may have too.
-        self.__class__ = _own_class(name)
-        code = super().recompile()
+        # torch.fx writes `forward` into the class, which other models may have too. The model keeps its class until
+        # the new one is complete, since another thread may call it.
+        kind = _own_class(name)
+        writer = object.__new__(kind)
+        writer.__dict__ = self.__dict__
+        code = fx.GraphModule.recompile(writer)
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
-            self.__class__ = _classes.setdefault((name, code.src, functions), type(self))  # type: ignore[assignment]
+            kind = _classes.setdefault((name, code.src, functions), kind)
+        self.__class__ = kind
         return code
 
     def restored(self) -> nn.Module:
@@ -95,18 +104,25 @@ class RewrittenModule(fx.GraphModule):
 
         return f"{nn.Module.__repr__(self)}\n\n{print_graph(self)}"
 
+    def written(self) -> RewrittenModule:
+        """Return this model with the code of its graph written."""
+        if isinstance(self, _Unwritten):
+            self.recompile()
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
         clone: RewrittenModule = RewrittenModule.__new__(RewrittenModule)
         memo[id(self)] = clone
-        _revive(clone, copy.deepcopy(self._carried(), memo), copy.deepcopy(self.graph, memo))
+        _revive(clone, copy.deepcopy(self.written()._carried(), memo), copy.deepcopy(self.graph, memo))
         return clone
 
     def __copy__(self) -> RewrittenModule:
         clone: RewrittenModule = RewrittenModule.__new__(RewrittenModule)
-        _revive(clone, self._carried(), copy.deepcopy(self.graph))
+        _revive(clone, self.written()._carried(), copy.deepcopy(self.graph))
         return clone
 
     def _replicate_for_data_parallel(self) -> Any:
+        self.written()
         replica: Any = super()._replicate_for_data_parallel()
         # What replaces a replica's children and tensors must not write into the dicts of the original.
         for name in ("_modules", "_buffers"):
@@ -119,6 +135,29 @@ class RewrittenModule(fx.GraphModule):
 
     def _carried(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+
+
+class _Unwritten(RewrittenModule, _LazyGraphModule):
+    """A rewritten model whose code nobody has asked for: whoever does makes it a RewrittenModule like any other.
+
+    Writing the code of a model of thousands of sites would be a quarter of the time of rewriting it. The base class
+    says so to torch.fx, which asks for the code of a class in its own way.
+    """
+
+    @property
+    def forward(self) -> Any:  # type: ignore[override]
+        return self.written().forward
+
+    @property
+    def __call__(self) -> Any:  # type: ignore[override]
+        return self.written().__call__
+
+    @property
+    def code(self) -> str:
+        return self.written().code
+
+    def real_recompile(self) -> None:
+        self.written()
 
 
 @loadable(builds=[Shell])
@@ -134,8 +173,9 @@ def rebuild_rewritten(graph: dict[str, Any]) -> Shell:
     return Shell(become)
 
 
-def _own_class(name: str) -> Any:
-    kind: Any = type(RewrittenModule.__new__(RewrittenModule))
+def _own_class(name: str, base: type[RewrittenModule] = RewrittenModule) -> Any:
+    """Return a new class of one model."""
+    kind: Any = type(base.__new__(base))
     kind.__name__ = name
     return kind
 
