@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     aside: contextlib.AbstractContextManager[Any] = (
         contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     )
+    if "--debug" not in given:
+        _quiet()
     try:
         with aside:
             outcome = app(args=given or ["--help"], prog_name="reparam", standalone_mode=False)
@@ -59,6 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail("interrupted", error_document(KeyboardInterrupt("interrupted"), INTERRUPTED), as_json, INTERRUPTED)
     except Exception as error:
         _report(error, as_json, debug="--debug" in given)
+
+
+def _quiet() -> None:
+    # torch talks to its developers, through warnings and with tracebacks of what it then raises.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
 
 
 def _show(outcome: Outcome, as_json: bool) -> None:

@@ -58,7 +58,11 @@ def apply(
     from rewriter.cli._verify import verify_rewritten
     from rewriter.io import check_suffix, check_writable, save_model
 
+    if str(output) == "-":
+        raise RewriterError("a model is written to a file, not to stdout: -o OUT")
     check_writable(output, force)
+    if output.exists() and spec.exists() and output.samefile(spec):
+        raise RewriterError(f"{output} is the spec itself; choose another name for the model")
     examples = read_examples(example)
     read = read_spec(spec, allow_import)
     loaded = read_model(model_file, model, allow, trust)

@@ -13,6 +13,7 @@ from rewriter.cli._inputs import read_examples, read_model, stderr, step
 from rewriter.cli._models import entries_of
 from rewriter.cli._options import Allow, Debug, Example, Factory, Force, Json, ModelPath, Output, Trust
 from rewriter.cli._outcome import Outcome
+from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,8 @@ def bake(
     from rewriter.export import export_model
     from rewriter.io import check_writable
 
+    if str(output) == "-":
+        raise RewriterError("a model is written to a file, not to stdout: -o OUT")
     check_writable(output, force)
     examples = read_examples(example)
     loaded = read_model(model_file, model, allow, trust)

@@ -15,9 +15,9 @@ from rewriter.cli._outcome import Outcome
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the artefacts are kept.")] = Path(
-        "reparam-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", readable=False, help="Where the artefacts are kept.")
+    ] = Path("reparam-demo"),
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="About how long it may take.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides split, weights and batches.")] = 0,
     force: Force = False,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A model file.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A model file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another one.")],
     model: Factory = None,
     allow: Allow = None,
     trust: Trust = False,

@@ -30,16 +30,16 @@ def step(text: str) -> Iterator[None]:
 
 
 def read_spec(path: Path, allow_import: Sequence[str] | None) -> Spec:
-    """Read the spec file of a command line; its imports run only where they are allowed.
+    """Read the spec file of a command line, ``-`` for stdin; its imports run only where they are allowed.
 
     Raises:
         SpecError: also where the file cannot be read.
     """
     from rewriter.spec import load_spec
 
-    _check_spec_file(path)
+    source = _from_stdin() if str(path) == "-" else path
     with step(f"reading {path}"), working_folder_importable(bool(allow_import)):
-        return load_spec(path, allow_imports=tuple(allow_import or ()))
+        return load_spec(source, allow_imports=tuple(allow_import or ()))
 
 
 def read_model(
@@ -75,11 +75,13 @@ def working_folder_importable(wanted: bool) -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _check_spec_file(path: Path) -> None:
+def _from_stdin() -> str:
     problem = ""
-    if not path.exists():
-        problem = "this file does not exist"
-    elif path.is_dir():
-        problem = "this is a directory, not a spec"
-    if problem:
-        raise SpecError([Diagnostic(problem, file=str(path))])
+    try:
+        if sys.stdin is not None:
+            # The line break makes it text whatever it says, and not the name of a file.
+            return sys.stdin.buffer.read().decode("utf-8") + "\n"
+        problem = "it is closed"
+    except (OSError, UnicodeDecodeError) as failed:
+        problem = str(failed)
+    raise SpecError([Diagnostic(f"the spec cannot be read from stdin: {problem}", file="<stdin>")])

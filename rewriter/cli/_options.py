@@ -7,12 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The spec, a YAML file.")]
+# Typer's own check of files would end in a usage error; reading them says which of them it is.
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", readable=False, help="The spec, a YAML file; - for stdin.")]
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A saved module (.pt), ExportedProgram (.pt2) or weights.")
+    Path,
+    typer.Argument(metavar="MODEL", readable=False, help="A saved module (.pt), ExportedProgram (.pt2) or weights."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.")]
-OptionalOutput = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="The file to write.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")]
+OptionalOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
+]
 Factory = Annotated[
     str | None,
     typer.Option("--model", metavar="PKG.MOD:FACTORY", help="What makes the module that weights belong to."),

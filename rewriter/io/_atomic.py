@@ -18,12 +18,18 @@ def check_writable(path: str | os.PathLike[str], force: bool) -> Path:
         ModelFileError: something is there and `force` is not given, it is no regular file, or has no folder.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise ModelFileError(f"{path} is not a regular file; choose another name for the output")
-    if target.exists() and not force:
-        raise ModelFileError(f"{path} exists; --force (or force=True) overwrites it")
-    if not target.parent.is_dir():
-        raise ModelFileError(f"{path} cannot be written: the folder {target.parent} does not exist")
+    try:
+        if any(one.exists() and not one.is_file() for one in (Path(path), target)):
+            raise ModelFileError(f"{path} is not a regular file; choose another name for the output")
+        if target.exists() and not force:
+            raise ModelFileError(f"{path} exists; --force (or force=True) overwrites it")
+        if not target.parent.is_dir():
+            raise ModelFileError(f"{path} cannot be written: the folder {target.parent} does not exist")
+        # Found out before hours of work, not after.
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise ModelFileError(f"{path} cannot be written: no permission to write to the folder {target.parent}")
+    except (OSError, ValueError) as problem:
+        raise ModelFileError(f"{path} cannot be written: {getattr(problem, 'strerror', None) or problem}") from problem
     return target
 
 

@@ -57,11 +57,12 @@ def write_model(model: nn.Module | ExportedProgram, path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if isinstance(model, ExportedProgram):
-                with path.open("wb") as file:
+            # A file and not its path: torch.save would write the temporary file's name into the archive.
+            with path.open("wb") as file:
+                if isinstance(model, ExportedProgram):
                     torch.export.save(model, file)
-            else:
-                torch.save(model, path, pickle_module=_Pickling)
+                else:
+                    torch.save(model, file, pickle_module=_Pickling)
     except (RewriterError, OSError):
         raise
     except Exception as problem:

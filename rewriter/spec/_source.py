@@ -90,7 +90,9 @@ def _from_file(path: Path) -> Document:
     try:
         if not path.exists():
             raise _unreadable("there is no such file", name)
-        if not path.is_file():
+        if path.is_dir():
+            raise _unreadable("this is not a file but a directory", name)
+        if not (path.is_file() or path.is_fifo()):
             raise _unreadable("this is not a file", name)
         with path.open("rb") as file:
             raw = file.read(LARGEST + 1)
