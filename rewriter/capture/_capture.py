@@ -15,6 +15,7 @@ from rewriter.errors import CaptureError
 from rewriter.runtime import RewrittenModule, plain_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -88,8 +89,8 @@ def is_torch_leaf(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a user's hooks run when the module is called, so that the call has to stay one."""
-    for_all = nn.modules.module
-    return any(module.__dict__.get(name) or getattr(for_all, f"_global{name}") for name in _HOOKS)
+    own, for_all = module.__dict__, vars(nn.modules.module)
+    return any(map(own.get, _HOOKS)) or any(map(for_all.get, _GLOBAL_HOOKS))
 
 
 def _inside(model: nn.Module, owners: Sequence[str]) -> set[str]:

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.runtime import Layout, Member, ParametrizedTensor, Record
+from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
 from rewriter.runtime._inverse import Inverse, invert_chain, parts_of, right_inverse
 from rewriter.spec import Rule, Step
 
 
-def describe(claim: Claim) -> tuple[tuple[str, ...], str]:
-    """Return chain and options as a record has them, without building anything."""
-    rule = claim.rule
+Description = tuple[tuple[str, ...], str]
+"""Chain and options as a record has them."""
+
+
+def describe(rule: Rule) -> Description:
+    """Return what the records of a rule's sites say of it, without building anything."""
     options = {
         "cache": rule.cache,
         "per": rule.per,
@@ -36,18 +39,23 @@ def describe(claim: Claim) -> tuple[tuple[str, ...], str]:
     return tuple(str(step) for step in rule.chain), ", ".join(shown)
 
 
-@torch.no_grad()
 def build(
     claim: Claim,
     inputs: Mapping[str, Tensor],
+    description: Description,
+    session: Session,
     shared: Sequence[nn.Module] | None = None,
     extra: Extra | None = None,
 ) -> ParametrizedTensor:
     """Construct the site of `claim` from the values its tensors have now; the model is only read.
 
+    It is called without gradients, which entering for each site again would take time.
+
     Arguments:
         claim: the rule and the tensors.
         inputs: values of the further tensors that the chain reads, by name.
+        description: of the rule.
+        session: what the site belongs to until it is attached.
         shared: steps to use instead of new ones (`share: true`).
         extra: constructor arguments decided over all sites of the rule.
 
@@ -67,7 +75,7 @@ def build(
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
         originals = [layout.outward(originals[0])]
-    chain, options = describe(claim)
+    chain, options = description
     record = Record(
         members=tuple(_member(entry) for entry in claim.entries),
         rule=rule.name,
@@ -84,7 +92,7 @@ def build(
         batch=rule.batch,
         memory=rule.memory,
     )
-    site = ParametrizedTensor(steps, _stored_tensors(claim, steps, originals), record)
+    site = ParametrizedTensor(steps, _stored_tensors(claim, steps, originals), record, session)
     if not claim.entries[0].owners[0][0].training:
         site.eval()
     return site

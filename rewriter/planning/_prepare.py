@@ -12,14 +12,14 @@ from torch.nn.parameter import is_lazy
 
 from rewriter.capture import Call, Capture, capture, difference, export_capture, has_hooks, is_torch_leaf, opens_up
 from rewriter.errors import CaptureError, Diagnostic, PlanError
-from rewriter.planning._build import build, check_value, describe
+from rewriter.planning._build import Description, build, check_value, describe
 from rewriter.planning._construct import BuildError, Extra
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._resolve import Claim, resolve
 from rewriter.planning._survey import Entry, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
-from rewriter.runtime import ParametrizedTensor, RewrittenModule
+from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session
 from rewriter.runtime._fused import groups_of
 from rewriter.spec import Rule, Spec
 
@@ -145,7 +145,7 @@ def _split_present(
         site = next((entry.site for entry in claim.entries if entry.site is not None), None)
         if site is None:
             new.append(claim)
-        elif site.record.identity == describe(claim) and site.record.rule == claim.rule.name:
+        elif site.record.identity == describe(claim.rule) and site.record.rule == claim.rule.name:
             present.append((claim, site))
         else:
             wanted = " >> ".join(str(step) for step in claim.rule.chain)
@@ -222,6 +222,7 @@ def reads_of(rule: Rule) -> list[str]:
     return source + [name for step in rule.chain for name in step.inputs]
 
 
+@torch.no_grad()
 def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool) -> None:
     values = _Values(prepared)
     shared: dict[str, list[nn.Module]] = {}
@@ -229,17 +230,21 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
     planned: set[str] = set()
     failures: dict[tuple[str, str], list[str]] = {}
     rules: dict[str, Rule] = {}
+    descriptions: dict[str, Description] = {}
+    session = Session()
     checked: set[object] = set()
     built: list[tuple[Claim, ParametrizedTensor]] = []
     for claim in reversed(claims):
         rule = claim.rule
-        rules[rule.name] = rule
+        if rule.name not in rules:
+            rules[rule.name] = rule
+            descriptions[rule.name] = describe(rule)
         try:
             inputs = {name: values[name] for name in reads_of(rule)}
             if rule.name not in planned:
                 planned.add(rule.name)
                 extra |= planned_together([other for other in claims[::-1] if other.rule.name == rule.name], inputs)
-            site = build(claim, inputs, shared.get(rule.name), extra.get(id(claim)))
+            site = build(claim, inputs, descriptions[rule.name], session, shared.get(rule.name), extra.get(id(claim)))
             form = _form(site, inputs.values())
             if measure or form not in checked:
                 prepared.moved[site] = check_value(claim, site, inputs, measure=measure)

@@ -40,7 +40,7 @@ class Entry:
         """The first name, in the model's order."""
         return self.infos[0].name
 
-    @property
+    @functools.cached_property  # once the survey is complete
     def names(self) -> tuple[str, ...]:
         """Every name, in the model's order."""
         return tuple(info.name for info in self.infos)

@@ -27,6 +27,7 @@ class ParametrizedTensor(nn.Module):
         steps: the parametrizations, applied left to right.
         originals: the tensors they start from.
         record: what the site computes and replaced.
+        session: of the model; one of its own where it is in none yet.
     """
 
     record: Record
@@ -43,11 +44,18 @@ class ParametrizedTensor(nn.Module):
     """Which neighbouring steps are evaluated as one."""
     _places: tuple[tuple[Any, str], ...]
 
-    def __init__(self, steps: Sequence[nn.Module], originals: Sequence[Tensor], record: Record) -> None:
+    def __init__(
+        self,
+        steps: Sequence[nn.Module],
+        originals: Sequence[Tensor],
+        record: Record,
+        session: Session | None = None,
+    ) -> None:
         super().__init__()
         names = ("original",) if len(originals) == 1 else tuple(f"original{index}" for index in range(len(originals)))
         # Module.__setattr__ looks for parameters in every value, which tells in a model of thousands of sites.
-        self.__dict__.update(record=record, session=Session(), original_names=names, _places=())
+        session = Session() if session is None else session
+        self.__dict__.update(record=record, session=session, original_names=names, _places=())
         self.__dict__.update(holding=Holding(record.cache == "version"), trained_before=None, hoisted=0)
         for name, original in zip(names, originals, strict=True):
             if isinstance(original, nn.Parameter):
