@@ -17,7 +17,6 @@ from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
 from rewriter.runtime._inverse import Inverse, invert_chain, parts_of, right_inverse
 from rewriter.spec import Rule, Step
 
-
 Description = tuple[tuple[str, ...], str]
 """Chain and options as a record has them."""
 
