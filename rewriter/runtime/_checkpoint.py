@@ -16,6 +16,9 @@ import torch
 
 _ATTRIBUTE = "_reparam_region"
 
+saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+"""Return what is done to tensors that autograd saves here, ``None`` for nothing; give it True."""
+
 
 class Region:
     """What one checkpointed region needs to run again.
@@ -38,18 +41,18 @@ def graph_task() -> int | None:
 
 def hooks_are_on() -> bool:
     """Say whether anything is done to tensors that autograd saves here."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return saving_hooks(True) is not None
 
 
 def region_of_forward() -> Region | None:
     """Return the checkpointed region that the running code is in, the first time it runs."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saving_hooks(True)
     return None if hooks is None else _region(_captured(hooks[0], "frame"))
 
 
 def region_of_backward() -> Region | None:
     """Return the checkpointed region that is being run again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saving_hooks(True)
     reference = None if hooks is None else _captured(hooks[0], "target_frame_ref")
     return None if reference is None else _region(reference())
 

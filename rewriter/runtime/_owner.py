@@ -14,10 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 from torch.jit import ScriptModule
 
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._names import loadable
+from rewriter.runtime._checkpoint import saving_hooks
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -186,7 +188,9 @@ _making = threading.Lock()
 def _owner_class(plain: Any, tensors: tuple[str, ...]) -> Any:
     """Return the subclass of `plain` in which `tensors` are computed."""
     with _making:
-        made = _owner_classes.setdefault(plain, weakref.WeakValueDictionary())
+        made = _owner_classes.get(plain)
+        if made is None:
+            made = _owner_classes[plain] = weakref.WeakValueDictionary()
         found = made.get(tensors)
         if found is None:
             found = made[tensors] = _subclass(plain, _owner_body(plain, tensors))
@@ -207,8 +211,14 @@ def _subclass(plain: Any, body: dict[str, Any]) -> Any:
 
 def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handed = kwargs.pop(HANDED, None)
+        # A forward may come here at every time step: inside a running one this has to cost next to nothing.
         session: Session | None = self.__dict__.get(SESSION)
+        if session is not None and session.running.frame is not None and (is_compiling() or not saving_hooks(True)):
+            if not kwargs:
+                return plain.forward(self, *args)
+            if HANDED not in kwargs:
+                return plain.forward(self, *args, **kwargs)
+        handed = kwargs.pop(HANDED, None)
         if session is None:  # a copy made by the class's own means
             session = _shared_session(self)
         if handed is None:
@@ -309,6 +319,9 @@ def _value_property(tensor: str) -> property:
             if frame is not None:
                 value = frame.known.get(site)
                 if value is not None:
+                    return value
+                value = frame.passing.get(site)
+                if value is not None and (is_compiling() or not saving_hooks(True)):
                     return value
         else:  # one site computes several tensors and has the name of another
             site = sites_of(self)[tensor]

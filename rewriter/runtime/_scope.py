@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rewriter.errors import RewriterError
 from rewriter.io._names import loadable
@@ -19,16 +20,18 @@ class Frame:
     """One running forward: the values evaluated in it, and the modes that were on when it began.
 
     `known` holds the values that are read time and again, wherever that is: they would be the same in a second run.
+    `passing` holds those that would not; a region that may run again has to note which frame it found them in.
     """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
         self.values: dict[Any, Any] = dict(given or {})
         self.known: dict[Any, Tensor] = {}
+        self.passing: dict[Any, Tensor] = {}
         self.drawn: dict[Any, Region] = {}
         self.buffers: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
         # torch.compile can neither ask for inference mode nor enter it.
-        self.inference = False if torch.compiler.is_compiling() else torch.is_inference_mode_enabled()
+        self.inference = False if is_compiling() else torch.is_inference_mode_enabled()
 
     def value(self, key: Any, evaluate: Callable[[], Any]) -> Any:
         """Return the value kept for `key`, evaluated under the frame's own modes if it is not there yet.
@@ -40,12 +43,12 @@ class Frame:
         """
         if key in self.values:
             value = self.values[key]
-            if isinstance(value, Tensor) and key.repeatable:
-                self.known[key] = value
+            if isinstance(value, Tensor):
+                (self.known if key.repeatable else self.passing)[key] = value
             return value
-        value = evaluate() if torch.compiler.is_compiling() else self._evaluate(key, evaluate)
+        value = evaluate() if is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
-        if key.stands_for_buffer and not torch.compiler.is_compiling():
+        if key.stands_for_buffer and not is_compiling():
             self.buffers[key] = _version(value)
         return value
 
@@ -72,7 +75,7 @@ class Frame:
 
     def forget(self, key: Any) -> None:
         """Evaluate anew when `key` is asked for again."""
-        for held in (self.values, self.known, self.buffers):
+        for held in (self.values, self.known, self.passing, self.buffers):
             held.pop(key, None)
 
     def check_buffers(self) -> None:
@@ -146,7 +149,7 @@ class Session:
     def frame(self) -> Frame | None:
         """The innermost running forward of this thread; in a backward, the one of which a region runs again."""
         frame = self.running.frame
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return frame
         if frame is None:
             task = graph_task()
@@ -158,7 +161,7 @@ class Session:
 
     def begin(self, frame: Frame) -> Extent:
         """Return a context in which `frame` is the running forward."""
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             region = region_of_forward()
             if region is not None:
                 region.frames[self] = frame
