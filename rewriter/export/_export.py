@@ -112,7 +112,10 @@ def _write_safetensors(model: nn.Module | ExportedProgram, path: Path, inputs: I
         # Tied tensors are stored once, with a note of the other names.
         safetensors.save_model(model, os.fspath(path))
     else:
-        safetensors.save_file(dict(model.state_dict), os.fspath(path))
+        from rewriter.program import tied
+
+        once = {id(tensor): (name, tensor) for name, tensor in reversed(tied(model.state_dict).items())}
+        safetensors.save_file({name: tensor.contiguous() for name, tensor in once.values()}, os.fspath(path))
 
 
 def _as_module(model: nn.Module | ExportedProgram) -> nn.Module:

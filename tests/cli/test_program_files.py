@@ -154,3 +154,14 @@ def test_what_does_not_fit_a_program_has_its_exit_code(reparam, folder, program,
 
 def test_a_capture_of_export_is_the_program_itself(reparam, program):
     assert reparam("plan", "spec.yaml", program, "--capture", "export").code == 0
+
+
+def test_tied_tensors_of_a_program_are_one_site_and_stored_once(reparam, folder):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    torch.export.save(torch.export.export(model, (X,)), "tied.pt2")
+    (folder / "tied.yaml").write_text("reparam: 1\nrules:\n  - {name: t, select: 1.weight, chain: [symmetric]}\n")
+    applied = reparam("apply", "tied.yaml", "tied.pt2", "-o", "out.pt2", "--json")
+    assert [site["names"] for site in applied.json["sites"]] == [["0.weight", "1.weight"]]
+    assert reparam("bake", "out.pt2", "-o", "out.safetensors").code == 0
+    assert list(pytest.importorskip("safetensors.torch").load_file("out.safetensors")) == ["0.weight"]
