@@ -24,8 +24,8 @@ class HookedSpectralNorm(SpectralNorm):
     def _advance(self, M: Tensor, steps: int) -> None:
         with torch.no_grad():
             for _ in range(steps):
-                self._v.copy_(self._direction(torch.mv(M.mH, self._u), self._v))
-                self._u.copy_(self._direction(torch.mv(M, self._v), self._u))
+                self._turn(self._v, torch.mv(M.mH, self._u))
+                self._turn(self._u, torch.mv(M, self._v))
 
 
 def holders(module: nn.Module) -> Iterator[Holder]:

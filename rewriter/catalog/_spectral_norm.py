@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rewriter._registry import register
+from rewriter.catalog._maps._eager import at_hand
 from rewriter.catalog._maps._precision import widen
 from rewriter.errors import RewriterError
 
@@ -41,16 +42,12 @@ class SpectralNorm(nn.Module):
     reference = "Miyato et al., https://arxiv.org/abs/1802.05957"
     stateful = True
 
-    def __init__(
-        self, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12, *, weight: Tensor
-    ) -> None:
+    def __init__(self, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12, *, weight: Tensor) -> None:
         super().__init__()
         if not -weight.ndim <= dim < weight.ndim:
             raise RewriterError(f"spectral_norm: dim {dim} is out of range for shape {list(weight.shape)}")
         if n_power_iterations <= 0:
-            raise RewriterError(
-                f"spectral_norm: n_power_iterations must be positive, not {n_power_iterations}"
-            )
+            raise RewriterError(f"spectral_norm: n_power_iterations must be positive, not {n_power_iterations}")
         self.n_power_iterations = n_power_iterations
         self.dim = dim % weight.ndim
         self.eps = eps
@@ -75,7 +72,13 @@ class SpectralNorm(nn.Module):
             # Copies: the next forward advances the buffers in place while this graph still needs them.
             u, v = self._u.clone(), self._v.clone()
             sigma = torch.vdot(u, torch.mv(M, v))
-            return (W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)).to(X.dtype)
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                return self._divided(W, sigma).to(X.dtype)
+            else:
+                if at_hand(sigma) and abs(sigma.item()) > self.eps:
+                    # One multiplication: differentiating a division by a scalar costs three passes more.
+                    return (W * sigma.reciprocal()).to(X.dtype)
+                return self._divided(W, sigma).to(X.dtype)
         else:
             return functional.normalize(W, dim=0, eps=self.eps).to(X.dtype)
 
@@ -91,19 +94,30 @@ class SpectralNorm(nn.Module):
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
 
+    def _divided(self, W: Tensor, sigma: Tensor) -> Tensor:
+        return W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)
+
     def _matrix(self, W: Tensor) -> Tensor:
-        return W.movedim(self.dim, 0).flatten(1)
+        if self.dim != 0:
+            W = W.movedim(self.dim, 0)
+        return W if W.dim() == 2 else W.flatten(1)
 
     def _advance(self, M: Tensor, steps: int) -> None:
         with torch.no_grad():
             for _ in range(steps):
-                self._u.copy_(self._direction(torch.mv(M, self._v), self._u))
-                self._v.copy_(self._direction(torch.mv(M.mH, self._u), self._v))
+                self._turn(self._u, torch.mv(M, self._v))
+                self._turn(self._v, torch.mv(M.mH, self._u))
 
-    def _direction(self, x: Tensor, otherwise: Tensor) -> Tensor:
-        """Return x scaled to norm one; `otherwise` where x is zero, since a zero would never recover."""
+    def _turn(self, vector: Tensor, x: Tensor) -> None:
+        """Make `vector` x scaled to norm one, unless x is zero: a zero would never recover."""
         norm = torch.linalg.vector_norm(x)
-        return torch.where(norm <= self.eps, otherwise, x / norm.clamp_min(self.eps))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            vector.copy_(torch.where(norm <= self.eps, vector, x / norm.clamp_min(self.eps)))
+        else:
+            if not at_hand(x):
+                vector.copy_(torch.where(norm <= self.eps, vector, x / norm.clamp_min(self.eps)))
+            elif not norm.item() <= self.eps:
+                torch.div(x, norm, out=vector)
 
     def _fit(self, M: Tensor) -> None:
         for _ in range(20):

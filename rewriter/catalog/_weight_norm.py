@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rewriter._registry import register
 from rewriter.catalog._maps._precision import widen
+from rewriter.catalog._maps._unit_slices import scaled_slices
 from rewriter.errors import RewriterError
 
 
@@ -44,9 +45,14 @@ class WeightNorm(nn.Module):
         self.dim = dim
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        V = widen(v)
-        norm = self._norm(V)
-        return (V * (widen(g) / torch.where(norm == 0, torch.ones_like(norm), norm))).to(v.dtype)
+        V, G = widen(v), widen(g)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._value(G, V).to(v.dtype)
+        else:
+            value = scaled_slices(G, V, self.dim)
+            if value is None:
+                value = self._value(G, V)
+            return value if V is v else value.to(v.dtype)
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return g, the norms of the slices, and v, the tensor itself (ones in slices that are zero)."""
@@ -55,6 +61,10 @@ class WeightNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+    def _value(self, G: Tensor, V: Tensor) -> Tensor:
+        norm = self._norm(V)
+        return V * (G / torch.where(norm == 0, torch.ones_like(norm), norm))
 
     def _norm(self, V: Tensor) -> Tensor:
         dim = self.dim

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +30,52 @@ def test_weight_norm_has_the_values_and_gradients_of_torch(dim: int | None) -> N
         torch.autograd.grad(ours(g, v), (g, v), G), torch.autograd.grad(theirs(g, v), (g, v), G), strict=True
     ):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -3, None])
+@pytest.mark.parametrize("zero", [False, True])
+def test_weight_norm_is_the_same_evaluated_traced_and_scripted(dim: int | None, zero: bool) -> None:
+    weight = torch.randn(3, 4, 5, dtype=torch.float64)
+    step = WeightNorm(dim, weight=weight)
+    g, v = (part.clone() for part in step.right_inverse(weight))
+    if zero:
+        v[1], v[..., 2] = 0, 0
+    g, v = g.requires_grad_(), v.requires_grad_()
+    G, H = torch.randn_like(weight), torch.randn_like(weight)
+
+    def found(run: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        value = run(g, v)
+        first = torch.autograd.grad(value, (g, v), G, create_graph=True)
+        second = torch.autograd.grad((first[1] * H).sum() + first[0].sum(), (g, v))
+        return [value, *torch.autograd.grad(run(g, v), (g, v), G), *first, *second]
+
+    expected, given = found(step._value), found(step)
+    assert all(one.isfinite().all() for one in given)
+    # At zero slices, the traced form has no second derivative.
+    known = 5 if zero else 7
+    torch.testing.assert_close(given[:known], expected[:known], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(found(torch.jit.script(step))[:known], expected[:known], atol=1e-12, rtol=1e-10)
+
+
+def test_weight_norm_of_frozen_parts_has_the_other_gradient() -> None:
+    step = WeightNorm(weight=torch.randn(3, 4))
+    g, v = torch.randn(3, 1), torch.randn(3, 4)
+    for one in (g, v):
+        one.requires_grad_()
+        (gradient,) = torch.autograd.grad(step(g, v).sum(), one)
+        torch.testing.assert_close(gradient, torch.autograd.grad(step._value(g, v).sum(), one)[0])
+        one.requires_grad_(False)
+
+
+def test_weight_norm_has_forward_derivatives() -> None:
+    step = WeightNorm(weight=torch.randn(3, 4, dtype=torch.float64))
+    g, v, T = torch.randn(3, 1).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    with torch.autograd.forward_ad.dual_level():
+        value = step(g, torch.autograd.forward_ad.make_dual(v, T))
+        tangent = torch.autograd.forward_ad.unpack_dual(value).tangent
+    rows = torch.func.vmap(lambda V: step(g, V))(torch.stack([v, T]))
+    torch.testing.assert_close(rows[1], step(g, T))
+    torch.testing.assert_close(tangent, (step(g, v + 1e-6 * T) - step(g, v - 1e-6 * T)) / 2e-6, atol=1e-7, rtol=1e-6)
 
 
 @settings(max_examples=30)
@@ -93,6 +142,20 @@ def test_spectral_norm_advances_and_differentiates_as_torch_does(dim: int, dtype
         torch.testing.assert_close(grads[0], grads[1])
         for key, buffer in ours.state_dict().items():
             torch.testing.assert_close(buffer, theirs.state_dict()[key])
+
+
+def test_spectral_norm_is_the_same_evaluated_and_scripted() -> None:
+    weight = torch.randn(4, 3, dtype=torch.float64)
+    step = SpectralNorm(weight=weight)
+    scripted = torch.jit.script(copy.deepcopy(step))
+    for X in (weight, torch.zeros_like(weight), torch.randn_like(weight)):
+        X.requires_grad_()
+        G = torch.randn_like(weight)
+        values = [run(X) for run in (step, scripted)]
+        torch.testing.assert_close(values[0], values[1])
+        grads = [torch.autograd.grad(value, X, G)[0] for value in values]
+        torch.testing.assert_close(grads[0], grads[1])
+        torch.testing.assert_close(step.state_dict(), scripted.state_dict())
 
 
 def test_spectral_norm_follows_an_assigned_value() -> None:

@@ -21,3 +21,8 @@ def readable(X: Tensor) -> bool:
         or torch._C._functorch.is_functorch_wrapped_tensor(X)
         or X.numel() == 0
     )
+
+
+def at_hand(X: Tensor) -> bool:
+    """Return whether the numbers of ``X`` are :func:`readable` and reading one waits for no device."""
+    return X.is_cpu and readable(X)
