@@ -138,11 +138,9 @@ class Kept:
 
     def holds(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
-        return (
-            self.watch.unchanged(modules, tensors)
-            and self.modes == _modes(tensors)
-            and self.versions == [part._version for part in _tensors(self.value)]
-        )
+        value = self.value
+        versions = [part._version for part in value] if type(value) is tuple else [value._version]
+        return self.versions == versions and self.modes == _modes(tensors) and self.watch.unchanged(modules, tensors)
 
 
 def _tensors(value: Any) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch.autograd import forward_ad
 _COMPARED = frozenset({bool, int, float, complex, str, bytes, tuple, torch.Size, torch.dtype, torch.device})
 _BOOKKEEPING = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters"}
 PLAIN = frozenset({Tensor, nn.Parameter})
+# Asked at every forward for every site, where finding them would take longer than calling them.
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 TRAINED = 2
 """Where a mark says whether the tensor is trained."""
 
@@ -97,12 +102,7 @@ def mark(tensor: Tensor) -> tuple[Any, ...]:
 
 def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two sequences hold the very same objects."""
-    if len(one) != len(other):
-        return False
-    for a, b in zip(one, other, strict=True):  # noqa: SIM110 (a generator costs more than the loop)
-        if a is not b:
-            return False
-    return True
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def same_setting(one: Any, other: Any) -> bool:
@@ -118,10 +118,10 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 def transformed() -> bool:
     """Whether something else than plain execution is going on: a trace, a transform, fake tensors, forward mode."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        _interpreter() is not None
+        or _dispatch_modes() > 0
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
     )
 
 
