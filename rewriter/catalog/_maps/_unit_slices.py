@@ -14,7 +14,8 @@ from rewriter.catalog._maps._eager import at_hand
 def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
     """Return v with the norms g in its slices along `dim`, zero where v is, or None where the kernels lack the case.
 
-    They exist for the first and the last dimension of real tensors and have no forward-mode derivative.
+    They exist for real tensors and have no forward-mode derivative. They are fast for the first dimension and for
+    matrices; other dimensions are moved to the front.
     """
     if not (
         at_hand(v)
@@ -29,9 +30,12 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
         return None if g.numel() != 1 else _scaled(g.view(1, 1), v.view(1, -1), 0).view(v.shape)
     ndim = v.dim()
     dim %= ndim
-    if ndim < 2 or dim not in (0, ndim - 1) or g.dim() != ndim or not g.numel() == g.size(dim) == v.size(dim):
+    if ndim < 2 or g.dim() != ndim or not g.numel() == g.size(dim) == v.size(dim):
         return None
-    return _scaled(g, v, dim)
+    if dim == 0 or (dim == 1 and ndim == 2):
+        return _scaled(g, v, dim)
+    moved = _scaled(g.transpose(0, dim).contiguous(), v.transpose(0, dim).contiguous(), 0)
+    return moved.transpose(0, dim).contiguous()
 
 
 def _scaled(g: Tensor, v: Tensor, dim: int) -> Tensor:
