@@ -205,8 +205,7 @@ def _attach(entries: Sequence[Entry], site: ParametrizedTensor, session: Session
 def _keep_parameters(entries: Sequence[Entry], site: ParametrizedTensor, shared: frozenset[int]) -> None:
     """Store the originals in the model's own Parameter objects where the shapes allow it."""
     free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
-    for name in site.original_names:
-        original = getattr(site, name)
+    for name, original in zip(site.original_names, site.originals, strict=True):
         for index, parameter in enumerate(free):
             if isinstance(original, nn.Parameter) and _same_form(parameter, original):
                 refill(parameter, original.data, shared)

@@ -41,7 +41,7 @@ class Opened:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
 
-    @property
+    @functools.cached_property
     def names(self) -> set[str]:
         """The module's own attributes that the function reads."""
         return {argument.name for argument in _flat(self.arguments) if isinstance(argument, Own)}

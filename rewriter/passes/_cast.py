@@ -39,7 +39,8 @@ def cast_once(rewriting: Rewriting) -> bool:
             if wanted and len(node.users) > 1 and all(casts(user, node) for user in node.users):
                 kwargs["cast"] = True
                 marked = True
-            node.kwargs = kwargs
+            if kwargs != node.kwargs:
+                node.kwargs = kwargs
     return marked
 
 

@@ -52,7 +52,9 @@ def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, opened: Opened
         "keywords": {name: _position(given, node.kwargs[name]) for name in names},
     }
     node.op, node.target = "call_function", opened.function
-    node.args, node.kwargs = (*given, *further), {}
+    node.args = (*given, *further)
+    if names:
+        node.kwargs = {}
 
 
 def _position(given: tuple[object, ...], value: object) -> int:
@@ -62,15 +64,17 @@ def _position(given: tuple[object, ...], value: object) -> int:
 def _read(rewriting: Rewriting, module: nn.Module, path: str, name: str, reads: dict[str, fx.Node]) -> fx.Node | None:
     """Return the node that reads one of the module's attributes: the first one made, since the graph runs down."""
     target = f"{path}.{name}"
-    submodule, _, tensor = name.rpartition(".")
-    owner = module.get_submodule(submodule)
-    slots = next(s for s in (owner._parameters, owner._buffers, owner.__dict__) if tensor in s)
-    if target not in rewriting.sites and slots[tensor] is None:
-        return None
-    if target not in reads:
-        reads[target] = rewriting.graph.create_node("get_attr", target)
-        reads[target].meta[META] = {"synthetic": True}
-    return reads[target]
+    if target in reads:
+        return reads[target]
+    if target not in rewriting.sites:
+        submodule, _, tensor = name.rpartition(".")
+        owner = module.get_submodule(submodule)
+        slots = next(s for s in (owner._parameters, owner._buffers, owner.__dict__) if tensor in s)
+        if slots[tensor] is None:
+            return None
+    node = reads[target] = rewriting.graph.create_node("get_attr", target)
+    node.meta[META] = {"synthetic": True}
+    return node
 
 
 def _nothing_left_to_open(rewriting: Rewriting) -> None:

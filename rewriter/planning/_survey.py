@@ -100,6 +100,7 @@ def _info(
     return TensorInfo(full, classes, "parameter" if kind == "parameter" else "buffer", shape, dtype, trained)
 
 
+@functools.lru_cache(maxsize=64)
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

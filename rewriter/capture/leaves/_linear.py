@@ -7,10 +7,12 @@ from torch import nn
 
 from rewriter.capture._leaves import Opened, Own, opens
 
+_LINEAR = Opened(F.linear, (Own("weight"), Own("bias")))
+
 
 @opens(nn.Linear)
 def linear(module: nn.Linear) -> Opened:
-    return Opened(F.linear, (Own("weight"), Own("bias")))
+    return _LINEAR
 
 
 @opens(nn.Bilinear)
