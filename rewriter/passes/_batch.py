@@ -19,12 +19,11 @@ HOME = "batched_evaluations"
 def batch_evaluations(rewriting: Rewriting) -> bool:
     """Give the evaluations of every group of equal sites one node that does their work."""
     dissolve_batches(rewriting)
-    nodes = {site: found[0] for site, found in evaluations_of(rewriting).items() if len(found) == 1}
+    evaluations = evaluations_of(rewriting).items()
+    nodes = {site: found[0] for site, found in evaluations if len(found) == 1 and can_batch(site)}
     order = {node: index for index, node in enumerate(rewriting.graph.nodes)}
     groups: list[list[ParametrizedTensor]] = []
     for site in sorted(nodes, key=lambda site: order[nodes[site]]):
-        if not can_batch(site):
-            continue
         group = next((group for group in groups if _together(group[0], site)), None)
         groups.append([site]) if group is None else group.append(site)
     chosen = [group for group in groups if len(group) > 1 and _wanted(group) and _equal(group)]
@@ -53,7 +52,7 @@ def dissolve_batches(rewriting: Rewriting) -> bool:
 
 def is_batch(root: nn.Module, node: fx.Node) -> bool:
     """Whether a node evaluates several sites at once."""
-    if node.op != "call_module" or not str(node.target).startswith(f"{HOME}."):
+    if HOME not in root._modules or node.op != "call_module" or not str(node.target).startswith(f"{HOME}."):
         return False
     return isinstance(root.get_submodule(str(node.target)), BatchedEvaluation)
 

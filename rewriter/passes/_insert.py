@@ -20,6 +20,10 @@ def insert_chains(rewriting: Rewriting) -> bool:
     _hand_values(rewriting)
     for site in rewriting.order:
         for read in by_site[site]:
+            if _made_for_one_use(read) and _stands_alone(site):
+                read.op, read.target = "call_module", rewriting.paths[site]
+                read.meta[META] = {"site": site.record.name}
+                continue
             users = list(read.users)
             read.meta[META] = {**note(read), "users": [user.name for user in users]}
             for user in users:
@@ -27,6 +31,15 @@ def insert_chains(rewriting: Rewriting) -> bool:
                     value = evaluation(rewriting, site)
                     user.replace_input_with(read, member_of(rewriting, site, value, str(read.target)))
     return bool(rewriting.order)
+
+
+def _made_for_one_use(read: fx.Node) -> bool:
+    """Whether an earlier pass made the read, so that it need not come back, for one call that takes it once."""
+    return bool(note(read).get("synthetic")) and len(read.users) == 1
+
+
+def _stands_alone(site: ParametrizedTensor) -> bool:
+    return len(site.record.members) == 1 and not site.record.reads
 
 
 def evaluation(rewriting: Rewriting, site: ParametrizedTensor) -> fx.Node:
