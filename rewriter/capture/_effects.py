@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import operator
 import random
 import sys
 import types
@@ -80,7 +81,7 @@ def _same(value: Any, former: Any) -> bool:
     if len(value) != len(former):
         return False
     if isinstance(value, dict):
-        return all(key in former and former[key] is item for key, item in value.items())
+        return value.keys() == former.keys() and all(map(operator.is_, value.values(), map(former.get, value)))
     if isinstance(value, set):
         return all(item in value for item in former)
     return all(one is other for one, other in zip(value, former, strict=True))

@@ -199,7 +199,8 @@ def _names_replaced(root: nn.Module, functions: dict[Any, Any]) -> Iterator[None
 
 def _namespaces(root: nn.Module) -> list[dict[str, Any]]:
     """The global names of the code that the model's classes are written in, and of its neighbours in their packages."""
-    kinds = {kind for module in root.modules() for kind in plain_class(module).__mro__}
+    written = {plain_class(module) for module in root.modules()}
+    kinds = {kind for one in written for kind in one.__mro__}
     spaces: dict[int, dict[str, Any]] = {}
     packages = set()
     for kind in kinds:

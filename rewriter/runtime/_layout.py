@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ class Layout:
         return tensor.reshape(self.shape) if self.matrix else tensor
 
 
+@functools.lru_cache(maxsize=1024)
 def layout_of(
     shape: tuple[int, ...],
     per: tuple[int, int] | None = None,
