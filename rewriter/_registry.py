@@ -89,11 +89,7 @@ def names(imports: Mapping[str, ModuleType] | None = None) -> list[str]:
 
 def arguments_of(factory: Callable[..., torch.nn.Module]) -> dict[str, inspect.Parameter]:
     """Return the arguments of `factory` that a spec may give, by name, in order."""
-    return {
-        name: parameter
-        for name, parameter in _signature(factory).parameters.items()
-        if name not in INJECTED
-    }
+    return {name: parameter for name, parameter in _signature(factory).parameters.items() if name not in INJECTED}
 
 
 def construct(

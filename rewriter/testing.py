@@ -40,11 +40,7 @@ class Report:
     @property
     def violated(self) -> dict[str, str]:
         """The laws that do not hold, with what was found."""
-        return {
-            law: found
-            for law, found in self.results.items()
-            if not found.startswith(("holds", "does not apply"))
-        }
+        return {law: found for law, found in self.results.items() if not found.startswith(("holds", "does not apply"))}
 
     def __str__(self) -> str:
         width = max(map(len, self.results), default=0)
@@ -119,8 +115,7 @@ def check_parametrization(
         torch.manual_seed(seed)
         case = _case(subject, shape, dtype, arguments or {}, originals, tolerance)
         results = {
-            law: "does not apply: skipped" if law in skip else _outcome(check, case)
-            for law, check in LAWS.items()
+            law: "does not apply: skipped" if law in skip else _outcome(check, case) for law, check in LAWS.items()
         }
     report = Report(str(case.module).splitlines()[0], results)
     if report.violated:
@@ -174,9 +169,7 @@ def _outcome(check: Callable[[_Case], None], case: _Case) -> str:
 def _shape(case: _Case) -> None:
     value = case.value()
     if getattr(case.module, "preserves_shape", True) and value.shape != case.weight.shape:
-        raise _Violated(
-            f"a weight of shape {list(case.weight.shape)} became one of shape {list(value.shape)}"
-        )
+        raise _Violated(f"a weight of shape {list(case.weight.shape)} became one of shape {list(value.shape)}")
 
 
 def _dtype(case: _Case) -> None:
@@ -210,9 +203,7 @@ def _sample(case: _Case) -> None:
     if value.shape != case.weight.shape or value.dtype != case.weight.dtype:
         raise _Violated(f"sample() gave {value.dtype} of shape {list(value.shape)}")
     module = copy.deepcopy(case.module)
-    _require_equal(
-        _tensor(module(*_inverse(module, value))), value, case, "sample() is not in the image of forward"
-    )
+    _require_equal(_tensor(module(*_inverse(module, value))), value, case, "sample() is not in the image of forward")
 
 
 def _gradient(case: _Case) -> None:
@@ -226,9 +217,7 @@ def _second_gradient(case: _Case) -> None:
 def _hard_points(case: _Case) -> None:
     """Values and gradients stay finite where square roots, norms and eigenvalues have none."""
     for name, make in _HARD_POINTS.items():
-        points = [
-            make(X).requires_grad_() if X.is_floating_point() or X.is_complex() else X for X in case.originals
-        ]
+        points = [make(X).requires_grad_() if X.is_floating_point() or X.is_complex() else X for X in case.originals]
         try:
             value = _tensor(case.module(*points))
         except RewriterError:
@@ -292,9 +281,7 @@ def _copying(case: _Case) -> None:
 
 def _scripting(case: _Case) -> None:
     scripted = torch.jit.script(copy.deepcopy(case.module))
-    _require_equal(
-        _tensor(scripted(*case.originals)), case.value(), case, "the scripted module has another value"
-    )
+    _require_equal(_tensor(scripted(*case.originals)), case.value(), case, "the scripted module has another value")
 
 
 def _export(case: _Case) -> None:

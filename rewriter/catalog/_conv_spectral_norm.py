@@ -61,9 +61,7 @@ class ConvSpectralNorm(nn.Module):
                 f"size {list(input_size)}"
             )
         if n_power_iterations <= 0:
-            raise RewriterError(
-                f"conv_spectral_norm: n_power_iterations must be positive, not {n_power_iterations}"
-            )
+            raise RewriterError(f"conv_spectral_norm: n_power_iterations must be positive, not {n_power_iterations}")
         self.n_power_iterations, self.groups, self.eps = n_power_iterations, groups, eps
         self.stride, self.padding, self.dilation = [stride] * dims, [padding] * dims, [dilation] * dims
         reach = [
@@ -104,9 +102,7 @@ class ConvSpectralNorm(nn.Module):
 
     def _convolve(self, W: Tensor, x: Tensor) -> Tensor:
         none = [0] * len(self.stride)
-        return torch.convolution(
-            x, W, None, self.stride, self.padding, self.dilation, False, none, self.groups
-        )
+        return torch.convolution(x, W, None, self.stride, self.padding, self.dilation, False, none, self.groups)
 
     def _transposed(self, W: Tensor, y: Tensor) -> Tensor:
         return torch.convolution(

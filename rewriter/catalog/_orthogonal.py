@@ -219,6 +219,4 @@ class SpecialOrthogonal(Orthogonal):
         try:
             self.base.copy_(rotation(W))
         except ValueError as error:
-            raise RewriterError(
-                f"special_orthogonal: this orthogonal matrix is no rotation, {error}"
-            ) from None
+            raise RewriterError(f"special_orthogonal: this orthogonal matrix is no rotation, {error}") from None

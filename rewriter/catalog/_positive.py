@@ -87,9 +87,7 @@ class Interval(Precise):
     reference = ""
     batched = True
 
-    def __init__(
-        self, low: float | None = None, high: float | None = None, *, weight: Tensor | None = None
-    ) -> None:
+    def __init__(self, low: float | None = None, high: float | None = None, *, weight: Tensor | None = None) -> None:
         super().__init__()
         if weight is not None:
             require_real("interval", weight)

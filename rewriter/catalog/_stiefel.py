@@ -41,9 +41,7 @@ class Stiefel(Orthogonal):
     reference = "Edelman, Arias and Smith, https://arxiv.org/abs/physics/9806030"
     name = "stiefel"
 
-    def __init__(
-        self, map: Literal["matrix_exp", "cayley", "householder"] | None = None, *, weight: Tensor
-    ) -> None:
+    def __init__(self, map: Literal["matrix_exp", "cayley", "householder"] | None = None, *, weight: Tensor) -> None:
         if weight.is_complex():
             raise RewriterError(f"{self.name} is for real matrices; orthogonal takes complex ones")
         super().__init__(map, True, weight=weight)

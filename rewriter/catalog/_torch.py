@@ -58,9 +58,7 @@ class SpectralNorm(_torch._SpectralNorm):
     cost = "two matrix-vector products per power iteration"
     reference = "Miyato et al., https://arxiv.org/abs/1802.05957"
 
-    def __init__(
-        self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12
-    ) -> None:
+    def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
         super().__init__(weight, n_power_iterations, dim, eps)
 
 
