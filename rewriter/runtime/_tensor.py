@@ -167,9 +167,25 @@ class ParametrizedTensor(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.holding.drop()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(prefix + name in state_dict for name in self.original_names):
+            self._refit({name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
+
+    @torch.no_grad()
+    def _refit(self, loaded: set[str]) -> None:
+        """Fit the steps whose state was not loaded with the tensors to the tensors that were."""
+        if self.record.reads:
+            return
+        layout = self.record.layout
+        for index, step in enumerate(self.steps):
+            state = {f"{index}.{name}" for name, _ in step.named_buffers()}
+            fit: Any = getattr(step, "right_inverse", None)
+            if getattr(step, "stateful", False) and fit is not None and state and not state & loaded:
+                before = self.settled()
+                first = layout.inward(before.originals[0]) if self.record.outer else before.originals[0]
+                fit(apply_steps(self.record, before.steps[:index], before.originals, ()) if index else first)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

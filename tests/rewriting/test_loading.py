@@ -1,0 +1,32 @@
+"""Loading a state dict into a rewritten model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rewriter import rewrite
+
+
+@pytest.mark.parametrize("chain", [["spectral_norm"], [{"scale": {"factor": 2.0}}, "spectral_norm"]])
+def test_singular_vectors_are_fitted_to_a_weight_that_is_loaded_without_them(
+    chain: list[Any], rule: Callable[..., dict[str, Any]]
+) -> None:
+    new = rewrite(nn.Sequential(nn.Linear(6, 6)).double(), rule("0.weight", *chain)).eval()
+    other = torch.randn(6, 6, dtype=torch.float64)
+    key = "0.parametrizations.weight.original"
+    state = {name: value for name, value in new.state_dict().items() if not name.endswith(("._u", "._v"))}
+    new.load_state_dict({**state, key: other}, strict=False)
+    value = new.get_submodule("0").weight
+    assert float(torch.linalg.matrix_norm(value, 2)) == pytest.approx(1, abs=1e-5)
+
+
+def test_singular_vectors_that_are_loaded_stay_as_they_are(rule: Callable[..., dict[str, Any]]) -> None:
+    new = rewrite(nn.Sequential(nn.Linear(6, 6)), rule("0.weight", "spectral_norm"))
+    state = {name: torch.randn_like(value) for name, value in new.state_dict().items()}
+    new.load_state_dict(state)
+    assert all(torch.equal(new.state_dict()[name], value) for name, value in state.items())
