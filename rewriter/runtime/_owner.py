@@ -20,6 +20,7 @@ from torch.jit import ScriptModule
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import saving_hooks
+from rewriter.runtime._pretrained import is_pretrained, methods_of
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -287,6 +288,8 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         "forward": functools.wraps(plain.forward)(forward),
     }
     body.update({tensor: _value_property(tensor) for tensor in tensors})
+    if is_pretrained(plain):
+        body.update(methods_of(plain))
     if issubclass(plain, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
     return body

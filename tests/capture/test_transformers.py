@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from rewriter import bake, plan, rewrite
+from rewriter import RewriterError, bake, plan, rewrite
 
 transformers = pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 WIDTH, WORDS = 32, 40
 TOKENS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -205,7 +206,7 @@ def test_bake_gives_the_model_back(case: Case, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**case.inputs).logits, plain(**case.inputs).logits, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "whisper"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "whisper"])
 def test_tied_weights_can_be_tied_again(name: str) -> None:
     new = Case(name).rewritten()
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
@@ -215,6 +216,54 @@ def test_tied_weights_can_be_tied_again(name: str) -> None:
     for name, tensor in new.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert {id(p) for p in new.parameters()} == parameters
+    new.init_weights()
+    new.post_init()
+    new.resize_token_embeddings(WORDS)
+    assert new.state_dict().keys() == before.keys()
+    assert {id(p) for p in new.parameters()} == parameters
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "whisper"])
+def test_a_computed_embedding_is_resized_by_baking_first(name: str) -> None:
+    case = Case(name)
+    new = case.rewritten()
+    expected = new(**case.inputs).logits
+    for request in ({"new_num_tokens": WORDS + 8}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(RewriterError, match=r"for 40 tokens and cannot be resized to (48|64): .*bake\(model\)"):
+            new.resize_token_embeddings(**request)
+    torch.testing.assert_close(new(**case.inputs).logits, expected, rtol=0, atol=0)
+    plain = bake(new)
+    plain.resize_token_embeddings(WORDS + 8)
+    assert rewrite(plain, case.spec)(**case.inputs).logits.shape[-1] == WORDS + 8
+
+
+def test_an_embedding_that_is_not_computed_is_resized() -> None:
+    case = Case("gpt2")
+    del case.spec["rules"][1]  # type: ignore[attr-defined]
+    new = case.rewritten()
+    new.resize_token_embeddings(WORDS + 8)
+    assert new(**case.inputs).logits.shape[-1] == WORDS + 8
+    plain = bake(new)
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+    torch.testing.assert_close(plain(**case.inputs).logits, new(**case.inputs).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_in_the_middle_of_training_goes_into_a_model_rewritten_alike(name: str, tmp_path: Path) -> None:
+    case = Case(name)
+    new = case.rewritten()
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(1.1)
+    with pytest.warns(UserWarning, match=r"save bake\(model\)"):
+        new.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    other = case.rewritten()
+    found = other.load_state_dict(tensors, strict=False)
+    assert not found.unexpected_keys
+    stored = {tensor.data_ptr() for key, tensor in other.state_dict().items() if key in tensors}
+    assert all(other.state_dict()[key].data_ptr() in stored for key in found.missing_keys)
+    torch.testing.assert_close(other(**case.inputs).logits, new(**case.inputs).logits, rtol=0, atol=1e-12)
 
 
 def test_copies_and_pickles_work(case: Case) -> None:
