@@ -163,6 +163,7 @@ class _Tracer(fx.Tracer):
             return self._called(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
         known, refusals = dict(self.proxies), list(self.refusals)
+        stack, calls = self.module_stack.copy(), dict(self.num_calls)
         before = Snapshot([m])
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -179,6 +180,7 @@ class _Tracer(fx.Tracer):
                     break
                 self.graph.erase_node(node)
             self.proxies, self.refusals = known, refusals
+            self.module_stack, self.num_calls = stack, calls
             self.opaque[path] = _reason(problem)
         return self._called(m, forward, args, kwargs)
 

@@ -113,6 +113,19 @@ def test_an_untraceable_module_called_twice_is_handed_its_values_once() -> None:
     assert_equal(model, rewrite(copy.deepcopy(new), spec("**.weight", "odd.scale")), X)
 
 
+def test_what_surrounds_an_untraceable_module_is_still_looked_into() -> None:
+    model = nn.Sequential(nn.Sequential(Branching(), nn.Sequential(Branching(), nn.Linear(4, 4))), nn.Linear(4, 4))
+    found = plan(model, spec("**.weight"))
+    handed = ("0.0.", "0.1.0.")
+    assert {site.name: site.capture for site in found} == {
+        site.name: "handed" if site.name.startswith(handed) else "opened" for site in found
+    }
+    for site in found:
+        if site.capture == "handed":
+            assert "if x.sum() > 1e9" in site.why
+    assert_equal(model, rewrite(model, spec("**.weight")), X)
+
+
 def test_a_tensor_tied_inside_and_outside_is_evaluated_once() -> None:
     model = Model()
     model.last.weight = model.odd.inner[0].weight
