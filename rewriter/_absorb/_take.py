@@ -89,12 +89,21 @@ def take_over(model: nn.Module) -> tuple[nn.Module, list[Taken]]:
     """
     taken: dict[tuple[int, str], Taken] = {}
     found = holders_of(model)
-    prepared = [(holder, holder.steps()) for holder in found]
+    prepared = [(holder, _steps(holder, model)) for holder in found]
     for holder, steps in prepared:
         _take(holder, steps, taken)
     if any(holder.source.startswith("peft") for holder in found):
         model = _peft.remove_wrappers(model)
     return model, list(taken.values())
+
+
+def _steps(holder: Holder, model: nn.Module) -> list[nn.Module]:
+    try:
+        return holder.steps()
+    except PlanError as problem:
+        path = next((path for path, module in model.named_modules() if module is holder.owner), "")
+        name = ".".join((*(part for part in path.split(".") if part not in ("", "base_layer")), holder.tensor))
+        raise PlanError(f"{name}: {problem}") from problem
 
 
 def taken_over(model: nn.Module) -> tuple[nn.Module, list[Taken]]:
@@ -195,7 +204,7 @@ def _put(holder: Holder, value: Tensor, trained: bool) -> None:
     if all(known in order for known in names):
         for known in sorted(names, key=order.index):
             owner._parameters[known] = owner._parameters.pop(known)
-    if isinstance(owner, nn.RNNBase) and all(hasattr(owner, known) for known in order):
+    if isinstance(owner, nn.RNNBase) and all(known in owner._parameters for known in order):
         owner._init_flat_weights()
 
 

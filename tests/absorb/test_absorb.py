@@ -118,6 +118,13 @@ def _recurrent():
     return model
 
 
+def _recurrent_twice():
+    model = Recurrent()
+    parametrizations.orthogonal(model.rnn, "weight_hh_l0")
+    parametrizations.weight_norm(model.rnn, "weight_ih_l0")
+    return model
+
+
 def _old_weight_norm():
     model = _two()
     utils.weight_norm(model[0])
@@ -181,6 +188,7 @@ SOURCES = {
     "read_twice": (_read_twice, "torch.parametrize"),
     "untraceable": (_untraceable, "torch.parametrize"),
     "recurrent": (_recurrent, "torch.parametrize"),
+    "recurrent_twice": (_recurrent_twice, "torch.parametrize"),
     "old_weight_norm": (_old_weight_norm, "torch.weight_norm"),
     "old_spectral_norm": (_old_spectral_norm, "torch.spectral_norm"),
     "old_recurrent": (_old_recurrent, "torch.weight_norm"),
