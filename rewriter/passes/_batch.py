@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rewriter.passes._costs import pays
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of
 from rewriter.runtime import ParametrizedTensor
-from rewriter.runtime._batch import BatchedEvaluation, alike, evaluate_together
+from rewriter.runtime._batch import BatchedEvaluation, evaluate_together, likeness, stacked
 
 HOME = "batched_evaluations"
+PROBES = 8
+"""How many sites of a group are compared with what they give alone."""
+NEIGHBOURS = 64
+"""How many are compared with what they give in a batch of so many."""
 
 
 def batch_evaluations(rewriting: Rewriting) -> bool:
@@ -21,12 +25,10 @@ def batch_evaluations(rewriting: Rewriting) -> bool:
     dissolve_batches(rewriting)
     evaluations = evaluations_of(rewriting).items()
     nodes = {site: found[0] for site, found in evaluations if len(found) == 1 and can_batch(site)}
-    order = {node: index for index, node in enumerate(rewriting.graph.nodes)}
-    groups: list[list[ParametrizedTensor]] = []
-    for site in sorted(nodes, key=lambda site: order[nodes[site]]):
-        group = next((group for group in groups if _together(group[0], site)), None)
-        groups.append([site]) if group is None else group.append(site)
-    chosen = [group for group in groups if len(group) > 1 and _wanted(group) and _equal(group)]
+    groups: dict[object, list[ParametrizedTensor]] = {}
+    for site in sorted(nodes, key=nodes.__getitem__):
+        groups.setdefault((site.record.identity, likeness(site)), []).append(site)
+    chosen = [group for group in groups.values() if len(group) > 1 and _wanted(group) and _equal(group)]
     if chosen:
         rewriting.root.add_module(HOME, nn.ModuleList(map(BatchedEvaluation, chosen)))
     for index, group in enumerate(chosen):
@@ -78,33 +80,87 @@ def _broadcasts(step: Any) -> bool:
     )
 
 
-def _together(one: ParametrizedTensor, other: ParametrizedTensor) -> bool:
-    return one.record.identity == other.record.identity and alike([one, other])
-
-
 def _wanted(group: Sequence[ParametrizedTensor]) -> bool:
     first = group[0]
     return first.record.batch == "always" or pays(len(group), first.originals[0], first.steps)
 
 
-@torch.no_grad()
 def _equal(group: Sequence[ParametrizedTensor]) -> bool:
-    """Whether the batch gives what each site gives by itself: a step may say `batched` and not be."""
+    """Whether the batch gives what each site gives by itself: a step may say `batched` and not be.
+
+    Raises:
+        PassError: it does not, and the rule says `batch: always`.
+    """
     try:
-        together = evaluate_together([site.settled() for site in group])
-    except Exception as problem:
-        if group[0].record.batch == "always":
-            raise PassError(f"{group[0].record.name}: the chain cannot be batched: {problem}") from problem
-        return False
-    for site, value in zip(group, together, strict=True):
-        alone = site.read()
-        if value.is_meta:
-            continue
-        if value.shape != alone.shape or not torch.allclose(value, alone, *_tolerances(alone)):
-            if site.record.batch == "always":
-                raise PassError(f"{site.record.name}: the chain gives other values in a batch than alone")
-            return False
-    return True
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            problem = _difference(group)
+    except Exception as failure:
+        problem = f"the chain cannot be batched: {failure}"
+    if problem and group[0].record.batch == "always":
+        raise PassError(f"{group[0].record.name}: {problem}")
+    return not problem
+
+
+def _difference(group: Sequence[ParametrizedTensor]) -> str:
+    """Return what tells a batch of the sites from one after the other, nothing if there is no difference.
+
+    Whether a chain broadcasts is a property of its code. The sites of a group run the same code, with the same
+    settings, over tensors of the same form; they differ in numbers alone, which the next step of an optimizer
+    changes. So comparing thousands of them with themselves alone would prove no more than comparing a few. What a
+    few do not show so well is a step that lets one site's numbers reach another's value: that is why some more are
+    compared with what they give among fewer neighbours. Beside the one batch that there will be, the number of
+    evaluations does not grow with the group.
+    """
+    value = _batched(group)
+    if value.is_meta:
+        return ""
+    if _advances_a_state(group):
+        return "a step changes its buffers as it runs, and in a batch the change would be lost"
+    probes = _spread(len(group), PROBES)
+    alone = [_alone(group[index]) for index in probes]
+    if any(part.shape != value.shape[1:] for part in alone) or not _close(value[probes], torch.stack(alone)):
+        return "the chain gives other values in a batch than alone"
+    some = _spread(len(group), NEIGHBOURS)
+    if len(probes) < len(some) < len(group) and not _close(value[some], _batched([group[index] for index in some])):
+        return "the chain gives other values in a batch than in a smaller one"
+    return ""
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Return so many indices below `count`, first and last among them; all of them where there are no more."""
+    return sorted({index * (count - 1) // (wanted - 1) for index in range(wanted)})
+
+
+def _batched(sites: Sequence[ParametrizedTensor]) -> Tensor:
+    return torch.stack(evaluate_together(sites))
+
+
+def _alone(site: ParametrizedTensor) -> Tensor:
+    """Return the value that the site gives alone, in the mode it is in; its state stays."""
+    copy = site.settled()
+    for part, original in zip(copy.modules(), site.modules(), strict=True):
+        part.training = original.training
+    value: Tensor = copy.evaluate()
+    return value
+
+
+def _advances_a_state(group: Sequence[ParametrizedTensor]) -> bool:
+    """Whether the chain writes to buffers in train mode, without saying that it is `stateful`."""
+    value, steps = stacked(group[:1])
+    holders = [part for step in steps for part in step.modules() if part._buffers]  # all of them copies
+    for part in holders:
+        part.training = True
+    before = [(buffer, buffer._version) for part in holders for buffer in part.buffers()]
+    for step in steps:
+        value = step(value)
+    after = [(buffer, buffer._version) for part in holders for buffer in part.buffers()]
+    return len(before) != len(after) or any(
+        one is not other or version != now for (one, version), (other, now) in zip(before, after, strict=True)
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, *_tolerances(other))
 
 
 def _tolerances(value: torch.Tensor) -> tuple[float, float]:

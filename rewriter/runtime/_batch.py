@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rewriter.runtime._record import Record
-from rewriter.runtime._signature import same_setting, settings_of, transformed
+from rewriter.runtime._signature import _COMPARED, settings_of, transformed
 from rewriter.runtime._tensor import ParametrizedTensor, Reference, autocast_anywhere
 from rewriter.runtime._watch import Watch
 
@@ -75,15 +75,13 @@ class BatchedEvaluation(nn.Module):
 
 def alike(sites: Sequence[ParametrizedTensor]) -> bool:
     """Whether the sites differ in nothing but the numbers in their tensors."""
-    first, *others = sites
-    stored = _form(first.originals[0])
-    return all(
-        site.record.layout == first.record.layout
-        and _form(site.originals[0]) == stored
-        and len(site.steps) == len(first.steps)
-        and all(map(_same_step, first.steps, site.steps))
-        for site in others
-    )
+    first, *others = map(likeness, sites)
+    return all(other == first for other in others)
+
+
+def likeness(site: ParametrizedTensor) -> Hashable:
+    """Return what is equal for sites that are `alike`, as long as nothing about them changes."""
+    return (site.record.layout, _form(site.originals[0]), *map(_step_likeness, site.steps))
 
 
 def evaluate_together(sites: Sequence[ParametrizedTensor]) -> Batch:
@@ -95,16 +93,22 @@ def evaluate_together(sites: Sequence[ParametrizedTensor]) -> Batch:
     return _together(sites)
 
 
-def _together(sites: Sequence[ParametrizedTensor]) -> Batch:
+def stacked(sites: Sequence[ParametrizedTensor]) -> tuple[Tensor, list[Any]]:
+    """Return the sites' stored tensors as one, and steps that work on it; what they do to buffers stays with them."""
     record: Record = sites[0].record
-    layout = record.layout
     originals = [site.originals[0] for site in sites]
     if record.outer:
-        originals = [layout.inward(original) for original in originals]
+        originals = [record.layout.inward(original) for original in originals]
     value = torch.stack(originals)
     width = value.ndim
-    for steps in zip(*(site.steps for site in sites), strict=True):
-        value = _stacked(steps, width)(value)
+    return value, [_stacked(steps, width) for steps in zip(*(site.steps for site in sites), strict=True)]
+
+
+def _together(sites: Sequence[ParametrizedTensor]) -> Batch:
+    layout = sites[0].record.layout
+    value, steps = stacked(sites)
+    for step in steps:
+        value = step(value)
     return tuple(part if layout.plain else layout.outward(part) for part in value.unbind(0))
 
 
@@ -136,25 +140,37 @@ def _stack(tensors: Sequence[Tensor], width: int) -> Tensor:
     return stacked.reshape(len(tensors), *padding, *tensors[0].shape)
 
 
-def _same_step(one: nn.Module, other: nn.Module) -> bool:
-    if type(one) is not type(other) or one.training != other.training or _hooked(one) or _hooked(other):
-        return False
-    mine, others = settings_of(one), settings_of(other)
-    if mine.keys() != others.keys() or not all(same_setting(mine[name], others[name]) for name in mine):
-        return False
-    for kind in ("_parameters", "_buffers"):
-        here, there = one.__dict__[kind], other.__dict__[kind]
-        if here.keys() != there.keys() or any(_form(here[name]) != _form(there[name]) for name in here):
-            return False
-    names = one._modules.keys()
-    return names == other._modules.keys() and all(
-        _same_step(one._modules[name], other._modules[name])  # type: ignore[arg-type]
-        for name in names
-    )
+def _step_likeness(step: nn.Module) -> Hashable:
+    state = step.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return object()  # a hook may do anything: like nothing else
+    settings = [(name, type(value), _setting(value)) for name, value in settings_of(step).items()]
+    tensors = [(name, _form(tensor)) for kind in ("_parameters", "_buffers") for name, tensor in state[kind].items()]
+    children = [(name, None if child is None else _step_likeness(child)) for name, child in state["_modules"].items()]
+    return (type(step), state["training"], frozenset(settings), frozenset(tensors), tuple(children))
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+class _Same:
+    """An object that is equal to nothing but itself, whatever its class says."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+
+def _setting(value: Any) -> Hashable:
+    if type(value) in _COMPARED:
+        try:
+            hash(value)
+        except TypeError:  # a tuple of lists
+            return _Same(value)
+        return value  # type: ignore[no-any-return]
+    return _Same(value)
 
 
 def _form(tensor: Tensor | None) -> Any:

@@ -221,3 +221,66 @@ def test_functional_call_vmap_and_compile(runs: list[int]) -> None:
     compiled: Callable[..., Any] = torch.compile(new, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), new(x))
     assert torch.export.export(new, (x,)).module()(x).shape == (3, 6)
+
+
+class _CountedRuns(_Batched):
+    runs = 0
+
+    def forward(self, X: Tensor) -> Tensor:
+        _CountedRuns.runs += 1
+        return X * 2.0
+
+
+def test_proving_a_batch_takes_no_more_evaluations_of_many_sites_than_of_some() -> None:
+    def runs(count: int) -> int:
+        _CountedRuns.runs = 0
+        new = rewrite(_layers(count, 2), _spec(_CountedRuns(), init="raw"))
+        assert isinstance(new.batched_evaluations[0], BatchedEvaluation)
+        return _CountedRuns.runs
+
+    assert runs(100) == runs(300) < 20
+
+
+class _Leaks(_Batched):
+    """Alone in a batch of few it is what it says; the fiftieth and later take from their neighbours."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X if X.ndim == 2 or len(X) <= 64 else X + X[:50].mean(0) * (torch.arange(len(X)) % 14 > 0).view(-1, 1, 1)
+
+
+class _Silent(_Batched):
+    """Advances a state in train mode, shows it in no value of the first call, and does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, X: Tensor) -> Tensor:
+        value = X + self.seen
+        if self.training:
+            self.seen += 1
+        return value
+
+
+@pytest.mark.parametrize(("step", "training"), [(_Leaks, True), (_Silent, True), (_Silent, False)])
+def test_what_is_no_function_of_each_site_alone_is_not_batched(step: Any, training: bool) -> None:
+    model, x = _layers(99, 2).train(training), torch.randn(3, 2, dtype=torch.float64)
+    new = rewrite(model, _spec(step(), init="raw"))
+    assert not any(isinstance(module, BatchedEvaluation) for module in new.modules())
+    new.train()
+    alone = rewrite(model, _spec(step(), init="raw"), without=["batch"]).train()
+    for _ in range(2):
+        torch.testing.assert_close(new(x), alone(x))
+    torch.testing.assert_close(new.state_dict(), alone.state_dict())
+    with pytest.raises(RewriterError, match="batch"):
+        rewrite(model, _spec(step(), init="raw", batch="always"))
+
+
+def test_sites_with_unlike_settings_are_grouped_by_them(runs: list[int]) -> None:
+    model, x = _layers(8), torch.randn(3, 6, dtype=torch.float64)
+    for index, layer in enumerate(model[::2]):
+        layer.train(index % 2 == 0)
+    new = rewrite(model, _spec(HOUSEHOLDER))
+    runs.clear()
+    torch.testing.assert_close(new(x), bake(new)(x))
+    assert runs == [4, 4]
