@@ -12,13 +12,14 @@ from torch.export import ExportedProgram
 from rewriter._absorb import Taken, take_over, taken_over
 from rewriter._copy import copied
 from rewriter._pause import collector_paused
-from rewriter.capture import Call
+from rewriter.capture import Call, call_of
 from rewriter.errors import CaptureError, RewriterError
 from rewriter.passes import (
     Rewriting,
     batch_pass,
     cache_pass,
     cast_pass,
+    expand_pass,
     fuse,
     fuse_pass,
     hoist,
@@ -28,6 +29,7 @@ from rewriter.passes import (
     outline,
     prune_pass,
     run_passes,
+    transpose_pass,
     verify_against,
 )
 from rewriter.planning._prepare import Prepared, prepare
@@ -44,7 +46,13 @@ from rewriter.runtime import (
 from rewriter.runtime._memory import refill, shared_storages
 from rewriter.spec import Spec, load_spec
 
-_OPTIONAL = {"hoist": hoist_pass, "fuse": fuse_pass, "cast": cast_pass, "batch": batch_pass}
+_OPTIONAL = {
+    "hoist": hoist_pass,
+    "fuse": fuse_pass,
+    "cast": cast_pass,
+    "transpose": transpose_pass,
+    "batch": batch_pass,
+}
 
 
 @overload
@@ -110,8 +118,8 @@ def rewrite(
             the graph of ATen operations.
         inplace: reuse the model's own modules and Parameter objects, so that an optimizer stays valid. A model that
             was traced still comes back as a new module, over the same tensors.
-        without: passes to leave out: any of ``"batch"``, ``"cast"``, ``"fuse"`` and ``"hoist"``. They change how fast
-            a model runs, and not what it computes.
+        without: passes to leave out: any of ``"batch"``, ``"cast"``, ``"fuse"``, ``"hoist"`` and ``"transpose"``.
+            They change how fast a model runs, and not what it computes.
 
     Raises:
         SpecError: the spec cannot be read.
@@ -129,9 +137,7 @@ def rewrite(
 
         check_capture(capture)
         return rewrite_program(model, read, inplace=inplace)
-    call = None
-    if example_inputs is not None or example_kwargs is not None:
-        call = Call(tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
+    call = call_of(example_inputs, example_kwargs, dynamic_shapes)
     with torch.inference_mode(False), collector_paused():
         if read.absorb:
             target, taken = _taken(model, read, capture, inplace, call)
@@ -257,7 +263,8 @@ def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session, withou
     graph = rewriting.graph
     before = outline(graph)
     optional = [step for name, step in _OPTIONAL.items() if name not in without]
-    run_passes(rewriting, [open_pass, insert_pass, cache_pass, prune_pass, *optional, verify_against(before)])
+    passes = [expand_pass, open_pass, insert_pass, cache_pass, prune_pass, *optional, verify_against(before)]
+    run_passes(rewriting, passes)
     if isinstance(root, RewrittenModule):
         root.graph = graph
         return root

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rewriter.passes._batch import batch_pass
 from rewriter.passes._cache import cache_pass
 from rewriter.passes._cast import cast_pass
+from rewriter.passes._expand import expand_pass
 from rewriter.passes._fuse import fuse, fuse_pass
 from rewriter.passes._hoist import hoist, hoist_pass
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, note, run_passes
@@ -13,6 +14,7 @@ from rewriter.passes._open import open_pass
 from rewriter.passes._print import print_graph
 from rewriter.passes._prune import prune_pass
 from rewriter.passes._restore import restore_pass
+from rewriter.passes._transpose import transpose_pass
 from rewriter.passes._unfold import scriptable, unfolded
 from rewriter.passes._verify import outline, verify_against
 
@@ -24,6 +26,7 @@ __all__ = [
     "batch_pass",
     "cache_pass",
     "cast_pass",
+    "expand_pass",
     "fuse",
     "fuse_pass",
     "hoist",
@@ -37,6 +40,7 @@ __all__ = [
     "restore_pass",
     "run_passes",
     "scriptable",
+    "transpose_pass",
     "unfolded",
     "verify_against",
 ]

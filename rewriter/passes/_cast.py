@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import fx
 
 from rewriter.passes._infra import Pass, PassError, Rewriting, evaluations_of
+from rewriter.passes._transpose import uses_of
+from rewriter.runtime._linear import times_transposed
 
 CASTING = frozenset(
     {
         F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
         torch.addmm, torch.baddbmm, torch.bmm, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm,
-        operator.matmul,
+        operator.matmul, times_transposed,
     }
 )  # fmt: skip
 """Functions that autocast runs in its own precision on every device: whatever they get, they cast."""
@@ -36,7 +38,7 @@ def cast_once(rewriting: Rewriting) -> bool:
         wanted = len(site.record.members) == 1 and site.record.members[0].dtype == "float32"
         for node in nodes:
             kwargs = {name: value for name, value in node.kwargs.items() if name != "cast"}
-            if wanted and len(node.users) > 1 and all(casts(user, node) for user in node.users):
+            if wanted and len(list(uses_of(node))) > 1 and all(casts(user, node) for user in node.users):
                 kwargs["cast"] = True
                 marked = True
             if kwargs != node.kwargs:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import fx
 
 from rewriter.passes._batch import batch_evaluations, dissolve_batches
-from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, note
+from rewriter.passes._expand import collapse
+from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, keep_place, note
+from rewriter.passes._transpose import transpose_once, write_linear_calls
 from rewriter.runtime import HANDED, ParametrizedTensor
 from rewriter.runtime._owner import handed_sites
 
@@ -20,6 +22,7 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
     modules that own no parametrized tensor any more come back as calls.
     """
     batched = dissolve_batches(rewriting)
+    transposed = write_linear_calls(rewriting)
     kept_names = {name for name, site in rewriting.sites.items() if site not in baked}
     places: list[tuple[fx.Node, dict[str, Any]]] = []
     for site, nodes in evaluations_of(rewriting).items():
@@ -29,12 +32,14 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
     _take_back_values(rewriting, baked)
     _restore_reads(rewriting, places)
     _replace_rest(rewriting, baked)
+    if transposed:
+        transpose_once(rewriting)
     if batched:
         batch_evaluations(rewriting)
 
 
 def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:
-    for node in list(rewriting.graph.nodes):
+    for node in reversed(list(rewriting.graph.nodes)):  # the parts of an expanded call before the call
         entry = note(node)
         path = entry.get("opened")
         if path is None or any(name.startswith(f"{path}.") for name in kept):
@@ -43,10 +48,10 @@ def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:
         node.op, node.target = "call_module", path
         node.args = given[: entry["positional"]]
         node.kwargs = {name: given[index] for name, index in entry["keywords"].items()}
-        del node.meta[META]
+        keep_place(node)
         reads: list[fx.Node] = []
         fx.node.map_arg(further, reads.append)
-        for read in reads:
+        for read in (*reads, *collapse(rewriting.graph, node)):
             _erase_if_ours(rewriting.graph, read)
 
 
@@ -61,7 +66,7 @@ def _take_back_values(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> N
             sites = {rewriting.paths[site]: site for site in left}
             kwargs[HANDED] = [value for value in values if value.target in sites]
         else:
-            del node.meta[META]
+            keep_place(node)
         node.kwargs = kwargs
         for value in values:
             _erase_if_ours(rewriting.graph, value)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx
 
 from rewriter.passes._infra import Pass, PassError, Rewriting, note, reads_of
+from rewriter.runtime._linear import times_transposed
 
 
 def outline(graph: fx.Graph) -> Counter[tuple[str, Any]]:
-    """Count what the graph does: operations and targets, opened calls as the calls they were."""
+    """Count what the graph does: operations and targets, opened and expanded calls as the calls they were."""
     found: Counter[tuple[str, Any]] = Counter()
     for node in graph.nodes:
         entry = note(node)
+        if "part" in entry:
+            continue
         if "opened" in entry:
             found["call_module", entry["opened"]] += 1
-        elif node.op != "get_attr" and not entry.keys() & {"site", "member"}:
-            found[node.op, node.target] += 1
+        elif node.op != "get_attr" and not entry.keys() & {"site", "member", "transposed"}:
+            found[node.op, F.linear if node.target is times_transposed else node.target] += 1
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -20,6 +20,7 @@ from torch.jit import ScriptModule
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import saving_hooks
+from rewriter.runtime._linear import linear_forward
 from rewriter.runtime._pretrained import is_pretrained, methods_of
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
@@ -51,6 +52,12 @@ class Sites(nn.ModuleDict):
             self.held_elsewhere.add(tensor)
         site.__dict__["held"] = True
         self._modules[tensor] = site
+
+    def __getattr__(self, name: str) -> Any:
+        try:  # graphs come here for every site
+            return self.__dict__["_modules"][name]
+        except KeyError:
+            return super().__getattr__(name)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -285,14 +292,32 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         "register_parameter": register_parameter,
         "register_buffer": register_buffer,
         "get_parameter": get_parameter,
-        "forward": functools.wraps(plain.forward)(forward),
+        "forward": functools.wraps(plain.forward)(_specialised(plain, tensors, forward)),
     }
     body.update({tensor: _value_property(tensor) for tensor in tensors})
+    if tensors:
+        body[CONTAINER] = property(_container)
     if is_pretrained(plain):
         body.update(methods_of(plain))
     if issubclass(plain, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
     return body
+
+
+def _specialised(plain: Any, tensors: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
+    if plain.forward is nn.Linear.forward and "weight" in tensors:
+        return linear_forward(forward, _running_frame, _site_of_weight)
+    return forward
+
+
+def _running_frame(self: Any) -> Frame | None:
+    session: Session | None = self.__dict__.get(SESSION)
+    return None if session is None else session.running.frame
+
+
+def _site_of_weight(self: Any) -> ParametrizedTensor | None:
+    site: ParametrizedTensor | None = self._modules[CONTAINER]._modules.get("weight")
+    return site
 
 
 def _refuse(tensors: tuple[str, ...], name: str, what: str) -> None:
@@ -334,6 +359,14 @@ def _value_property(tensor: str) -> property:
             raise RewriterError(f"computing {tensor} of {type(self).__name__} failed: {problem}") from problem
 
     return property(read, doc=f"The value of `{tensor}`, computed by its chain of parametrizations.")
+
+
+def _container(self: Any) -> Any:
+    # What nn.Module.__getattr__ would find, in a third of the time: graphs come here for every site.
+    try:
+        return self._modules[CONTAINER]
+    except KeyError:
+        raise AttributeError(CONTAINER) from None
 
 
 def _flat_weights(self: Any) -> list[Tensor | None]:

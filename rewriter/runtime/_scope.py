@@ -21,12 +21,14 @@ class Frame:
 
     `known` holds the values that are read time and again, wherever that is: they would be the same in a second run.
     `passing` holds those that would not; a region that may run again has to note which frame it found them in.
+    `transposed` holds the transposes of weights of linear layers, by layer.
     """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
         self.values: dict[Any, Any] = dict(given or {})
         self.known: dict[Any, Tensor] = {}
         self.passing: dict[Any, Tensor] = {}
+        self.transposed: dict[Any, Tensor] = {}
         self.drawn: dict[Any, Region] = {}
         self.buffers: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
@@ -77,6 +79,7 @@ class Frame:
         """Evaluate anew when `key` is asked for again."""
         for held in (self.values, self.known, self.passing, self.buffers):
             held.pop(key, None)
+        self.transposed.clear()
 
     def check_buffers(self) -> None:
         """Refuse what the forward wrote into buffers that are computed."""
