@@ -10,6 +10,9 @@ from torch.autograd import forward_ad
 
 from rewriter.catalog._maps._eager import at_hand
 
+# The overload by name: choosing it anew at each call takes longer than the kernel.
+_backward = torch.ops.aten._weight_norm_interface_backward.default
+
 
 def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
     """Return v with the norms g in its slices along `dim`, zero where v is, or None where the kernels lack the case.
@@ -60,7 +63,7 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         g, v, norm = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            to_v, to_g = torch.ops.aten._weight_norm_interface_backward(gradient.contiguous(), v, g, norm, ctx.dim)
+            to_v, to_g = _backward(gradient.contiguous(), v, g, norm, ctx.dim)
             return to_g, to_v, None
         others = [dim for dim in range(v.dim()) if dim != ctx.dim]
         norm = torch.linalg.vector_norm(v, dim=others, keepdim=True)
