@@ -78,7 +78,7 @@ class RewrittenModule(fx.GraphModule):
         return module
 
     def __getattr__(self, name: str) -> Any:
-        modules = self.__dict__.get("_modules", {})
+        modules = self.__dict__.get("_modules", ())
         if name in modules:
             return modules[name]
         if CONTAINER in modules and name in sites_of(self):

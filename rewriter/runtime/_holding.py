@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +78,8 @@ class Holding:
         if once is not None:
             return once.value(site, inputs)
         if self.versioned:
-            return self.keep("value", site.steps, [*site.originals, *inputs], lambda: site.advance(*inputs))
+            tensors = [*site.originals, *inputs] if inputs else site.originals
+            return self.keep("value", site._modules.values(), tensors, lambda: site.advance(*inputs))  # type: ignore[arg-type]
         return site.advance(*inputs)
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
@@ -94,7 +95,7 @@ class Holding:
         return self.fixed
 
     def keep(
-        self, key: str, modules: Sequence[nn.Module], tensors: Sequence[Tensor], evaluate: Callable[[], Any]
+        self, key: str, modules: Collection[nn.Module], tensors: Sequence[Tensor], evaluate: Callable[[], Any]
     ) -> Any:
         """Return the value kept under `key` while nothing it depends on has changed, else evaluate and keep.
 
@@ -136,11 +137,15 @@ class Kept:
         self.modes = modes
         self.versions = [part._version for part in _tensors(value)]
 
-    def holds(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
+    def holds(self, modules: Collection[nn.Module], tensors: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
         value = self.value
-        versions = [part._version for part in value] if type(value) is tuple else [value._version]
-        return self.versions == versions and self.modes == _modes(tensors) and self.watch.unchanged(modules, tensors)
+        if type(value) is tuple:
+            if [part._version for part in value] != self.versions:
+                return False
+        elif value._version != self.versions[0]:
+            return False
+        return self.modes == _modes(tensors) and self.watch.unchanged(modules, tensors)
 
 
 def _tensors(value: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ place of one that was freed. Their version counters see every in-place change, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -100,8 +100,8 @@ def mark(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
-def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two sequences hold the very same objects."""
+def same_objects(one: Collection[Any], other: Collection[Any]) -> bool:
+    """Whether two collections hold the very same objects in the same order."""
     return len(one) == len(other) and all(map(is_, one, other))
 
 

@@ -73,9 +73,11 @@ class ParametrizedTensor(nn.Module):
     @property
     def originals(self) -> list[Tensor]:
         """The stored tensors, in the order in which the steps read them."""
-        stored = self._parameters
+        stored, names = self._parameters, self.original_names
+        if len(names) == 1 and "original" in stored:  # as nearly always
+            return [stored["original"]]  # type: ignore[list-item]
         # Buffers are elsewhere, and so are the parameters of a replica.
-        return [stored[name] if name in stored else getattr(self, name) for name in self.original_names]  # type: ignore[misc]
+        return [stored[name] if name in stored else getattr(self, name) for name in names]  # type: ignore[misc]
 
     def forward(self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0) -> Any:
         """Return the value: a tensor, or a tuple of them for a joint site.
@@ -115,8 +117,15 @@ class ParametrizedTensor(nn.Module):
         return self._run(*inputs)
 
     def _run(self, *inputs: Tensor) -> Any:
-        if self.record.memory == "recompute":
+        record = self.record
+        if record.memory == "recompute":
             return recomputed(self, inputs)
+        if record.simple and not self.hoisted and not self.fused:  # what `compose` comes to, as nearly always
+            first, *others = self._modules.values()
+            value = first(*self.originals)  # type: ignore[misc]
+            for step in others:
+                value = step(value)  # type: ignore[misc]
+            return value
         return self.compose(*inputs)
 
     def compose(self, *inputs: Tensor) -> Any:

@@ -5,7 +5,7 @@ A `Signature` writes everything down; a `Watch` has looked once at where everyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -25,7 +25,7 @@ class Watch:
         content: whether what is in the tensors matters, or only their forms.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor], content: bool = True) -> None:
+    def __init__(self, modules: Collection[nn.Module], tensors: Sequence[Tensor], content: bool = True) -> None:
         self.modules = tuple(modules)
         self.given = tuple(tensors)
         self.states: list[tuple[Any, ...]] = []
@@ -35,7 +35,7 @@ class Watch:
         self.forms = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in watched]
         self.tensors = [_content(tensor) for tensor in watched] if content else []
 
-    def unchanged(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
+    def unchanged(self, modules: Collection[nn.Module], tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same objects, and all as it was."""
         if not same_objects(modules, self.modules) or not same_objects(tensors, self.given):
             return False
@@ -46,7 +46,7 @@ class Watch:
                 return False
         return True
 
-    def same_forms(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
+    def same_forms(self, modules: Collection[nn.Module], tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same objects, in the same modes and settings, with tensors of the same forms."""
         if not same_objects(modules, self.modules) or not same_objects(tensors, self.given) or not self.same_modules():
             return False
@@ -66,9 +66,9 @@ class Watch:
                 now = state.get(name, _MISSING)
                 if now is not value and not same_setting(now, value):
                     return False
-            for name, count, items in places:
+            for name, items in places:
                 place = state[name]
-                if len(place) != count:
+                if len(place) != len(items):
                     return False
                 for key, value in items:
                     if place.get(key, _MISSING) is not value:
@@ -84,7 +84,7 @@ class Watch:
             items = list(state[name].items())
             if name != "_modules":
                 watched += [tensor for _, tensor in items if tensor is not None]
-            places.append((name, len(items), items))
+            places.append((name, items))
         self.states.append((state, state["training"], len(state), list(settings.items()), places))
         for child in module._modules.values():
             if child is not None:
