@@ -63,7 +63,7 @@ def interleaved(
     device: str = "cpu",
     prepare: Callable[[], Any] | None = None,
     warm_up: int = 2,
-    shortest: float = 0.002,
+    shortest: float = 0.01,
     collecting: bool = False,
 ) -> Timings:
     """Time every contender once per round, in an order that is drawn anew for each round.
@@ -74,7 +74,8 @@ def interleaved(
         device: where they run; an accelerator is waited for.
         prepare: makes, untimed, what each call is given; without it contenders are called with nothing.
         warm_up: rounds that do not count.
-        shortest: seconds; what is faster is called so often that a sample takes about as long.
+        shortest: seconds; what is faster is called so often that a sample takes about as long, after one call that
+            does not count: what ran before has put other things in the processor's caches.
         collecting: leave Python's garbage collector on, for work of which it is a part.
     """
     names, order = list(contenders), random.Random(0)
@@ -85,6 +86,8 @@ def interleaved(
         gc.collect()
         for name in names:
             arguments = [()] * repeats[name] if prepare is None else [(prepare(),)]
+            if repeats[name] > 1:
+                contenders[name]()
             taken = _sample(contenders[name], arguments, device, collecting)
             if index >= 0:
                 samples[name].append(taken)
