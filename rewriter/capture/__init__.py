@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rewriter.capture._capture import Capture, capture, has_hooks, is_torch_leaf
-from rewriter.capture._examples import Call, difference
+from rewriter.capture._examples import Call, call_of, difference
 from rewriter.capture._export import CONSTANT, export_capture
 from rewriter.capture._leaves import Opened, Opener, Own, bind_call, opener_of, opens, opens_up, reads_every_site
 
@@ -15,6 +15,7 @@ __all__ = [
     "Opener",
     "Own",
     "bind_call",
+    "call_of",
     "capture",
     "difference",
     "export_capture",

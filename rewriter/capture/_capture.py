@@ -54,6 +54,8 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
         return Capture("graph", copy.deepcopy(model.graph))
     if mode == "module":
         return Capture("module", why="asked for")
+    if isinstance(model, torch.jit.ScriptModule):
+        return Capture("module", why="compiled by TorchScript")
     if is_rewritten_in_place(model):
         return Capture("module", why="rewritten so before")
     try:
@@ -68,8 +70,9 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
 
 
 def _refuse_compiled(model: nn.Module, owners: Sequence[str]) -> None:
+    compiled = isinstance(model, torch.jit.ScriptModule)
     for owner in dict.fromkeys(owners):
-        if isinstance(model.get_submodule(owner), torch.jit.ScriptModule):
+        if compiled or isinstance(model.get_submodule(owner), torch.jit.ScriptModule):
             raise CaptureError(
                 f"{owner or 'the model'} is compiled by TorchScript, and its tensors are part of the program; "
                 "rewrite the model before it is compiled, or leave the tensors out with `except`"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,24 @@ class Call:
     dynamic_shapes: Any = None
 
 
+def call_of(args: Any, kwargs: Any, dynamic_shapes: Any) -> Call | None:
+    """Return the example call, if one is given.
+
+    Raises:
+        CaptureError: the arguments do not come as a sequence and a mapping.
+    """
+    if args is None and kwargs is None:
+        return None
+    if not isinstance(args, (tuple, list, type(None))):
+        raise CaptureError(
+            f"example_inputs is the tuple of the forward's positional arguments, not a {type(args).__name__}: "
+            "for one argument write (x,)"
+        )
+    if not isinstance(kwargs, (Mapping, type(None))):
+        raise CaptureError(f"example_kwargs maps names of arguments to their values; it is a {type(kwargs).__name__}")
+    return Call(tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+
+
 def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool = False) -> str:
     """Say how the graph's outputs differ from the model's on one call; empty where they do not.
 
@@ -40,7 +58,7 @@ def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool 
     Raises:
         CaptureError: the model itself fails.
     """
-    with _unchanged(model), torch.no_grad():
+    with _unchanged(model) as put_back, torch.no_grad():
         for module in model.modules():
             module.training = module.training and training
         seed = torch.get_rng_state()
@@ -53,44 +71,55 @@ def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool 
                 f"the model fails on the example inputs: {type(problem).__name__}: {reason}"
             ) from problem
         torch.set_rng_state(seed)
+        written = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        put_back()
         captured = fx.GraphModule(model, copy.deepcopy(graph))
         found = captured(*pytree.tree_map(_cloned, tuple(call.args)), **pytree.tree_map(_cloned, dict(call.kwargs)))
+        for name, buffer in model.named_buffers():
+            text = _differs(written[name], buffer)
+            if text:
+                return f"{name}, which it writes to, {text}"
     before, after = pytree.tree_flatten(expected), pytree.tree_flatten(found)
     if len(before[0]) != len(after[0]):
         return f"it returns {len(after[0])} values where the model returns {len(before[0])}"
     for one, other in zip(before[0], after[0], strict=True):
         text = _differs(one, other)
         if text:
-            return text
+            return f"its output {text}"
     return ""
 
 
 def _differs(one: Any, other: Any) -> str:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return "" if type(one) is type(other) and (one is other or one == other) else f"{other!r} instead of {one!r}"
+        return "" if type(one) is type(other) and (one is other or one == other) else f"is {other!r} instead of {one!r}"
     if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return f"{other.dtype}{list(other.shape)} instead of {one.dtype}{list(one.shape)}"
+        return f"is {other.dtype}{list(other.shape)} instead of {one.dtype}{list(one.shape)}"
     tolerance = _TOLERANCE.get(one.dtype, 0.0)
     if one.is_meta or torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True):
         return ""
-    return f"its output differs by {float((one - other).abs().max()):.1e}"
+    return f"differs by {float((one - other).abs().max()):.1e}"
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put modes, buffers and random state back at the end; the buffers also when what is given is called."""
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda]
     with torch.random.fork_rng(devices=list({tensor.device for tensor in tensors})):
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for buffer, kept in buffers.items():
+                if not buffer.is_meta and not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
+
         try:
-            yield
+            yield put_back
         finally:
             for module, training in modes.items():
                 module.training = training
-            with torch.no_grad():
-                for buffer, kept in buffers.items():
-                    if not torch.equal(buffer, kept):
-                        buffer.copy_(kept)
+            put_back()
 
 
 def _cloned(value: Any) -> Any:

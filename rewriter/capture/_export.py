@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import operator
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from rewriter.capture import _expectations as expectations
 from rewriter.capture._capture import Capture
 from rewriter.capture._examples import Call, difference
+from rewriter.capture._reason import export_reason
 from rewriter.errors import CaptureError
 
 CONSTANT = "reparam_constant_"
@@ -62,8 +64,10 @@ def _exported(model: nn.Module, call: Call, training: bool) -> ExportedProgram:
             model, tuple(call.args), dict(call.kwargs), dynamic_shapes=call.dynamic_shapes, strict=False
         )
     except Exception as problem:
-        text = str(problem).strip().partition("\n")[0] or type(problem).__name__
-        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {text}") from problem
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}: {export_reason(problem)}; "
+            "capture='module' needs no graph"
+        ) from problem
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -175,7 +179,7 @@ class _Merging:
     def _expect(self, leaf: fx.Node, node: fx.Node, argument: Any) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            shape = [size if isinstance(size, int) else None for size in value.shape]
+            shape = [_fixed(size) for size in value.shape]
             self.graph.call_function(expectations.expect_shape, (leaf, shape, node.name))
         elif hasattr(argument, "value"):
             self.graph.call_function(expectations.expect_value, (leaf, argument.value, node.name))
@@ -197,16 +201,16 @@ class _Merging:
 
     def _body(self, owner: Any, nodes: list[fx.Node], env: dict[str, Any], second: Any, others: Any, other: Any) -> Any:
         """Copy the nodes of one graph, merged with those of another one; return what the first one returns."""
-        rest = iter([node for node in others if node.op not in ("placeholder", "get_attr")] if others else ())
+        rest = collections.deque(node for node in others or () if node.op not in ("placeholder", "get_attr"))
         for node in nodes:
             if node.op in ("placeholder", "get_attr"):
                 continue
-            if others and _is_counter(node):
+            if others and _is_counter(node) and not (rest and _same_counter(node, rest[0], env, other)):
                 flag = self._flag(node)
                 amount = (flag, self._merged(node, node.args[0], None, env, None), node.args[1])
                 self.graph.call_function(expectations.add_in_training, amount)
                 continue
-            twin = next(rest, None) if others else None
+            twin = rest.popleft() if rest else None
             if others and (twin is None or (twin.op, _name(twin)) != (node.op, _name(node))):
                 raise _Differs(f"train mode calls {_name(node)} where eval mode calls {twin and _name(twin)}")
             if node.op == "output":
@@ -311,8 +315,22 @@ class _Merging:
         self.graph.output(self.graph.call_function(expectations.rebuild, (list(results), structure)))
 
 
+def _fixed(size: Any) -> int | None:
+    """Return a size that the graph is good for alone: also where it was to vary, and the forward fixed it."""
+    if isinstance(size, int):
+        return size
+    found = size.node.shape_env.simplify(size.node.expr)
+    return int(found) if found.is_number else None
+
+
 def _is_counter(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.add_.Tensor and not node.users and isinstance(node.args[1], int)
+
+
+def _same_counter(node: fx.Node, twin: fx.Node, env: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether eval mode counts as well, as a forward's own counter does and a batch norm's does not."""
+    counts = _is_counter(twin) and twin.args[1] == node.args[1]
+    return counts and env[node.args[0].name] is other[twin.args[0].name]  # type: ignore[union-attr]
 
 
 def _name(node: fx.Node) -> str:

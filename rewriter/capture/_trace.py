@@ -8,7 +8,6 @@ makes the module a node of its own, which runs as it is.
 from __future__ import annotations
 
 import threading
-import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from rewriter.capture._bytecode import asks_of_result
 from rewriter.capture._effects import Snapshot, still_alive
 from rewriter.capture._guards import Flag, guarded, refuse_unknown_call
 from rewriter.capture._proxy import Value, forget_kinds, remember_kind
+from rewriter.capture._reason import reason
 from rewriter.capture._signature import absences, check_root, optional_arguments, outline, resolve_annotations
 from rewriter.errors import CaptureError
 
@@ -69,7 +69,7 @@ def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> 
         tracer.check_refusals()
     except Exception as problem:
         before.restore()
-        raise CaptureError(f"torch.fx cannot trace {type(root).__name__}.forward: {_reason(problem)}") from problem
+        raise CaptureError(f"torch.fx cannot trace {type(root).__name__}.forward: {reason(problem)}") from problem
     changed = before.restore()
     if changed:
         raise CaptureError(f"the forward changes {', '.join(changed)} as it runs")
@@ -181,7 +181,7 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
             self.proxies, self.refusals = known, refusals
             self.module_stack, self.num_calls = stack, calls
-            self.opaque[path] = _reason(problem)
+            self.opaque[path] = reason(problem)
         return self._called(m, forward, args, kwargs)
 
     def _called(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -223,16 +223,3 @@ class _Tracer(fx.Tracer):
 
 def _modes() -> int:
     return torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-
-
-def _reason(problem: BaseException) -> str:
-    """Say why tracing failed, with the line of the user's forward where it did."""
-    lines = str(problem).strip().splitlines()
-    text = lines[0] if lines else type(problem).__name__
-    for frame in reversed(traceback.extract_tb(problem.__traceback__)):
-        if "/torch/" not in frame.filename and not frame.filename.startswith("<") and _PACKAGE not in frame.filename:
-            return f"{text} (at {frame.filename}:{frame.lineno}: `{frame.line}`)"
-    return text
-
-
-_PACKAGE = __file__.rpartition("capture")[0]

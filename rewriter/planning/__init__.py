@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter._pause import collector_paused
-from rewriter.capture import Call
+from rewriter.capture import call_of
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
 from rewriter.planning._survey import Entry, dtype_name, survey
@@ -56,9 +56,7 @@ def plan(
 
         check_capture(capture)
         return plan_program(model, read)
-    call = None
-    if example_inputs is not None or example_kwargs is not None:
-        call = Call(tuple(example_inputs or ()), dict(example_kwargs or {}), dynamic_shapes)
+    call = call_of(example_inputs, example_kwargs, dynamic_shapes)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with collector_paused(), torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         model, taken = taken_over(model) if read.absorb else (model, [])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rewriter import bake, plan, rewrite
+from rewriter import absorb, bake, plan, rewrite
 from rewriter.errors import CaptureError
 
 TOTAL: list[int] = [0]
@@ -249,6 +249,14 @@ def test_tensors_of_a_torchscript_submodule_are_refused(capture: str) -> None:
     with pytest.raises(CaptureError, match=r"scripted\.0.*TorchScript.*before"):
         rewrite(model, spec("scripted.0.weight"), capture=capture)
     torch.testing.assert_close(model(X), model(X))
+
+
+@pytest.mark.parametrize("capture", ["auto", "module", "export"])
+def test_a_model_compiled_by_torchscript_is_refused(capture: str) -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(CaptureError, match=r"TorchScript.*before|ScriptModule"):
+        rewrite(model, spec("0.weight"), capture=capture, example_inputs=(X,))
+    torch.testing.assert_close(absorb(model)(X), model(X))
 
 
 class Extended(nn.Linear):

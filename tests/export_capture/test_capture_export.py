@@ -173,3 +173,71 @@ def test_a_comparison_changes_neither_modes_nor_statistics():
     assert isinstance(new, RewrittenModule)
     assert [module.training for module in (new.get_submodule("1"), new.get_submodule("2"))] == [False, True]
     assert int(new.get_buffer("1.num_batches_tracked")) == 0
+
+
+class Counting(nn.Module):
+    """Counts its calls in every mode, beside a batch norm that counts in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.bn = nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        out = self.bn(self.fc(x))
+        self.calls.add_(1)
+        return out + self.calls
+
+
+@pytest.mark.parametrize("captured_in_training", [False, True])
+def test_a_buffer_that_the_forward_counts_in_counts_on_in_both_modes(captured_in_training):
+    model, x = Counting().train(captured_in_training), torch.randn(3, 4)
+    new = rewriter.rewrite(model, FC, capture="export", example_inputs=(x,))
+    assert (float(model.calls), float(new.calls)) == (0, 0)
+    reference = rewriter.rewrite(model, FC, capture="module")
+    for training in (True, False, True):
+        new.train(training), reference.train(training)
+        torch.testing.assert_close(new(x), reference(x))
+    assert float(rewriter.bake(new).calls) == 3
+    assert int(new.get_buffer("bn.num_batches_tracked")) == 2
+
+
+class Fixing(nn.Module):
+    """Works for one length only, whatever is said of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) * 3 if x.shape[1] == 5 else self.fc(x)
+
+
+def test_a_size_that_the_forward_fixes_does_not_vary():
+    x, vary = torch.randn(2, 5, 4), ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    new = rewriter.rewrite(Fixing(), FC, capture="export", example_inputs=(x,), dynamic_shapes=vary)
+    new(torch.randn(7, 5, 4))
+    with pytest.raises(CaptureError, match=r"captured for .*, 5, 4"):
+        new(torch.randn(2, 6, 4))
+    vary = {"x": {1: torch.export.Dim("length")}}
+    with pytest.raises(CaptureError, match=r"length as dynamic but your code specialized it to be a constant \(5\)"):
+        rewriter.rewrite(Fixing(), FC, capture="export", example_inputs=(x,), dynamic_shapes=vary)
+
+
+class Choosing(Branching):
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else x
+
+
+def test_what_torch_export_cannot_do_names_the_line_and_another_way():
+    with pytest.raises(CaptureError, match=r"(?s)test_capture_export\.py:\d+: `return .*x\.sum\(\).*capture='module'"):
+        rewriter.rewrite(Choosing(), FC, capture="export", example_inputs=(torch.randn(2, 4),))
+
+
+def test_example_inputs_are_a_tuple():
+    for verb in (rewriter.rewrite, rewriter.plan):
+        with pytest.raises(CaptureError, match=r"not a Tensor: for one argument write \(x,\)"):
+            verb(Branching(), FC, example_inputs=torch.randn(2, 4))
+    with pytest.raises(CaptureError, match="example_kwargs maps names"):
+        rewriter.rewrite(Branching(), FC, example_kwargs=[1])
