@@ -18,8 +18,6 @@ from rewriter.io._functions import graph_function
 from rewriter.runtime._checkpoint import saving_hooks
 from rewriter.runtime._scope import Frame
 
-_interpreter = torch._C._functorch.peek_interpreter_stack
-
 
 @graph_function
 def times_transposed(x: Tensor, transposed: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,37 +34,24 @@ def times_transposed(x: Tensor, transposed: Tensor, bias: Tensor | None = None) 
 
 
 def linear_forward(
-    forward: Callable[..., Any], running: Callable[[Any], Frame | None], site_of: Callable[[Any], Any]
+    plain: Callable[..., Any], forward: Callable[..., Any], find: Callable[[Any], tuple[Frame | None, Any]]
 ) -> Callable[..., Any]:
     """Return the forward of owners of a computed weight that have the forward of nn.Linear.
 
     Arguments:
+        plain: that forward, to be called inside a running one.
         forward: that of owners in general.
-        running: finds the forward that runs in the model of an owner.
-        site_of: finds the site that computes an owner's weight.
+        find: the forward that runs in the model of an owner, and the site that computes its weight.
     """
 
     def linear(self: Any, *args: Any, **kwargs: Any) -> Any:
-        frame = running(self)
+        frame, site = find(self)
         if frame is None or kwargs or len(args) != 1 or is_compiling() or saving_hooks(True) is not None:
             return forward(self, *args, **kwargs)
-        transposed = frame.transposed.get(self)
-        if transposed is not None:
-            bias = self._parameters.get("bias")  # a look-up for the common case: it may be computed, or a replica's
-            return times_transposed(*args, transposed, self.bias if bias is None else bias)
-        result = forward(self, *args)
-        _transpose(frame, self, site_of(self))
-        return result
+        transposed = frame.transposed.get(site)
+        if transposed is None:
+            return plain(self, *args)
+        bias = self._parameters.get("bias")  # a look-up for the common case: it may be computed, or a replica's
+        return times_transposed(*args, transposed, self.bias if bias is None else bias)
 
     return linear
-
-
-def _transpose(frame: Frame, owner: Any, site: Any) -> None:
-    """Keep the transpose of a weight that has been read twice, for the rest of the forward."""
-    weight = frame.known.get(site)
-    if weight is None:
-        weight = frame.passing.get(site)
-    if weight is None or type(weight) is not Tensor or weight.dim() != 2 or _interpreter() is not None:
-        return
-    if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (frame.grad, frame.inference):
-        frame.transposed[owner] = weight.t()

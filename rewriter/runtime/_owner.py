@@ -306,18 +306,15 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
 def _specialised(plain: Any, tensors: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
     if plain.forward is nn.Linear.forward and "weight" in tensors:
-        return linear_forward(forward, _running_frame, _site_of_weight)
+        return linear_forward(plain.forward, forward, _frame_and_weight)
     return forward
 
 
-def _running_frame(self: Any) -> Frame | None:
+def _frame_and_weight(self: Any) -> tuple[Frame | None, ParametrizedTensor | None]:
     session: Session | None = self.__dict__.get(SESSION)
-    return None if session is None else session.running.frame
-
-
-def _site_of_weight(self: Any) -> ParametrizedTensor | None:
-    site: ParametrizedTensor | None = self._modules[CONTAINER]._modules.get("weight")
-    return site
+    if session is None:
+        return None, None
+    return session.running.frame, self._modules[CONTAINER]._modules.get("weight")
 
 
 def _refuse(tensors: tuple[str, ...], name: str, what: str) -> None:

@@ -15,13 +15,15 @@ from rewriter.errors import RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, region_of_backward, region_of_forward
 
+_interpreter = torch._C._functorch.peek_interpreter_stack
+
 
 class Frame:
     """One running forward: the values evaluated in it, and the modes that were on when it began.
 
     `known` holds the values that are read time and again, wherever that is: they would be the same in a second run.
     `passing` holds those that would not; a region that may run again has to note which frame it found them in.
-    `transposed` holds the transposes of weights of linear layers, by layer.
+    `transposed` holds the transposes of those that are matrices, for linear layers.
     """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
@@ -47,6 +49,7 @@ class Frame:
             value = self.values[key]
             if isinstance(value, Tensor):
                 (self.known if key.repeatable else self.passing)[key] = value
+                self._transpose(key, value)
             return value
         value = evaluate() if is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
@@ -75,11 +78,16 @@ class Frame:
             self.drawn[key] = region
         return value
 
+    def _transpose(self, key: Any, value: Tensor) -> None:
+        """Keep the transpose of what is read a second time, if it is one that later reads can use."""
+        if type(value) is Tensor and value.dim() == 2 and not is_compiling() and _interpreter() is None:
+            if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (self.grad, self.inference):
+                self.transposed[key] = value.t()
+
     def forget(self, key: Any) -> None:
         """Evaluate anew when `key` is asked for again."""
-        for held in (self.values, self.known, self.passing, self.buffers):
+        for held in (self.values, self.known, self.passing, self.transposed, self.buffers):
             held.pop(key, None)
-        self.transposed.clear()
 
     def check_buffers(self) -> None:
         """Refuse what the forward wrote into buffers that are computed."""
