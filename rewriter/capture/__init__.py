@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rewriter.capture._capture import Capture, capture, has_hooks, is_torch_leaf
 from rewriter.capture._examples import Call, call_of, difference
+from rewriter.capture._expansions import Expanded, Parts, expansion_of, part_with
 from rewriter.capture._export import CONSTANT, export_capture
 from rewriter.capture._leaves import Opened, Opener, Own, bind_call, opener_of, opens, opens_up, reads_every_site
 
@@ -11,18 +12,22 @@ __all__ = [
     "CONSTANT",
     "Call",
     "Capture",
+    "Expanded",
     "Opened",
     "Opener",
     "Own",
+    "Parts",
     "bind_call",
     "call_of",
     "capture",
     "difference",
+    "expansion_of",
     "export_capture",
     "has_hooks",
     "is_torch_leaf",
     "opener_of",
     "opens",
     "opens_up",
+    "part_with",
     "reads_every_site",
 ]

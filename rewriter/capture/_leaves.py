@@ -55,12 +55,15 @@ def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
             yield argument
 
 
-Opener = Callable[[Any], Opened]
+Opener = Callable[[Any], "Opened | None"]
 _openers: dict[type[nn.Module], Opener] = {}
 
 
 def opens(*kinds: type[nn.Module]) -> Callable[[Opener], Opener]:
-    """Register an opener for exactly these classes; a subclass may have another forward."""
+    """Register an opener for exactly these classes; a subclass may have another forward.
+
+    The opener returns None for a module that was built another way than its class builds it.
+    """
 
     def bind(opener: Opener) -> Opener:
         _openers.update(dict.fromkeys(kinds, opener))
@@ -79,7 +82,8 @@ def opener_of(module: nn.Module) -> Opener | None:
 def opens_up(module: nn.Module, tensor: str) -> bool:
     """Say whether the opened module is a function of the tensor that it, or a submodule of it, has by that name."""
     opener = opener_of(module)
-    return opener is not None and tensor in opener(module).names
+    opened = opener(module) if opener is not None else None
+    return opened is not None and tensor in opened.names
 
 
 def reads_every_site(module: nn.Module, opened: Opened) -> bool:

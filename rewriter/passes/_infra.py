@@ -91,6 +91,34 @@ def note(node: fx.Node) -> dict[str, Any]:
     return entry
 
 
+def call_note(node: fx.Node, given: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the entry of a call that is about to become one of a function, for putting the call back.
+
+    Arguments:
+        node: the call.
+        given: its arguments in the order of the module's forward, as the function will get them.
+    """
+
+    def position(value: object) -> int:
+        return next(index for index, argument in enumerate(given) if argument is value)
+
+    return {
+        **note(node),
+        "opened": str(node.target),
+        "arity": len(given),
+        "positional": len(node.args),
+        "keywords": {name: position(value) for name, value in node.kwargs.items()},
+    }
+
+
+def keep_place(node: fx.Node) -> None:
+    """Take our entry out of the node's metadata, but for the node's place in an expanded call."""
+    place = {name: value for name, value in note(node).items() if name in ("part", "result")}
+    node.meta.pop(META, None)
+    if place:
+        node.meta[META] = place
+
+
 def reads_of(rewriting: Rewriting) -> list[fx.Node]:
     """Return the nodes that read a selected tensor from its old place."""
     return [node for node in rewriting.graph.nodes if node.op == "get_attr" and node.target in rewriting.sites]

@@ -80,7 +80,7 @@ def _hand_values(rewriting: Rewriting) -> None:
             values: list[Any] = [evaluation(rewriting, site) for site in handed_sites(module)]
         former = node.kwargs.get(HANDED, ())
         node.kwargs = {**node.kwargs, HANDED: values}
-        node.meta[META] = {"handed": True}
+        node.meta[META] = {**note(node), "handed": True}
         for value in former:
             if not value.users:
                 rewriting.graph.erase_node(value)

@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from rewriter.capture import Opened, Own, bind_call, has_hooks, opener_of, reads_every_site
-from rewriter.passes._infra import META, Pass, PassError, Rewriting
+from rewriter.passes._infra import META, Pass, PassError, Rewriting, call_note
 
 
 def open_leaves(rewriting: Rewriting) -> bool:
@@ -31,13 +31,12 @@ def _opened(module: nn.Module) -> Opened | None:
     if opener is None or has_hooks(module):
         return None
     opened = opener(module)
-    return opened if reads_every_site(module, opened) else None
+    return opened if opened is not None and reads_every_site(module, opened) else None
 
 
 def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, opened: Opened, reads: dict[str, fx.Node]) -> None:
     path = str(node.target)
     given = bind_call(module, node.args, node.kwargs)
-    names = list(node.kwargs)
     graph = rewriting.graph
     with graph.inserting_before(node):
 
@@ -45,20 +44,11 @@ def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, opened: Opened
             return _read(rewriting, module, path, argument.name, reads) if isinstance(argument, Own) else argument
 
         further = map_aggregate(opened.arguments, read)
-    node.meta[META] = {
-        "opened": path,
-        "arity": len(given),
-        "positional": len(node.args),
-        "keywords": {name: _position(given, node.kwargs[name]) for name in names},
-    }
+    node.meta[META] = call_note(node, given)
     node.op, node.target = "call_function", opened.function
     node.args = (*given, *further)
-    if names:
+    if node.kwargs:
         node.kwargs = {}
-
-
-def _position(given: tuple[object, ...], value: object) -> int:
-    return next(index for index, argument in enumerate(given) if argument is value)
 
 
 def _read(rewriting: Rewriting, module: nn.Module, path: str, name: str, reads: dict[str, fx.Node]) -> fx.Node | None:

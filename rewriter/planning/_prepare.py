@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from rewriter.capture import Call, Capture, capture, difference, export_capture, has_hooks, is_torch_leaf, opens_up
+from rewriter.capture import (
+    Call,
+    Capture,
+    capture,
+    difference,
+    export_capture,
+    has_hooks,
+    is_torch_leaf,
+    opens_up,
+    part_with,
+)
 from rewriter.errors import CaptureError, Diagnostic, PlanError
 from rewriter.planning._build import Description, build, check_value, describe
 from rewriter.planning._construct import BuildError, Extra
@@ -322,24 +332,29 @@ def _how_captured(model: nn.Module, way: Capture, uses: Uses, site: Parametrized
     return first if len(ways) == 1 else (first[0], "; ".join(dict.fromkeys(why for _, why in ways if why)))
 
 
+def _how_called(model: nn.Module, path: str, name: str) -> tuple[str, str]:
+    module = model.get_submodule(path)
+    kind = type(module).__name__
+    if has_hooks(module):
+        return "handed", f"{path} ({kind}) has hooks, which keep it one call"
+    if opens_up(module, name.removeprefix(f"{path}.")):
+        return "opened", f"{kind} as a function of its tensors"
+    if is_torch_leaf(module):
+        return "handed", f"{path} ({kind}) takes its tensors by name"
+    return "handed", f"{path} ({kind}) is one node of the graph"
+
+
 def _ways(model: nn.Module, way: Capture, uses: Uses, name: str, path: str) -> Iterable[tuple[str, str]]:
     if ("get_attr", name) in uses:
         yield ("graph", "read directly") if uses["get_attr", name] else ("unused", "read, and not used")
     prefix = path
     while True:
         if ("call_module", prefix) in uses:
-            module = model.get_submodule(prefix)
-            kind = type(module).__name__
             if prefix in way.opaque:
                 yield "handed", f"{prefix or 'the root'} stays one node: {way.opaque[prefix]}"
-            elif not has_hooks(module) and opens_up(module, name.removeprefix(f"{prefix}.")):
-                yield "opened", f"{kind} as a function of its tensors"
-            elif has_hooks(module):
-                yield "handed", f"{prefix} ({kind}) has hooks, which keep it one call"
-            elif is_torch_leaf(module):
-                yield "handed", f"{prefix} ({kind}) takes its tensors by name"
             else:
-                yield "handed", f"{prefix} ({kind}) is one node of the graph"
+                inner = part_with(model.get_submodule(prefix), name.removeprefix(f"{prefix}."))
+                yield _how_called(model, f"{prefix}.{inner}" if inner else prefix, name)
         if not prefix:
             return
         prefix = prefix.rpartition(".")[0]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -67,6 +68,17 @@ class Masked(One):
 
     def forward(self, x: Tensor, padding: Tensor) -> Any:
         return self.layer(x, x, x, padding, False, attn_mask=self.mask)
+
+
+class MaskedLayers(One):
+    """A transformer's encoder under a causal mask that is a buffer, with a padding mask that is an input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(3), persistent=False)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Any:
+        return self.layer(x, self.mask.to(x.dtype), padding)
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,9 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "batch norm 2d cumulative": _c(lambda: nn.BatchNorm2d(3, momentum=None), (2, 3, 2, 2)),
     "batch norm 2d untracked": _c(lambda: nn.BatchNorm2d(3, track_running_stats=False), (2, 3, 2, 2)),
     "batch norm 3d": _c(lambda: nn.BatchNorm3d(2), (2, 2, 2, 2, 2)),
-    "sync batch norm": _c(lambda: nn.SyncBatchNorm(3), (4, 3, 2)),
+    "sync batch norm": _c(lambda: nn.SyncBatchNorm(3), (4, 3, 2), names=("weight", "bias")),
+    "sync batch norm cumulative": _c(lambda: nn.SyncBatchNorm(3, momentum=None, eps=1e-3), (4, 3)),
+    "sync batch norm untracked": _c(lambda: nn.SyncBatchNorm(3, track_running_stats=False), (2, 3, 2, 2)),
     "instance norm 1d": _c(lambda: nn.InstanceNorm1d(3, affine=True), (2, 3, 5)),
     "instance norm 1d unbatched": _c(lambda: nn.InstanceNorm1d(3, affine=True), (3, 5)),
     "instance norm 2d tracked": _c(
@@ -197,17 +211,55 @@ CONFIGURATIONS: dict[str, Configuration] = {
         lambda: nn.TransformerEncoderLayer(4, 2, 5, batch_first=True, dropout=0.0), (2, 3, 4),
         names=("self_attn.in_proj_weight", "linear1.weight"),
     ),
+    "encoder layer norm first": _c(
+        lambda: nn.TransformerEncoderLayer(4, 2, 5, dropout=0.2, norm_first=True, activation="gelu"), (3, 2, 4),
+        names=("self_attn.out_proj.weight", "linear2.weight", "norm1.weight", "norm2.bias"),
+    ),
+    "encoder layer unbatched": _c(
+        lambda: nn.TransformerEncoderLayer(4, 1, 5, activation=nn.PReLU()), (3, 4),
+        names=("linear2.weight", "activation.weight"),
+    ),
+    "encoder layer masked": _c(
+        lambda: nn.TransformerEncoderLayer(4, 2, 5, dropout=0.1, batch_first=True), (2, 3, 4), "001 000",
+        names=("self_attn.in_proj_weight", "norm1.weight"), host=MaskedLayers,
+    ),
+    "encoder layer unbiased": _c(
+        lambda: nn.TransformerEncoderLayer(4, 2, 5, bias=False, activation=F.silu), (3, 2, 4),
+        names=("self_attn.in_proj_weight", "linear1.weight"),
+    ),
     "encoder": _c(
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 5, dropout=0.1, batch_first=True), 2), (2, 3, 4),
         names=("layers.0.linear2.weight", "layers.1.self_attn.out_proj.weight"),
+    ),
+    "encoder masked": _c(
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), 2, nn.LayerNorm(4), enable_nested_tensor=False
+        ),
+        (2, 3, 4), "001 000", names=("layers.1.linear1.weight", "norm.weight"), host=MaskedLayers,
     ),
     "decoder layer": _c(
         lambda: nn.TransformerDecoderLayer(4, 2, 5, dropout=0.1), (3, 2, 4), (4, 2, 4),
         names=("multihead_attn.in_proj_weight", "linear1.weight", "norm1.weight"),
     ),
+    "decoder layer norm first": _c(
+        lambda: nn.TransformerDecoderLayer(4, 2, 5, norm_first=True, batch_first=True, bias=False, activation=F.silu),
+        (2, 3, 4), (2, 5, 4), names=("self_attn.in_proj_weight", "norm3.weight", "linear2.weight"),
+    ),
+    "decoder": _c(
+        lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 5), 2, nn.LayerNorm(4)), (3, 2, 4), (5, 2, 4),
+        names=("layers.0.multihead_attn.out_proj.weight", "layers.1.norm2.weight", "norm.bias"),
+    ),
+    "transformer": _c(
+        lambda: nn.Transformer(4, 2, 1, 1, 5, batch_first=True), (2, 3, 4), (2, 5, 4),
+        names=("encoder.layers.0.linear1.weight", "decoder.layers.0.linear2.weight", "decoder.norm.weight"),
+    ),
     "adaptive softmax": _c(
         lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 8, [2, 4]), (6, 4), [0, 1, 3, 5, 7, 2],
         names=("head.weight", "tail.0.1.weight"),
+    ),
+    "adaptive softmax biased": _c(
+        lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 9, [2, 4, 7], div_value=2, head_bias=True), (4, 8), [0, 8, 5, 2],
+        names=("head.bias", "tail.1.0.weight", "tail.0.1.weight"),
     ),
 }  # fmt: skip
 

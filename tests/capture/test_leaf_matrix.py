@@ -15,9 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewriter import bake, plan, rewrite
 from rewriter.io import load_model, save_model
-from rewriter.runtime import ParametrizedTensor
-
-HANDED = ("sync batch norm", "encoder", "decoder", "adaptive")
+from rewriter.runtime import HANDED, ParametrizedTensor
 
 
 class Symmetric(nn.Module):
@@ -157,21 +155,27 @@ def test_equals_torch_in_train_and_eval_and_bakes_back(configuration: Any, chain
         assert_near(dict(enumerate(run(baked, arguments)[0])), dict(enumerate(outputs)), tolerance)
 
 
-def test_opened_or_handed_as_planned(configuration: Any, request: pytest.FixtureRequest) -> None:
+def test_opened_as_planned(configuration: Any) -> None:
     model, names = prepared(configuration, "weight_norm", torch.float32)
-    handed = any(word in request.node.name for word in HANDED)
-    found = plan(model, spec_of(model, names, "weight_norm"))
+    spec = spec_of(model, names, "weight_norm")
+    found = plan(model, spec)
     assert found.root == "graph"
-    assert {site.capture for site in found} == {"handed" if handed else "opened"}, str(found)
+    assert {site.capture for site in found} == {"opened"}, str(found)
+    assert not any(HANDED in node.kwargs for node in rewrite(model, spec).graph.nodes)
 
 
 def test_scripts_when_the_plain_module_does(configuration: Any, request: pytest.FixtureRequest) -> None:
     model, names = prepared(configuration, "weight_norm", torch.float64)
-    if any(word in request.node.name for word in (*HANDED, "packed")):
-        pytest.skip("not opened, or a packed sequence: TorchScript takes the baked model")
+    if "packed" in request.node.name:
+        pytest.skip("a packed sequence: TorchScript takes the baked model")
     arguments = configuration.arguments(torch.float64)
     new = rewrite(model, spec_of(model, names, "weight_norm")).eval()
-    scripted = torch.jit.script(new)
+    try:
+        scripted = torch.jit.script(new)
+    except Exception:
+        with pytest.raises(Exception, match=r"."):
+            torch.jit.script(model.layer)
+        return
     torch.testing.assert_close(run(scripted, arguments)[0], run(new, arguments)[0], rtol=1e-12, atol=1e-12)
 
 

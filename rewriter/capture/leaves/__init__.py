@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rewriter.capture.leaves import (
+    _adaptive_softmax,
     _attention,
     _cells,
     _convolution,
@@ -10,6 +11,19 @@ from rewriter.capture.leaves import (
     _linear,
     _normalization,
     _recurrent,
+    _sync_batch_norm,
+    _transformer,
 )
 
-__all__ = ["_attention", "_cells", "_convolution", "_embedding", "_linear", "_normalization", "_recurrent"]
+__all__ = [
+    "_adaptive_softmax",
+    "_attention",
+    "_cells",
+    "_convolution",
+    "_embedding",
+    "_linear",
+    "_normalization",
+    "_recurrent",
+    "_sync_batch_norm",
+    "_transformer",
+]

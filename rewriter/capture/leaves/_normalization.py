@@ -1,8 +1,4 @@
-"""Normalizations; those with running statistics go on updating them.
-
-SyncBatchNorm is not among them: what it does depends on the process group, so it stays a module and is handed its
-tensors.
-"""
+"""Normalizations; those with running statistics go on updating them."""
 
 from __future__ import annotations
 
