@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
+from rewriter.planning._fit import Fitted
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
@@ -45,6 +46,7 @@ def build(
     session: Session,
     shared: Sequence[nn.Module] | None = None,
     extra: Extra | None = None,
+    fitted: Fitted | None = None,
 ) -> ParametrizedTensor:
     """Construct the site of `claim` from the values its tensors have now; the model is only read.
 
@@ -57,6 +59,7 @@ def build(
         session: what the site belongs to until it is attached.
         shared: steps to use instead of new ones (`share: true`).
         extra: constructor arguments decided over all sites of the rule.
+        fitted: what was constructed and fitted together with other sites.
 
     Raises:
         BuildError: a step cannot be constructed or inverted, or the chain takes other tensors than there are.
@@ -67,10 +70,15 @@ def build(
     if len(values) > 1 and not layout.plain:
         raise BuildError("`joint` cannot be combined with `per` or `reshape`")
     target: Any = values[0] if len(values) == 1 else tuple(values)
-    steps = list(shared) if shared is not None else construct_steps(rule, layout, target, inputs, extra or {})[0]
-    if rule.init == "sample":
-        target = _sample(steps, layout, target)
-    originals, stored, carries = _invert(rule, layout, steps, target, inputs)
+    if fitted is not None:
+        steps = fitted.steps
+        _check_arity(steps[0], rule.chain[0], 1)
+        originals, stored, carries = Inverse([fitted.original], (1,), (0,))
+    else:
+        steps = list(shared) if shared is not None else construct_steps(rule, layout, target, inputs, extra or {})[0]
+        if rule.init == "sample":
+            target = _sample(steps, layout, target)
+        originals, stored, carries = _invert(rule, layout, steps, target, inputs)
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
         originals = [layout.outward(originals[0])]

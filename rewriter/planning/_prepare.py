@@ -24,6 +24,7 @@ from rewriter.capture import (
 from rewriter.errors import CaptureError, Diagnostic, PlanError
 from rewriter.planning._build import Description, build, check_value, describe
 from rewriter.planning._construct import BuildError, Extra
+from rewriter.planning._fit import Fitted, fitted_together
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._resolve import Claim, resolve
 from rewriter.planning._survey import Entry, survey
@@ -239,6 +240,7 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
     values = _Values(prepared)
     shared: dict[str, list[nn.Module]] = {}
     extra: dict[int, Extra] = {}
+    fitted: dict[int, Fitted] = {}
     planned: set[str] = set()
     failures: dict[tuple[str, str], list[str]] = {}
     rules: dict[str, Rule] = {}
@@ -255,8 +257,11 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
             inputs = {name: values[name] for name in reads_of(rule)}
             if rule.name not in planned:
                 planned.add(rule.name)
-                extra |= planned_together([other for other in claims[::-1] if other.rule.name == rule.name], inputs)
-            site = build(claim, inputs, descriptions[rule.name], session, shared.get(rule.name), extra.get(id(claim)))
+                own = [other for other in claims[::-1] if other.rule.name == rule.name]
+                extra |= planned_together(own, inputs)
+                fitted |= fitted_together(rule, own)
+            known, further, made = shared.get(rule.name), extra.get(id(claim)), fitted.get(id(claim))
+            site = build(claim, inputs, descriptions[rule.name], session, known, further, made)
             form = _form(site, inputs.values())
             if measure or form not in checked:
                 prepared.moved[site] = check_value(claim, site, inputs, measure=measure)

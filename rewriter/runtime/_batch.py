@@ -81,7 +81,7 @@ def alike(sites: Sequence[ParametrizedTensor]) -> bool:
 
 def likeness(site: ParametrizedTensor) -> Hashable:
     """Return what is equal for sites that are `alike`, as long as nothing about them changes."""
-    return (site.record.layout, _form(site.originals[0]), *map(_step_likeness, site.steps))
+    return (site.record.layout, _form(site.originals[0]), *map(likeness_of_step, site.steps))
 
 
 def evaluate_together(sites: Sequence[ParametrizedTensor]) -> Batch:
@@ -101,7 +101,7 @@ def stacked(sites: Sequence[ParametrizedTensor]) -> tuple[Tensor, list[Any]]:
         originals = [record.layout.inward(original) for original in originals]
     value = torch.stack(originals)
     width = value.ndim
-    return value, [_stacked(steps, width) for steps in zip(*(site.steps for site in sites), strict=True)]
+    return value, [stacked_step(steps, width) for steps in zip(*(site.steps for site in sites), strict=True)]
 
 
 def _together(sites: Sequence[ParametrizedTensor]) -> Batch:
@@ -112,7 +112,7 @@ def _together(sites: Sequence[ParametrizedTensor]) -> Batch:
     return tuple(part if layout.plain else layout.outward(part) for part in value.unbind(0))
 
 
-def _stacked(modules: Sequence[Any], width: int) -> Any:
+def stacked_step(modules: Sequence[Any], width: int) -> Any:
     """Return a module like each of `modules`, with all their tensors along a new first dimension.
 
     Between that dimension and a tensor's own stand as many of size one as make it broadcast like the tensor did.
@@ -128,7 +128,7 @@ def _stacked(modules: Sequence[Any], width: int) -> Any:
             for name, tensor in first.__dict__[kind].items()
         }
     clone.__dict__["_modules"] = {
-        name: None if child is None else _stacked([module._modules[name] for module in modules], width)
+        name: None if child is None else stacked_step([module._modules[name] for module in modules], width)
         for name, child in first._modules.items()
     }
     return clone
@@ -140,13 +140,13 @@ def _stack(tensors: Sequence[Tensor], width: int) -> Tensor:
     return stacked.reshape(len(tensors), *padding, *tensors[0].shape)
 
 
-def _step_likeness(step: nn.Module) -> Hashable:
+def likeness_of_step(step: nn.Module) -> Hashable:
     state = step.__dict__
     if state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return object()  # a hook may do anything: like nothing else
     settings = [(name, type(value), _setting(value)) for name, value in settings_of(step).items()]
     tensors = [(name, _form(tensor)) for kind in ("_parameters", "_buffers") for name, tensor in state[kind].items()]
-    children = [(name, None if child is None else _step_likeness(child)) for name, child in state["_modules"].items()]
+    children = [(name, None if child is None else likeness_of_step(child)) for name, child in state["_modules"].items()]
     return (type(step), state["training"], frozenset(settings), frozenset(tensors), tuple(children))
 
 
