@@ -329,8 +329,10 @@ def _is_counter(node: fx.Node) -> bool:
 
 def _same_counter(node: fx.Node, twin: fx.Node, env: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether eval mode counts as well, as a forward's own counter does and a batch norm's does not."""
-    counts = _is_counter(twin) and twin.args[1] == node.args[1]
-    return counts and env[node.args[0].name] is other[twin.args[0].name]  # type: ignore[union-attr]
+    if not _is_counter(twin) or twin.args[1] != node.args[1]:
+        return False
+    mine, theirs = node.all_input_nodes[0], twin.all_input_nodes[0]
+    return env[mine.name] is other[theirs.name]
 
 
 def _name(node: fx.Node) -> str:

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch.nn.parameter import is_lazy
+
 from rewriter.errors import Diagnostic
 from rewriter.planning._survey import Entry
 from rewriter.spec import Rule, Selector, Spec
@@ -81,7 +83,9 @@ def _nearest(pattern: str, entries: Sequence[Entry]) -> str:
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}?"
     shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
-    return f"the model's tensors are {shown}"
+    lazy = next((entry.name for entry in entries if entry.tensor is not None and is_lazy(entry.tensor)), None)
+    more = f"; {lazy} has no shape until the model has run once" if lazy is not None else ""
+    return f"the model's tensors are {shown}{more}"
 
 
 def _claims(rule: Rule, matched: list[Entry]) -> list[Claim]:

@@ -1,11 +1,13 @@
-"""Buffers that a forward writes to: a computed tensor has no memory of its own in which that could last."""
+"""Tensors that a forward writes to: a computed tensor has no memory of its own in which that could last."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from rewriter.errors import Diagnostic
 from rewriter.planning._resolve import Claim
@@ -15,6 +17,11 @@ _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _IN_PLACE = frozenset(
     getattr(operator, name) for name in vars(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")
+)
+_VIEWS = frozenset(
+    "data T mT H mH real imag detach view view_as reshape flatten unflatten squeeze unsqueeze transpose t permute "
+    "swapaxes swapdims movedim expand expand_as select narrow getitem chunk split tensor_split unbind diagonal "
+    "as_strided unfold".split()
 )
 _HINT = "leave it out with `except`; what a forward accumulates is not a weight"
 
@@ -37,23 +44,17 @@ def refuse_statistics(claim: Claim) -> Diagnostic | None:
 
 
 def refuse_writes(claims: Sequence[Claim], graph: fx.Graph | None) -> list[Diagnostic]:
-    """Return complaints about claims on buffers that the graph writes to."""
-    buffers = {
-        name: claim
-        for claim in claims
-        for entry in claim.entries
-        for name in entry.names
-        if entry.infos[0].kind == "buffer"
-    }
+    """Return complaints about claims on tensors that the graph writes to, themselves or through a view."""
+    claimed = {name: claim for claim in claims for entry in claim.entries for name in entry.names}
     problems = []
-    for node in graph.nodes if graph is not None and buffers else ():
-        if node.op == "get_attr" and node.target in buffers:
-            writer = next((user for user in node.users if _writes(user, node)), None)
-            if writer is not None:
+    for node in graph.nodes if graph is not None and claimed else ():
+        if node.op == "get_attr" and node.target in claimed:
+            found = writer(node)
+            if found is not None:
                 problems.append(
-                    buffers[node.target].rule.where("select")
+                    claimed[node.target].rule.where("select")
                     .diagnose(
-                        f"the forward changes {node.target} in place ({writer.name}), and a computed tensor cannot "
+                        f"the forward changes {node.target} in place ({found.name}), and a computed tensor cannot "
                         "keep the change",
                         _HINT,
                     )
@@ -61,7 +62,20 @@ def refuse_writes(claims: Sequence[Claim], graph: fx.Graph | None) -> list[Diagn
     return problems
 
 
+def writer(node: fx.Node) -> fx.Node | None:
+    """Return a node that writes to what `node` gives."""
+    for user in node.users:
+        if _writes(user, node):
+            return user
+        found = writer(user) if _views(user, node) else None
+        if found is not None:
+            return found
+    return None
+
+
 def _writes(user: fx.Node, node: fx.Node) -> bool:
+    if isinstance(user.target, OpOverload):
+        return any(info is not None and info.is_write for info in _aliases(user, node))
     if user.kwargs.get("out") is node:
         return True
     if not user.args or user.args[0] is not node:
@@ -73,3 +87,22 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
         name = getattr(user.target, "__name__", "")
         return user.target is operator.setitem or user.target in _IN_PLACE or name.rstrip("_") + "_" == name
     return False
+
+
+def _views(user: fx.Node, node: fx.Node) -> bool:
+    """Whether what `user` gives lies in the memory of what `node` gives."""
+    if isinstance(user.target, OpOverload):
+        return any(info is not None for info in _aliases(user, node))
+    if not user.args or user.args[0] is not node:
+        return False
+    if user.target is getattr:
+        return user.args[1] in _VIEWS
+    name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
+    return name in _VIEWS
+
+
+def _aliases(user: fx.Node, node: fx.Node) -> list[Any]:
+    """Return what the schema of `user` says of the memory of its arguments that are `node`."""
+    arguments = user.target._schema.arguments  # type: ignore[union-attr]
+    given = [*zip(arguments, user.args, strict=False), *((a, user.kwargs.get(a.name)) for a in arguments)]
+    return [argument.alias_info for argument, value in given if value is node]

@@ -15,6 +15,7 @@ from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, _build_all, _in_order, _split_present
 from rewriter.planning._resolve import resolve
 from rewriter.planning._survey import Entry, survey
+from rewriter.planning._writes import writer
 from rewriter.program._insert import Edited, insert_site, tied
 from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
 from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
@@ -199,21 +200,16 @@ def _refuse_written(edited: Edited, name: str) -> None:
     """Refuse a tensor that the program writes to, such as the statistics of a batch norm in train mode."""
     node = _values(edited)[name]
     written = {spec.target for spec in edited.signature.output_specs if spec.target is not None}
-    if any(_writes(user, node) for user in node.users):
+    if writer(node) is not None or any(_trains(user, node) for user in node.users):
         written.add(name)
     if name in written:
         raise PlanError(f"{name} is written to by the program; a computed tensor cannot be: leave it out with `except`")
 
 
-def _writes(user: fx.Node, node: fx.Node) -> bool:
+def _trains(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` is a batch norm that writes its statistics, which its schema does not say."""
     schema = getattr(user.target, "_schema", None)
     arguments = {} if schema is None else dict(zip((a.name for a in schema.arguments), user.args, strict=False))
-    # A batch norm writes its statistics without saying so in its schema.
     trains = arguments.get("training") is True or arguments.get("use_input_stats") is True
     statistics = [arguments.get("running_mean"), arguments.get("running_var")] if trains else []
-    declared = [
-        arguments.get(argument.name)
-        for argument in (schema.arguments if schema is not None else ())
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    return any(value is node for value in (*statistics, *declared))
+    return any(value is node for value in statistics)

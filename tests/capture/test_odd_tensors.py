@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -186,6 +187,16 @@ def test_running_statistics_are_refused(capture: str) -> None:
     assert int(new.get_submodule("0").num_batches_tracked) == 1
 
 
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "in place": lambda total, x: total.add_(x.sum(0)),
+    "by operator": lambda total, x: operator.iadd(total, x.sum(0)),
+    "by index": lambda total, x: operator.setitem(total, 0, x.sum()),
+    "as an output": lambda total, x: torch.add(total, x.sum(0), out=total),
+    "through a view": lambda total, x: total.view(2, 2)[0].add_(x.sum()),
+    "detached": lambda total, x: total.detach().copy_(x.sum(0)),
+}
+
+
 class Accumulating(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -193,17 +204,34 @@ class Accumulating(nn.Module):
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.how == "in place":
-            self.total.add_(x.sum(0))
+        if self.how in WRITES:
+            WRITES[self.how](self.total, x)
         else:
             self.total = self.total + x.sum(0)
         return x + self.total
 
 
-@CAPTURES
-def test_a_buffer_written_in_place_is_refused(capture: str) -> None:
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("capture", ["graph", "module", "export"])
+def test_a_buffer_written_in_place_is_refused(capture: str, how: str) -> None:
+    x = torch.randn(3, 4)
     with pytest.raises(RewriterError, match=r"the forward change[sd] total in place.*cannot keep the change"):
-        rewrite(Accumulating("in place"), spec("total"), capture=capture)(torch.randn(3, 4))
+        rewrite(Accumulating(how), spec("total"), capture=capture, example_inputs=(x,))(x)
+
+
+class Clamping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.weight.data.clamp_(-0.1, 0.1)
+        return self.fc(x)
+
+
+def test_a_parameter_written_in_place_is_refused() -> None:
+    with pytest.raises(RewriterError, match=r"the forward changes fc\.weight in place \(clamp_\)"):
+        rewrite(Clamping(), spec("fc.weight"))
 
 
 @CAPTURES
@@ -220,6 +248,8 @@ def test_lazy_modules_are_refused_until_they_have_run(capture: str) -> None:
     model = nn.Sequential(nn.LazyLinear(4))
     with pytest.raises(PlanError, match=r"lazy module.*\n.*run the model once"):
         rewrite(model, spec("0.weight"), capture=capture)
+    with pytest.raises(PlanError, match=r"0\.weight has no shape until the model has run once"):
+        rewrite(model, spec({"path": "*", "ndim": 2}), capture=capture)
     x = torch.randn(3, 5)
     model(x)
     torch.testing.assert_close(rewrite(model, spec("0.weight"), capture=capture)(x), model(x))

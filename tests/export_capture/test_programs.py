@@ -211,6 +211,25 @@ def test_what_a_train_step_writes_is_refused():
         rewriter.rewrite(program, spec)
 
 
+class Viewing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.ones(4))
+
+    def forward(self, x):
+        self.total.view(2, 2)[0].add_(1)
+        return x * self.total
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_what_is_written_through_a_view_is_refused(decomposed):
+    program = torch.export.export(Viewing(), (torch.ones(4),))
+    program = program.run_decompositions() if decomposed else program
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "total", "chain": [{"scale": {"factor": 2.0}}]}]}
+    with pytest.raises(rewriter.PlanError, match="total is written to"):
+        rewriter.rewrite(program, spec)
+
+
 def test_model_files_hold_rewritten_programs(program, tmp_path):
     save_model(rewriter.rewrite(program, SPEC), tmp_path / "model.pt2")
     loaded = load_model(tmp_path / "model.pt2")
