@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from rewriter.catalog._maps._eager import at_hand
-
-# The overload by name: choosing it anew at each call takes longer than the kernel.
-_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 
 def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
@@ -42,31 +39,31 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
 
 
 def _scaled(g: Tensor, v: Tensor, dim: int) -> Tensor:
-    value: Tensor = _Scaled.apply(g, v, dim)  # type: ignore[no-untyped-call]
+    value, norm = torch._weight_norm_interface(v, g, dim)
+    if norm.detach().min().item() == 0:  # the kernel has divided by it
+        zero = norm.detach() == 0
+        norm = _norm(v.masked_fill(zero, 1.0), dim)
+        return v * torch.where(zero, g, g / norm)
+    if value.grad_fn is not None:
+        value.grad_fn.register_hook(_corrected(g, v, dim))
     return value
 
 
-class _Scaled(torch.autograd.Function):
-    """torch's kernels, except that zero slices have no NaN and that the second derivative sees the norms."""
+def _corrected(g: Tensor, v: Tensor, dim: int) -> Callable[..., Sequence[Tensor | None] | None]:
+    """Return a hook that makes the gradients differentiable: torch takes the norms in them for constants."""
 
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, dim: int) -> Tensor:
-        value, norm = torch._weight_norm_interface(v, g, dim)
-        if norm.min().item() == 0:
-            norm = norm.masked_fill(norm == 0, 1.0)
-            value = v * (g / norm)
-        ctx.save_for_backward(g, v, norm)
-        ctx.dim = dim
-        return value
+    def hook(gradients: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
+        gradient = outputs[0]
+        if not torch.is_grad_enabled() or gradient is None:
+            return None
+        norm = _norm(v, dim)
+        along = (gradient * v).sum([index for index in range(v.dim()) if index != dim], keepdim=True) / norm
+        exact = ((g / norm) * (gradient - v * (along / norm)), along)
+        return tuple(None if given is None else new for given, new in zip(gradients, exact, strict=True))
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        g, v, norm = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            to_v, to_g = _backward(gradient.contiguous(), v, g, norm, ctx.dim)
-            return to_g, to_v, None
-        others = [dim for dim in range(v.dim()) if dim != ctx.dim]
-        norm = torch.linalg.vector_norm(v, dim=others, keepdim=True)
-        norm = torch.where(norm == 0, torch.ones_like(norm), norm)
-        along = (gradient * v).sum(others, keepdim=True) / norm
-        return along, (g / norm) * (gradient - v * (along / norm)), None
+    return hook
+
+
+def _norm(v: Tensor, dim: int) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(v, dim=[index for index in range(v.dim()) if index != dim], keepdim=True)
+    return norm
