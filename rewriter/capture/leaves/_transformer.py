@@ -240,7 +240,7 @@ def encoder(stack: nn.TransformerEncoder) -> Expanded | None:
         causal = entered[3]
         for index in range(len(stack.layers)):
             x = parts.call(f"layers.{index}", x, src_mask=mask, is_causal=causal, src_key_padding_mask=padding)
-        if padding is not None and mask is None and getattr(stack, "use_nested_tensor", False):
+        if padding is not None and getattr(stack, "use_nested_tensor", False):
             training, check = parts.read("layers.0.training"), bool(getattr(stack, "mask_check", True))
             x = parts.apply(zeros_at_padding, x, src, mask, padding, training, check)
         return x if stack.norm is None else parts.call("norm", x)
