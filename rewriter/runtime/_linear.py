@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rewriter.io._functions import graph_function
 from rewriter.runtime._checkpoint import saving_hooks
-from rewriter.runtime._scope import Frame
+from rewriter.runtime._scope import Session
 
 
 @graph_function
@@ -34,21 +34,23 @@ def times_transposed(x: Tensor, transposed: Tensor, bias: Tensor | None = None) 
 
 
 def linear_forward(
-    plain: Callable[..., Any], forward: Callable[..., Any], find: Callable[[Any], tuple[Frame | None, Any]]
+    plain: Callable[..., Any], forward: Callable[..., Any], session_slot: str, container: str
 ) -> Callable[..., Any]:
     """Return the forward of owners of a computed weight that have the forward of nn.Linear.
 
     Arguments:
         plain: that forward, to be called inside a running one.
         forward: that of owners in general.
-        find: the forward that runs in the model of an owner, and the site that computes its weight.
+        session_slot: where an owner keeps its session.
+        container: the submodule that holds an owner's sites.
     """
 
     def linear(self: Any, *args: Any, **kwargs: Any) -> Any:
-        frame, site = find(self)
+        session: Session | None = self.__dict__.get(session_slot)
+        frame = None if session is None else session.running.frame
         if frame is None or kwargs or len(args) != 1 or is_compiling() or saving_hooks(True) is not None:
             return forward(self, *args, **kwargs)
-        transposed = frame.transposed.get(site)
+        transposed = frame.transposed.get(self._modules[container]._modules.get("weight"))
         if transposed is None:
             return plain(self, *args)
         bias = self._parameters.get("bias")  # a look-up for the common case: it may be computed, or a replica's

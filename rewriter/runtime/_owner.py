@@ -306,15 +306,8 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
 def _specialised(plain: Any, tensors: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
     if plain.forward is nn.Linear.forward and "weight" in tensors:
-        return linear_forward(plain.forward, forward, _frame_and_weight)
+        return linear_forward(plain.forward, forward, SESSION, CONTAINER)
     return forward
-
-
-def _frame_and_weight(self: Any) -> tuple[Frame | None, ParametrizedTensor | None]:
-    session: Session | None = self.__dict__.get(SESSION)
-    if session is None:
-        return None, None
-    return session.running.frame, self._modules[CONTAINER]._modules.get("weight")
 
 
 def _refuse(tensors: tuple[str, ...], name: str, what: str) -> None:
