@@ -27,6 +27,7 @@ from rewriter.planning._construct import BuildError, Extra
 from rewriter.planning._fit import Fitted, fitted_together
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._resolve import Claim, resolve
+from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
@@ -102,6 +103,7 @@ def prepare(
     holders = {id(entry): source for entry, source in held}
     claims = [claim for claim in claims if not _refused(claim, holders, problems)]
     claims = _in_order(claims, entries, problems)
+    problems += refuse_sharded(model, claims)
     if problems:
         raise PlanError.of(problems)
     owners = [name.rpartition(".")[0] for claim, _ in present for entry in claim.entries for name in entry.names]

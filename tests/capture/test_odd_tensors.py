@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -411,3 +412,14 @@ def test_a_chain_that_cannot_work_on_distributed_tensors_says_so(mesh: Any) -> N
     model = Product(w=nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])))
     with pytest.raises(PlanError, match=r"mixed torch\.Tensor and DTensor"):
         rewrite(model, spec("w", "orthogonal"))
+
+
+@CAPTURES
+def test_a_model_is_sharded_after_it_is_rewritten(mesh: Any, capture: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    new = rewrite(model, spec("0.weight"), capture=capture)
+    fully_shard(new, mesh=mesh)
+    torch.testing.assert_close(new(x), model(x))
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(PlanError, match=r"0\.weight is sharded by FSDP.*\n.*rewrite the model first"):
+        rewrite(model, spec("0.weight"), capture=capture, inplace=True)

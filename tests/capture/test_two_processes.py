@@ -1,0 +1,96 @@
+"""Tensors that are distributed over two processes, before a model is rewritten and after."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from rewriter import bake, rewrite
+
+CHAINS: dict[str, Any] = {"scale": {"scale": {"factor": 2.0}}, "spectral_norm": "spectral_norm"}
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+
+
+def _spec(chain: Any) -> dict[str, Any]:
+    return {"reparam": 1, "rules": [{"name": "r", "select": "*.weight", "chain": [chain]}]}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _distributed_before(mesh: Any, x: Tensor) -> None:
+    for chain in CHAINS.values():
+        for capture in ("graph", "module"):
+            model = parallelize_module(_model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            new = rewrite(model, _spec(chain), capture=capture).eval()
+            reference = rewrite(_model(), _spec(chain), capture=capture).eval()
+            state = {name: _whole(tensor) for name, tensor in new.state_dict().items()}
+            reference.load_state_dict(state)
+            result = new(x)
+            torch.testing.assert_close(_whole(result), reference(x))
+            _whole(result).square().sum().backward()
+            reference(x).square().sum().backward()
+            for one, other in zip(new.parameters(), reference.parameters(), strict=True):
+                assert one.grad is not None and other.grad is not None
+                torch.testing.assert_close(_whole(one.grad), other.grad)
+            baked = bake(new)
+            for name, parameter in baked.named_parameters():
+                assert parameter.placements == model.get_parameter(name).placements  # type: ignore[attr-defined]
+            torch.testing.assert_close(_whole(baked(x)), _whole(result))
+
+
+def _distributed_after(mesh: Any, x: Tensor, rank: int) -> None:
+    for chain in (*CHAINS.values(), "weight_norm", {"orthogonal": {"map": "cayley"}}):
+        for capture in ("graph", "module"):
+            new = rewrite(_model(), _spec(chain), capture=capture)
+            reference = copy.deepcopy(new)
+            fully_shard(new, mesh=mesh)
+            new(x[rank : rank + 1]).square().sum().backward()
+            reference(x[:2]).square().sum().div(2).backward()
+            for one, other in zip(new.parameters(), reference.parameters(), strict=True):
+                assert one.grad is not None and other.grad is not None
+                torch.testing.assert_close(_whole(one.grad), other.grad)
+
+
+def _run(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of this machine's name
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
+    _distributed_before(mesh, x)
+    _distributed_after(mesh, x, rank)
+    (Path(folder) / f"{rank}").touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="forks, and needs gloo"
+)
+def test_outputs_gradients_and_placements_over_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A fork has torch imported already; nothing here uses what does not survive one (threads, an accelerator).
+    context = mp.start_processes(_run, (port, str(tmp_path)), nprocs=2, join=False, start_method="fork")
+    while not context.join(timeout=60):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
