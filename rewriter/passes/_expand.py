@@ -49,12 +49,20 @@ def _expand(rewriting: Rewriting, node: fx.Node, expanded: Expanded) -> list[fx.
     return group
 
 
-def collapse(graph: fx.Graph, entry: fx.Node) -> list[fx.Node]:
-    """Take the rest of a group out of the graph again; return the nodes that it used and that may be unused now.
+def groups_of(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Return the nodes that each expanded call became, but for its entry, by the entry's name."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if "part" in note(node):
+            groups.setdefault(note(node)["part"], []).append(node)
+    return groups
+
+
+def collapse(graph: fx.Graph, entry: fx.Node, group: list[fx.Node]) -> list[fx.Node]:
+    """Take a group out of the graph again; return the nodes that it used and that may be unused now.
 
     The entry is then the group's value: its caller makes it the call that it was.
     """
-    group = [node for node in graph.nodes if note(node).get("part") == entry.name]
     for node in group:
         if note(node).get("result"):
             node.replace_all_uses_with(entry)

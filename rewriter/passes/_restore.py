@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from rewriter.passes._batch import batch_evaluations, dissolve_batches
-from rewriter.passes._expand import collapse
+from rewriter.passes._expand import collapse, groups_of
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, keep_place, note
 from rewriter.passes._transpose import transpose_once, write_linear_calls
 from rewriter.runtime import HANDED, ParametrizedTensor
@@ -39,6 +39,7 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
 
 
 def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:
+    groups = groups_of(rewriting.graph)
     for node in reversed(list(rewriting.graph.nodes)):  # the parts of an expanded call before the call
         entry = note(node)
         path = entry.get("opened")
@@ -51,7 +52,7 @@ def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:
         keep_place(node)
         reads: list[fx.Node] = []
         fx.node.map_arg(further, reads.append)
-        for read in (*reads, *collapse(rewriting.graph, node)):
+        for read in (*reads, *collapse(rewriting.graph, node, groups.get(node.name, []))):
             _erase_if_ours(rewriting.graph, read)
 
 
