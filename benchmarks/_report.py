@@ -137,11 +137,11 @@ def _processor() -> str:
 
 
 def to_markdown(environments: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Iterable[Group]]) -> str:
-    """Return the page of the docs; both arguments by device."""
+    """Return the page of the docs; both arguments by setting."""
     lines = [_PREFACE]
-    for device, found in groups.items():
-        told = ", ".join(f"{key} {value}" for key, value in environments[device].items())
-        lines += [f"## On {device}\n", f"{told}.\n"]
+    for label, found in groups.items():
+        told = ", ".join(f"{key} {value}" for key, value in environments[label].items())
+        lines += [f"## On {label}\n", f"{told}.\n"]
         for group in found:
             lines += [f"### {group.title}\n", f"{group.about}\n", _rows_table(group), _times_table(group)]
     return "\n".join(lines).rstrip() + "\n"
@@ -154,6 +154,10 @@ Written by `python benchmarks/run.py`; the numbers behind it are in `benchmarks/
 All contenders of a table run in one process, one after the other in each round, in an order drawn anew for each
 round. A ratio is taken within a round; shown are its median over the rounds and, in brackets, the quartiles. *Speed*
 says how many times faster, *time* and *memory* how many times as much. A training step is forward and backward.
+
+On a CPU everything is measured twice: with one thread, and with one for each core. Matrices as small as those of the
+RNN gain little from a second thread, while torch's matrix exponential, which works on a matrix of twice the size, gains
+much.
 """
 
 

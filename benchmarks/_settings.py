@@ -12,10 +12,17 @@ class Settings:
     Arguments:
         quick: smaller work and fewer rounds, to see that everything runs; its ratios prove nothing.
         device: ``"cpu"`` or ``"cuda"``.
+        threads: among how many threads of the processor one operator is divided.
     """
 
     quick: bool = False
     device: str = "cpu"
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        """Return the setting as the tables call it."""
+        return "cuda" if self.device == "cuda" else f"cpu, {self.threads} thread{'s' * (self.threads > 1)}"
 
     def rounds(self, full: int) -> int:
         """Return how many rounds to run where a full run has `full`."""

@@ -1,7 +1,8 @@
 """Run the benchmarks and write their tables: ``python benchmarks/run.py``.
 
-A full run takes some minutes on two cores and writes benchmarks/report.json and docs/benchmarks.md. With ``--quick``
-or ``--only`` the tables are printed, and written where ``--out`` says.
+A full run takes a quarter of an hour on two cores, first with one thread for each operator and then with as many as
+there are cores, and on a GPU where there is one. It writes benchmarks/report.json and docs/benchmarks.md. With
+``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are printed, and written where ``--out`` says.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,14 +31,17 @@ def main() -> int:
     """Run what the command line asks for; return 1 if a row fails."""
     arguments = _parser().parse_args()
     chosen = [name for name in BENCHMARKS if name in (arguments.only or BENCHMARKS)]
-    devices = [arguments.device] if arguments.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    environments = {device: environment(device) for device in devices}
-    groups = {device: [_run(name, Settings(arguments.quick, device)) for name in chosen] for device in devices}
+    environments: dict[str, dict[str, Any]] = {}
+    groups: dict[str, list[Group]] = {}
+    for settings in _all_settings(arguments):
+        torch.set_num_threads(settings.threads)
+        environments[settings.label] = environment(settings.device)
+        groups[settings.label] = [_run(name, settings) for name in chosen]
     page = to_markdown(environments, groups)
     report = {
         "quick": arguments.quick,
         "environment": environments,
-        "benchmarks": {device: [group.to_dict() for group in found] for device, found in groups.items()},
+        "benchmarks": {label: [group.to_dict() for group in found] for label, found in groups.items()},
     }
     data = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     print(page)
@@ -43,10 +49,16 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         _write(arguments.out / "report.json", data)
         _write(arguments.out / "benchmarks.md", page)
-    elif not arguments.quick and arguments.only is None and arguments.device is None:
+    elif not (arguments.quick or arguments.only or arguments.device or arguments.threads):
         _write(HERE / "report.json", data)
         _write(HERE.parent / "docs" / "benchmarks.md", page)
-    failed = [row.name for found in groups.values() for group in found for row in group.rows if row.passed is False]
+    failed = [
+        f"{label}: {row.name}, {row.what} against {row.against}"
+        for label, found in groups.items()
+        for group in found
+        for row in group.rows
+        if row.passed is False
+    ]
     asked = sum(row.passed is not None for found in groups.values() for group in found for row in group.rows)
     print(f"{asked - len(failed)} of {asked} rows pass", *failed, sep="\n  fails: ", file=sys.stderr)
     return int(bool(failed))
@@ -59,14 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run this one; may be repeated")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only on this device; otherwise on all there are")
+    parser.add_argument("--threads", type=int, action="append", metavar="N", help="so many on the CPU; may be repeated")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json and benchmarks.md here")
     return parser
+
+
+def _all_settings(arguments: argparse.Namespace) -> list[Settings]:
+    devices = [arguments.device] if arguments.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    cores = os.cpu_count() or 1
+    threads = arguments.threads or sorted({1, cores})
+    found = [Settings(arguments.quick, "cpu", count) for count in threads if "cpu" in devices]
+    return found + [Settings(arguments.quick, "cuda", cores) for device in devices if device == "cuda"]
 
 
 def _run(name: str, settings: Settings) -> Group:
     begin = time.perf_counter()
     group: Group = importlib.import_module(f"benchmarks.{name}").measure(settings)
-    print(f"{name} on {settings.device}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    print(f"{name} on {settings.label}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     return group
 
 
