@@ -12,7 +12,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
-from rewriter.runtime._owner import CONTAINER, plain_class, sites_of
+from rewriter.runtime._owner import CONTAINER, SESSION, plain_class, sites_of
 from rewriter.runtime._shell import Shell
 
 _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
@@ -68,7 +68,7 @@ class RewrittenModule(fx.GraphModule):
             module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
         else:
             module = origin.__new__(origin)
-        added = {*self._reparam_added, *_NOT_COPIED, "_reparam_class", "_reparam_name", "_reparam_added"}
+        added = {*self._reparam_added, *_NOT_COPIED, SESSION, "_reparam_class", "_reparam_name", "_reparam_added"}
         module.__dict__.update({name: value for name, value in self.__dict__.items() if name not in added})
         for name in [name for name in module._buffers if name.startswith("reparam_constant_")]:
             del module._buffers[name]

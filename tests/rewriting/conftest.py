@@ -75,6 +75,19 @@ class Twice(nn.Module):
         return self.layer(torch.relu(self.layer(x)))
 
 
+class Own(nn.Module):
+    """The root owns the tensor, beside a hook, a buffer and modes of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+        self.register_buffer("shift", torch.ones(5), persistent=False)
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x @ self.weight + self.shift)
+
+
 Case = tuple[nn.Module, Tensor, str]
 CASES: dict[str, Callable[[], Case]] = {
     "rnn cell": lambda: (Unrolled(nn.RNNCell(4, 5), 5), torch.randn(3, 7, 4), "cell.weight_hh"),
@@ -82,6 +95,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "own cell": lambda: (Unrolled(ElmanCell(4, 5), 5), torch.randn(3, 7, 4), "cell.weight_hh"),
     "cnn": lambda: (Cnn(), torch.randn(2, 2, 8, 8), "second.weight"),
     "tied embedding and head": lambda: (TiedLm(), torch.randint(11, (2, 9)), "embed.weight"),
+    "tensor of the root": lambda: (Own(), torch.randn(3, 5), "weight"),
     "module called twice": lambda: (Twice(), torch.randn(3, 5), "layer.weight"),
 }
 
