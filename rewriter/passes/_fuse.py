@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from rewriter.passes._infra import Pass, PassError
+from rewriter.passes._samples import few_of_each
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._fused import groups_of
 
@@ -22,15 +23,16 @@ def fuse(sites: Iterable[ParametrizedTensor]) -> bool:
     Raises:
         PassError: a step's `fuse` or `cancels` says what is not so.
     """
-    fused = False
+    fused: list[ParametrizedTensor] = []
     for site in sites:
         groups = groups_of(site)
         if groups != site.fused:
             site.fused = groups
         if groups:
-            _require_equal(site)
-            fused = True
-    return fused
+            fused.append(site)
+    for site in few_of_each(fused):
+        _require_equal(site)
+    return bool(fused)
 
 
 @torch.no_grad()

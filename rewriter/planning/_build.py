@@ -72,8 +72,8 @@ def build(
     target: Any = values[0] if len(values) == 1 else tuple(values)
     if fitted is not None:
         steps = fitted.steps
-        _check_arity(steps[0], rule.chain[0], 1)
-        originals, stored, carries = Inverse([fitted.original], (1,), (0,))
+        _check_arity(steps[0], rule.chain[0], len(fitted.originals))
+        originals, stored, carries = Inverse(fitted.originals, (len(fitted.originals),), (0,))
     else:
         steps = list(shared) if shared is not None else construct_steps(rule, layout, target, inputs, extra or {})[0]
         if rule.init == "sample":

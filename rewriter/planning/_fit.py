@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from rewriter.planning._construct import BuildError, construct_steps, layout_of_claim, value_of
 from rewriter.planning._resolve import Claim
 from rewriter.runtime._batch import likeness_of_step, stacked_step
-from rewriter.runtime._inverse import right_inverse
+from rewriter.runtime._inverse import parts_of, right_inverse
 from rewriter.runtime._signature import same_setting, settings_of
 from rewriter.spec import Rule
 
@@ -26,11 +27,11 @@ class Fitted(NamedTuple):
 
     Arguments:
         steps: the step.
-        original: the stored tensor from which it computes the tensor.
+        originals: the stored tensors from which it computes the tensor.
     """
 
     steps: list[nn.Module]
-    original: Tensor
+    originals: list[Tensor]
 
 
 def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
@@ -76,30 +77,21 @@ def _can_stack(rule: Rule) -> bool:
         and rule.reshape is None
         and not step.inputs
         and isinstance(factory, type)
-        and bool(getattr(factory, "batched", False))
         and not any(getattr(factory, name, False) for name in ("stateful", "random", "plan_sites"))
         and hasattr(factory, "right_inverse")
     )
 
 
 def _fitted(rule: Rule, group: Sequence[tuple[Claim, nn.Module]]) -> Mapping[int, Fitted]:
-    values = [value_of(claim.entries[0]) for claim, _ in group]
     steps = [step for _, step in group]
-    value = torch.stack(values)
-    whole = stacked_step(steps, value.ndim)
-    if whole is steps[0]:  # it holds no tensors, and is not to be touched
-        whole = _copied(whole)
-    for name, setting in settings_of(whole).items():
-        if isinstance(setting, tuple) and setting == tuple(values[0].shape):
-            whole.__dict__[name] = type(setting)(value.shape)
-    settings = settings_of(whole)
+    value = torch.stack([value_of(claim.entries[0]) for claim, _ in group])
     try:
         with torch.random.fork_rng(devices=[]):
-            originals = right_inverse(whole, value)
-            if not _plain(originals, value) or not _unchanged(whole, settings):
+            whole, parts = _all_at_once(steps, value)
+            if any(type(part) is not Tensor or part.shape[:1] != value.shape[:1] for part in parts):
                 return {}
             for index in range(0, len(group), -(-len(group) // PROBES)):
-                if not _same_alone(rule, group[index][0], whole, originals[index], index):
+                if not _same_alone(rule, group[index][0], whole, [part[index] for part in parts], index):
                     return {}
     except Exception:  # each by itself shows which one it is
         return {}
@@ -108,10 +100,39 @@ def _fitted(rule: Rule, group: Sequence[tuple[Claim, nn.Module]]) -> Mapping[int
             own = step.__dict__[kind][name]
             own.copy_(part.reshape(own.shape))
     # Memory of its own for each: a tensor is saved with all the memory that it lies in.
+    rows = zip(*(part.unbind(0) for part in parts), strict=True)
     return {
-        id(claim): Fitted([step], part.clone(memory_format=torch.contiguous_format))
-        for (claim, step), part in zip(group, originals.unbind(0), strict=True)
+        id(claim): Fitted([step], [part.clone(memory_format=torch.contiguous_format) for part in row])
+        for (claim, step), row in zip(group, rows, strict=True)
     }
+
+
+def _all_at_once(steps: Sequence[nn.Module], value: Tensor) -> tuple[nn.Module, list[Tensor]]:
+    """Run one right inverse on all tensors.
+
+    Returns:
+        The step that did it, with what it left in its buffers for all of them, and the stored tensors.
+    """
+    first = steps[0]
+    shape = tuple(value.shape[1:])
+    if getattr(first, "batched", False):
+        whole = stacked_step(steps, value.ndim)
+        whole = _copied(whole) if whole is first else whole
+        for name, setting in settings_of(whole).items():
+            if isinstance(setting, tuple) and setting == shape:
+                whole.__dict__[name] = type(setting)(value.shape)
+        run = functools.partial(right_inverse, whole)
+    else:
+        if any(True for _ in _tensors_of(first)):
+            raise NotImplementedError("a state that is not stacked")
+        whole = _copied(first)
+        run = torch.vmap(functools.partial(right_inverse, whole))
+    before = settings_of(whole)
+    parts = parts_of(run(value))
+    after = settings_of(whole)
+    if whole._modules or after.keys() != before.keys() or not all(map(same_setting, after.values(), before.values())):
+        raise NotImplementedError("a state outside of buffers")
+    return whole, parts
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -120,27 +141,12 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy
 
 
-def _plain(originals: Any, value: Tensor) -> bool:
-    # A tuple would be several stored tensors.
-    return type(originals) is Tensor and originals.shape[:1] == value.shape[:1]
-
-
-def _unchanged(module: nn.Module, before: Mapping[str, Any]) -> bool:
-    """Whether fitting wrote to nothing but tensors."""
-    after = settings_of(module)
-    return (
-        not module._modules
-        and after.keys() == before.keys()
-        and all(same_setting(after[name], before[name]) for name in before)
-    )
-
-
-def _same_alone(rule: Rule, claim: Claim, whole: nn.Module, original: Tensor, index: int) -> bool:
-    """Whether a step that is fitted alone comes to the same stored tensor and the same state."""
+def _same_alone(rule: Rule, claim: Claim, whole: nn.Module, found: Sequence[Tensor], index: int) -> bool:
+    """Whether a step that is fitted alone comes to the same stored tensors and the same state."""
     value = value_of(claim.entries[0])
     (step,) = construct_steps(rule, layout_of_claim(claim), value, {}, {})[0]
-    alone = right_inverse(step, value)
-    if type(alone) is not Tensor or not _close(original, alone):
+    alone = parts_of(right_inverse(step, value))
+    if len(alone) != len(found) or not all(map(_close, found, alone)):
         return False
     return all(
         _close(whole.__dict__[kind][name][index].reshape(tensor.shape), tensor)

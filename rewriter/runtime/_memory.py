@@ -37,4 +37,4 @@ def _address(tensor: Tensor) -> int:
 def _dense(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         return True
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
