@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +121,7 @@ def _all_at_once(steps: Sequence[nn.Module], value: Tensor) -> tuple[nn.Module, 
         for name, setting in settings_of(whole).items():
             if isinstance(setting, tuple) and setting == shape:
                 whole.__dict__[name] = type(setting)(value.shape)
-        run = functools.partial(right_inverse, whole)
+        run: Callable[[Tensor], Any] = functools.partial(right_inverse, whole)
     else:
         if any(True for _ in _tensors_of(first)):
             raise NotImplementedError("a state that is not stacked")
