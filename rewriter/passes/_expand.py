@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from rewriter.capture import Expanded, Parts, bind_call, expansion_of
-from rewriter.passes._infra import META, Pass, PassError, Rewriting, call_note, note
+from rewriter.passes._infra import META, Pass, PassError, Rewriting, call_note, note, unhand
 
 
 def expand_calls(rewriting: Rewriting) -> bool:
@@ -29,6 +29,7 @@ def _expansion(rewriting: Rewriting, node: fx.Node) -> Expanded | None:
 
 def _expand(rewriting: Rewriting, node: fx.Node, expanded: Expanded) -> list[fx.Node]:
     """Make `node` the entry of its group, and write the rest of the group after it."""
+    unhand(node)
     graph, follower, users = rewriting.graph, node.next, list(node.users)
     parts = Parts(graph, str(node.target))
     given = bind_call(rewriting.root.get_submodule(str(node.target)), node.args, node.kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from rewriter.errors import RewriterError
-from rewriter.runtime import ParametrizedTensor, Session
+from rewriter.runtime import HANDED, ParametrizedTensor, Session
 
 META = "reparam"
 """Key of our entries in ``node.meta``; their content is plain data, so that it survives saving."""
@@ -109,6 +109,13 @@ def call_note(node: fx.Node, given: tuple[Any, ...]) -> dict[str, Any]:
         "positional": len(node.args),
         "keywords": {name: position(value) for name, value in node.kwargs.items()},
     }
+
+
+def unhand(node: fx.Node) -> None:
+    """Make a call that is handed values one that is not: what kept the call one, a hook, may be gone."""
+    if HANDED in node.kwargs:
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != HANDED}
+        keep_place(node)
 
 
 def keep_place(node: fx.Node) -> None:

@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from rewriter.capture import Opened, Own, bind_call, has_hooks, opener_of, reads_every_site
-from rewriter.passes._infra import META, Pass, PassError, Rewriting, call_note
+from rewriter.passes._infra import META, Pass, PassError, Rewriting, call_note, unhand
 
 
 def open_leaves(rewriting: Rewriting) -> bool:
@@ -35,6 +35,7 @@ def _opened(module: nn.Module) -> Opened | None:
 
 
 def _open(rewriting: Rewriting, node: fx.Node, module: nn.Module, opened: Opened, reads: dict[str, fx.Node]) -> None:
+    unhand(node)
     path = str(node.target)
     given = bind_call(module, node.args, node.kwargs)
     graph = rewriting.graph

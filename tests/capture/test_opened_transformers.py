@@ -148,19 +148,13 @@ def test_padding_is_left_as_it_is_where_torch_packs_nothing() -> None:
             torch.backends.mha.set_fastpath_enabled(True)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"norm_first": True},
-        {"activation": "gelu"},
-        {"activation": F.silu},
-        {"activation": nn.GELU("tanh")},
-        {"bias": False},
-        {"batch_first": False},
-        {"dropout": 0.3},
-    ],
-    ids=str,
-)
+OPTIONS: list[dict[str, Any]] = [
+    {"norm_first": True}, {"activation": "gelu"}, {"activation": F.silu}, {"activation": nn.GELU("tanh")},
+    {"bias": False}, {"batch_first": False}, {"dropout": 0.3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("make", [lambda **o: Encoding(encoder(**o)), lambda **o: Encoding(layer(**o))])
 def test_every_option_of_an_encoder_is_respected(make: Callable[..., nn.Module], options: dict[str, Any]) -> None:
     select = SELECT if options.get("bias", True) else "**.{in_proj_weight,linear1.weight,norm1.weight}"
@@ -347,6 +341,26 @@ def test_a_second_rewriting_expands_what_is_left() -> None:
     new = rewrite(first, more)
     assert not any(HANDED in node.kwargs for node in new.graph.nodes)
     assert_equal(new, with_torch(model, both), X, CAUSAL)
+    assert structure(bake(new)) == structure(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "first", "then"),
+    [
+        (lambda: Encoding(encoder()), "encoder", "encoder.layers.0.linear1.weight", "encoder.layers.0.linear2.weight"),
+        (lambda: Encoding(encoder()), "out", "out.weight", "out.bias"),
+    ],
+)
+def test_a_second_rewriting_opens_what_lost_its_hooks(make: Any, path: str, first: str, then: str) -> None:
+    model = make().double()
+    handle = model.get_submodule(path).register_forward_hook(lambda *_: None)
+    new = rewrite(model, spec_of(first))
+    assert any(HANDED in node.kwargs for node in new.graph.nodes)
+    handle.remove()
+    new.get_submodule(path)._forward_hooks.clear()
+    new = rewrite(new, spec_of(then))
+    assert not any(HANDED in node.kwargs for node in new.graph.nodes)
+    assert_equal(new, with_torch(model, spec_of([first, then])), X, CAUSAL)
     assert structure(bake(new)) == structure(model)
 
 

@@ -222,7 +222,7 @@ def _residual(parts: Parts, x: Any, blocks: list[Callable[[Any], Any]], norm_fir
 
 def _batch_first(stack: nn.TransformerEncoder | nn.TransformerDecoder) -> bool | None:
     """Return what the first layer says of its inputs; None where it is no layer that can say it."""
-    first: Any = next(iter(stack.layers), None)
+    first: Any = next(iter(stack.layers), None) if isinstance(stack.layers, nn.ModuleList) else None
     found = getattr(getattr(first, "self_attn", None), "batch_first", None)
     return found if isinstance(found, bool) else None
 
