@@ -1,4 +1,4 @@
-"""`evaluate_once` under DistributedDataParallel: two processes on this machine."""
+"""`evaluate_once` under DistributedDataParallel: one and two processes on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rewriter import RewriterError, evaluate_once, rewrite
 
-SPEC = {"reparam": 1, "rules": [{"name": "q", "select": "0.weight", "chain": [{"orthogonal": {"map": "cayley"}}]}]}
+RULE = {"name": "q", "select": "0.weight", "chain": [{"orthogonal": {"map": "cayley"}}]}
 X = torch.linspace(-1, 1, 4 * 2 * 3 * 4, dtype=torch.float64).reshape(4, 2, 3, 4)
 """Four micro-batches for each of two processes."""
 
@@ -26,9 +26,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _model() -> nn.Module:
+def _model(capture: str = "auto", cache: str = "forward") -> nn.Module:
     torch.manual_seed(0)
-    return rewrite(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double(), SPEC)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return rewrite(plain, {"reparam": 1, "rules": [{**RULE, "cache": cache}]}, capture=capture)
 
 
 def _gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -65,14 +66,111 @@ def _train(rank: int, port: int, results: str) -> None:
         dist.destroy_process_group()
 
 
-def test_gradients_are_reduced_at_the_end_of_the_block(tmp_path: Path) -> None:
+def _run(worker: Any, results: Path, processes: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # A fork has torch imported already; nothing here uses what does not survive one (threads, an accelerator).
-    context = mp.start_processes(_train, (port, str(tmp_path)), nprocs=2, join=False, start_method="fork")
+    context = mp.start_processes(worker, (port, str(results)), nprocs=processes, join=False, start_method="fork")
     while not context.join(timeout=60):
         pass
+
+
+def _train_alone(rank: int, port: int, results: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
+    try:
+        found: dict[str, Any] = {}
+        for capture in ("graph", "module"):
+            for cache in ("forward", "version"):
+                for view in (False, True):
+                    model = _model(capture, cache)
+                    parallel = DistributedDataParallel(model, gradient_as_bucket_view=view)
+                    calls: list[int] = []
+                    stored = next(p for n, p in model.named_parameters() if n.endswith("original"))
+                    stored.register_post_accumulate_grad_hook(lambda parameter, calls=calls: calls.append(1))
+                    gradients = []
+                    for synced in ("last", "none", "single"):
+                        model.zero_grad()
+                        with evaluate_once(parallel):
+                            if synced == "single":
+                                parallel(X[0, 0]).square().mean().backward()
+                            else:
+                                with parallel.no_sync():
+                                    for micro in X[:3, 0]:
+                                        parallel(micro).square().mean().backward()
+                                    if synced == "none":
+                                        parallel(X[3, 0]).square().mean().backward()
+                                if synced == "last":
+                                    parallel(X[3, 0]).square().mean().backward()
+                        gradients.append([gradient.clone() for gradient in _gradients(model)])
+                    found[f"{capture} {cache} {view}"] = {"gradients": gradients, "calls": len(calls)}
+        torch.save(found, f"{results}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_process_with_and_without_no_sync(tmp_path: Path) -> None:
+    _run(_train_alone, tmp_path, 1)
+    found = torch.load(tmp_path / "0.pt")
+    assert len(found) == 8
+    for name, result in found.items():
+        assert result["calls"] == 3, name
+        for gradients, batches in zip(result["gradients"], (X[:, 0], X[:, 0], X[:1, 0]), strict=True):
+            model = _model()
+            for micro in batches:
+                model(micro).square().mean().backward()
+            torch.testing.assert_close(gradients, _gradients(model), rtol=1e-6, atol=1e-12, msg=name)
+
+
+def _train_otherwise(rank: int, port: int, results: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        found: dict[str, Any] = {}
+        for capture in ("graph", "module"):
+            model = _model(capture, "version")
+            parallel = DistributedDataParallel(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step in range(3):  # an ordinary step, one in a block, and one after an exception in a block
+                optimizer.zero_grad()
+                if step == 2:
+                    try:
+                        with evaluate_once(parallel), parallel.no_sync():
+                            parallel(X[0, rank]).square().mean().backward()
+                            raise KeyError
+                    except KeyError:
+                        optimizer.zero_grad()
+                if step == 1:
+                    with evaluate_once(parallel):
+                        parallel(X[step, rank]).square().mean().backward()
+                else:
+                    parallel(X[step, rank]).square().mean().backward()
+                optimizer.step()
+            found[capture] = list(model.parameters())
+        torch.save(found, f"{results}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_steps_in_blocks_and_out_of_them_take_turns(tmp_path: Path) -> None:
+    _run(_train_otherwise, tmp_path, 2)
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        for micro in X[step]:
+            (model(micro).square().mean() / 2).backward()
+        optimizer.step()
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"{rank}.pt").values():
+            torch.testing.assert_close(found, list(model.parameters()), rtol=1e-6, atol=1e-12)
+
+
+def test_gradients_are_reduced_at_the_end_of_the_block(tmp_path: Path) -> None:
+    _run(_train, tmp_path, 2)
 
     def expected(batches: torch.Tensor) -> list[torch.Tensor]:
         model = _model()
