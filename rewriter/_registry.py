@@ -76,7 +76,8 @@ def find(name: str, imports: Mapping[str, ModuleType] | None = None) -> Callable
         found = None if part.startswith("__") else getattr(found, part, None)
     if not callable(found):
         candidates = [f"{prefix}.{key}" for key, value in vars(module).items() if isinstance(value, type)]
-        raise LookupError(f"unknown parametrization {name!r}" + suggestion(name, candidates))
+        there = f" ({module.__name__} has no {attribute!r})" if prefix in (imports or {}) else ""
+        raise LookupError(f"unknown parametrization {name!r}{there}" + suggestion(name, candidates))
     factory: Callable[..., torch.nn.Module] = found
     return factory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import threading
 import warnings
@@ -182,6 +183,13 @@ def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
 
 
 def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor]) -> nn.Module:
+    name = getattr(factory, "__qualname__", type(factory).__name__)
+    try:
+        inspect.signature(factory).bind()
+    except (TypeError, ValueError) as problem:
+        raise ModelFileError(
+            f"the model factory {name} is called without arguments: {problem}; write a function that makes the model"
+        ) from problem
     module = factory()
     if not isinstance(module, nn.Module):
         raise ModelFileError(f"the model factory made a {type(module).__name__}, not a torch.nn.Module")

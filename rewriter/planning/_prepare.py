@@ -26,7 +26,7 @@ from rewriter.planning._build import Description, build, check_value, describe
 from rewriter.planning._construct import BuildError, Extra
 from rewriter.planning._fit import Fitted, fitted_together
 from rewriter.planning._plan import Plan, Site
-from rewriter.planning._resolve import Claim, resolve
+from rewriter.planning._resolve import Claim, nearest, resolve
 from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, survey
 from rewriter.planning._together import planned_together
@@ -144,6 +144,8 @@ def plan_of(model: nn.Module, prepared: Prepared) -> Plan:
         if id(entry) in built:
             site, present = built[id(entry)]
             how, why = _how_captured(model, prepared.capture, uses, site)
+            if present and how == "unused" and isinstance(model, RewrittenModule):
+                how, why = "graph", "as it was rewritten before"
             fused = tuple((start + 1, stop) for start, stop in (site.fused if present else groups_of(site)))
             sites.append(Site(site.record, how, why, prepared.moved.get(site, 0.0), present, fused))
     return Plan(tuple(sites), prepared.spec.source, prepared.capture.root, prepared.capture.why)
@@ -218,7 +220,8 @@ def _in_order(claims: list[Claim], entries: Sequence[Entry], problems: list[Diag
             if name not in known:
                 problems.append(
                     claim.rule.where("from" if claim.rule.source == name else "chain").diagnose(
-                        f"{claim.name} is computed from {name!r}, which the model does not have"
+                        f"{claim.name} is computed from {name!r}, which the model does not have",
+                        nearest(name, [entry for entry in entries if entry not in claim.entries]),
                     )
                 )
             elif name in owner:

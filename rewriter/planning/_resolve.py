@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch.nn.parameter import is_lazy
 from rewriter.errors import Diagnostic
 from rewriter.planning._survey import Entry
 from rewriter.spec import Rule, Selector, Spec
+
+_MODULE = re.compile(r"\bmodule: '?([\w.]+)")
 
 
 @dataclass
@@ -69,13 +72,21 @@ def _select(
             problems.append(
                 place.diagnose(
                     f"rule {rule.name!r}: {key} {alternative} matches no tensor of the model",
-                    _nearest(str(alternative), entries),
+                    nearest(str(alternative), entries),
                 )
             )
     return [entry for entry in entries if id(entry) in found]
 
 
-def _nearest(pattern: str, entries: Sequence[Entry]) -> str:
+def nearest(pattern: str, entries: Sequence[Entry]) -> str:
+    """Return a hint: what of the model comes near to a pattern that matches nothing."""
+    wanted = _MODULE.search(pattern)
+    classes = dict.fromkeys(name for entry in entries for info in entry.infos for name in info.module_classes)
+    if wanted is not None and wanted[1] not in classes:
+        near = difflib.get_close_matches(wanted[1], list(classes), n=1, cutoff=0.6)
+        owners = list(dict.fromkeys(info.module_classes[0] for entry in entries for info in entry.infos))
+        shown = ", ".join(owners[:6]) + (", …" if len(owners) > 6 else "")
+        return f"did you mean {near[0]}?" if near else f"the modules that own tensors are {shown}"
     names = [name for entry in entries for name in entry.names]
     if not names:
         return "the model has no tensors"

@@ -105,7 +105,8 @@ def _from_file(path: Path) -> Document:
     except UnicodeDecodeError as wrong:
         before = raw[: wrong.start].decode("utf-8")
         where = f"byte 0x{raw[wrong.start]:02x} on line {len(_LINE_BREAK.split(before))}"
-        raise _unreadable(f"the file is not UTF-8 text ({where})", name) from wrong
+        hint = "a spec is YAML or JSON; is this the model's file?"
+        raise _unreadable(f"the file is not UTF-8 text ({where})", name, hint) from wrong
 
 
 def _from_text(text: str, file: str) -> Document:
@@ -180,5 +181,5 @@ def _location(file: str, lines: Sequence[str], mark: Mark, path: str) -> Locatio
     return Location(file, line + 1, column + 1, path, source.replace("\t", " ") if source is not None else None)
 
 
-def _unreadable(message: str, file: str) -> SpecError:
-    return SpecError([Diagnostic(message, file)])
+def _unreadable(message: str, file: str, hint: str = "") -> SpecError:
+    return SpecError([Diagnostic(message, file, hint=hint)])

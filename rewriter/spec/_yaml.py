@@ -108,6 +108,10 @@ class Composer:
         except yaml.MarkedYAMLError as wrong:
             mark = wrong.problem_mark or wrong.context_mark
             message = ", ".join(part for part in (wrong.context, wrong.problem) if part)
+            if "quoted scalar" in (wrong.context or "") and wrong.context_mark:
+                mark, message = wrong.context_mark, "this quote is not closed"
+            elif mark and text[mark.index : mark.index + 1] == "\t":
+                message = "a tab; YAML is indented with spaces"
             hint = _QUOTE if "alias" in (wrong.context or "") or (mark and _after_brace(text, mark.index)) else ""
             raise Unreadable(f"not YAML: {message}", (mark.line, mark.column) if mark else (0, 0), hint) from wrong
         except yaml.YAMLError as wrong:

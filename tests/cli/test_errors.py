@@ -32,6 +32,9 @@ fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[Health
         (("plan", "spec.yaml", "spec.yaml"), 6, "no model file"),
         (("plan", "spec.yaml", "."), 6, "directory"),
         (("plan", "spec.yaml", "model.pt", "--model", "x"), 6, "package.module:factory"),
+        (("plan", "spec.yaml", "weights.pt", "--model", "torch.nn:Linear"), 6, "Linear is called without arguments: missing a required"),
+        (("plan", "model.pt", "spec.yaml"), 3, "is this the model's file?"),
+        (("plan", "foreign.yaml", "model.pt", "--allow-import", "json"), 3, "json has no 'Scale'"),
         (("bake", "model.pt", "-o", "nowhere/x.pt"), 6, "does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
@@ -39,6 +42,10 @@ fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[Health
 def test_bad_input_has_its_exit_code(reparam, folder, arguments, code, message):
     (folder / "wrong.yaml").write_text("reparam: 1\nrules:\n  - {nam: a, select: '*', chain: [symmetric]}\n")
     (folder / "nomatch.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: 'x.y', chain: [symmetric]}\n")
+    (folder / "foreign.yaml").write_text(
+        "reparam: 1\nimports: {my: json}\nrules:\n  - {name: a, select: '*', chain: [my.Scale]}\n"
+    )
+    torch.save(nn.Linear(4, 4).state_dict(), folder / "weights.pt")
     result = reparam(*arguments)
     assert (result.code, result.out) == (code, "")
     assert message in result.err

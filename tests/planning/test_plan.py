@@ -64,6 +64,8 @@ def test_plan_changes_nothing(model: nn.Module) -> None:
     ("rules", "messages"),
     [
         ([{"select": "0.wieght", "chain": ["skew"]}], ["select 0.wieght matches no tensor", "did you mean '0.weight'"]),
+        ([{"select": {"module": "torch.nn.Linaer"}, "chain": ["skew"]}], ["did you mean torch.nn.Linear?"]),
+        ([{"select": {"module": "Conv2d", "ndim": 4}, "chain": ["skew"]}], ["modules that own tensors are Linear"]),
         ([{"select": ["0.weight", "9.weight"], "chain": ["skew"]}], ["select 9.weight matches no tensor"]),
         (
             [{"select": "*.weight", "except": "7.*", "chain": [{"scale": {"factor": 1.0}}]}],
@@ -93,7 +95,7 @@ def test_plan_changes_nothing(model: nn.Module) -> None:
         ),
         (
             [{"select": "4.weight", "from": "5.weight", "chain": ["transpose"]}],
-            ["4.weight is computed from '5.weight', which the model does not have"],
+            ["4.weight is computed from '5.weight', which the model does not have", "did you mean '3.weight'"],
         ),
         (
             [
@@ -220,3 +222,9 @@ def test_the_plan_says_how_each_site_is_captured_and_why() -> None:
     assert whole.root == "module"
     assert "control flow" in whole.why
     assert "if x.sum() > 0" in whole.why
+
+
+def test_the_plan_of_a_rewritten_model_says_that_it_is_one(model: nn.Module) -> None:
+    rules = spec({"select": "0.weight", "chain": ["skew"]})
+    again = plan(rewrite(model, rules), rules).sites[0]
+    assert (again.present, again.capture, again.why) == (True, "graph", "as it was rewritten before")

@@ -176,7 +176,8 @@ STEPS = {
 }
 
 SYNTAX = {
-    "unclosed quote": ("rules: 'a\n‸", "not YAML"),
+    "unclosed quote": ("rules: ‸'a\n", "not YAML: this quote is not closed"),
+    "tab": ("rules:\n‸\t- name: a\n", "not YAML: a tab; YAML is indented with spaces"),
     "colon in a value": ("rules: a‸: b\n", "not YAML: mapping values are not allowed"),
     "unquoted star": ("rules:\n  - select: *‸*.weight\n", "quote a pattern that starts with *"),
     "unquoted star before a word": ("rules:\n  - select: ‸*weight\n", "quote a pattern that starts with *"),
