@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.runtime._signature import PLAIN, TRAINED, Signature, same_objects, sign, transformed
 from rewriter.runtime._watch import Watch
@@ -78,8 +78,10 @@ class Holding:
         if once is not None:
             return once.value(site, inputs)
         if self.versioned:
-            tensors = [*site.originals, *inputs] if inputs else site.originals
-            return self.keep("value", site._modules.values(), tensors, lambda: site.advance(*inputs))  # type: ignore[arg-type]
+            kept = self.kept.get("value")
+            if kept is not None and kept.holds(inputs):
+                return kept.value
+            return self.keep("value", site, len(site.record.chain), inputs, lambda: site.advance(*inputs))
         return site.advance(*inputs)
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
@@ -95,18 +97,27 @@ class Holding:
         return self.fixed
 
     def keep(
-        self, key: str, modules: Collection[nn.Module], tensors: Sequence[Tensor], evaluate: Callable[[], Any]
+        self, key: str, site: ParametrizedTensor, count: int, inputs: Sequence[Tensor], evaluate: Callable[[], Any]
     ) -> Any:
         """Return the value kept under `key` while nothing it depends on has changed, else evaluate and keep.
 
         Nothing is kept that gradients flow through, that was drawn or that advanced a state, nor anything under a
         transform or a trace.
+
+        Arguments:
+            key: one for each thing that is kept.
+            site: whose.
+            count: how many of the site's first steps the value is the result of.
+            inputs: the tensors that they read beside those that are stored.
+            evaluate: makes the value.
         """
+        kept = self.kept.get(key)
+        if kept is not None and kept.holds(inputs):
+            return kept.value
+        modules = site.steps[:count]
+        tensors = [*site.originals[: sum(site.record.stored[:count])], *inputs]
         if transformed() or _capturing(tensors):
             return evaluate()
-        kept = self.kept.get(key)
-        if kept is not None and kept.holds(modules, tensors):
-            return kept.value
         self.kept.pop(key, None)
         before = sign(modules, tensors)
         if before is None or not before.repeatable:
@@ -121,7 +132,7 @@ class Holding:
                 value = _detached(value)  # a chain may give the stored tensor itself
         drawn = not _same_random(generators, _random_states(before))
         if sign(modules, tensors) == before and not drawn and _keepable(value):
-            self.kept[key] = Kept(value, Watch(modules, tensors), modes)
+            self.kept[key] = Kept(value, Watch(modules, tensors, holder=site), modes, inputs, tensors[:1])
         return value
 
     def _update(self) -> None:
@@ -129,23 +140,37 @@ class Holding:
 
 
 class Kept:
-    """A value, and everything that has to be as it was for the value to hold."""
+    """A value, and everything that has to be as it was for the value to hold.
 
-    def __init__(self, value: Any, watch: Watch, modes: tuple[Any, ...]) -> None:
+    Arguments:
+        value: a tensor, or a tuple of them.
+        watch: over what it was computed from.
+        modes: that were on, as `_modes` tells them.
+        inputs: the tensors that were given.
+        first: one of the tensors, which tells the device.
+    """
+
+    def __init__(
+        self, value: Any, watch: Watch, modes: tuple[Any, ...], inputs: Sequence[Tensor], first: Sequence[Tensor]
+    ) -> None:
         self.value = value
         self.watch = watch
         self.modes = modes
+        self.inputs = tuple(inputs)
+        self.first = first
         self.versions = [part._version for part in _tensors(value)]
 
-    def holds(self, modules: Collection[nn.Module], tensors: Sequence[Tensor]) -> bool:
+    def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
+        if transformed() or self.modes != _modes(self.first) or _capturing(self.first):
+            return False
         value = self.value
         if type(value) is tuple:
             if [part._version for part in value] != self.versions:
                 return False
         elif value._version != self.versions[0]:
             return False
-        return self.modes == _modes(tensors) and self.watch.unchanged(modules, tensors)
+        return (not inputs or same_objects(inputs, self.inputs)) and self.watch.unchanged()
 
 
 def _tensors(value: Any) -> tuple[Any, ...]:

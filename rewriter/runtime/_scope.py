@@ -80,9 +80,10 @@ class Frame:
 
     def _transpose(self, key: Any, value: Tensor) -> None:
         """Keep the transpose of what is read a second time, if it is one that later reads can use."""
-        if type(value) is Tensor and value.dim() == 2 and not is_compiling() and _interpreter() is None:
-            if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (self.grad, self.inference):
-                self.transposed[key] = value.t()
+        if type(value) is not Tensor or value.dim() != 2 or is_compiling() or _interpreter() is not None:
+            return
+        if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (self.grad, self.inference):
+            self.transposed[key] = value.t()
 
     def forget(self, key: Any) -> None:
         """Evaluate anew when `key` is asked for again."""

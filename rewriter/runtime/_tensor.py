@@ -144,7 +144,7 @@ class ParametrizedTensor(nn.Module):
         def first() -> Any:
             return apply_steps(self.record, steps[:count], used, ())
 
-        value = self.holding.keep("hoisted", self.steps[:count], used, first)
+        value = self.holding.keep("hoisted", self, count, (), first)
         return apply_chain(self.record, steps, originals, inputs, count, value)
 
     def settled(self, again: bool = False) -> ParametrizedTensor:

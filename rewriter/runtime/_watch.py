@@ -5,7 +5,7 @@ A `Signature` writes everything down; a `Watch` has looked once at where everyth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -23,11 +23,19 @@ class Watch:
         modules: whose tensors, settings and modes are watched.
         tensors: further tensors.
         content: whether what is in the tensors matters, or only their forms.
+        holder: the module that holds `modules` and `tensors`, where one does: it is watched for others in their place.
     """
 
-    def __init__(self, modules: Collection[nn.Module], tensors: Sequence[Tensor], content: bool = True) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        tensors: Sequence[Tensor],
+        content: bool = True,
+        holder: nn.Module | None = None,
+    ) -> None:
         self.modules = tuple(modules)
         self.given = tuple(tensors)
+        self.held = [] if holder is None else [(place, tuple(place.values())) for place in _places(holder)]
         self.states: list[tuple[Any, ...]] = []
         watched = list(tensors)
         for module in modules:
@@ -35,10 +43,11 @@ class Watch:
         self.forms = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in watched]
         self.tensors = [_content(tensor) for tensor in watched] if content else []
 
-    def unchanged(self, modules: Collection[nn.Module], tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same objects, and all as it was."""
-        if not same_objects(modules, self.modules) or not same_objects(tensors, self.given):
-            return False
+    def unchanged(self) -> bool:
+        """Whether all is as it was, and still in its holder."""
+        for place, values in self.held:
+            if not same_objects(place.values(), values):
+                return False
         if not self.same_modules():
             return False
         for tensor, marks, address_of, address, strides_of, strides, _ in self.tensors:
@@ -46,7 +55,7 @@ class Watch:
                 return False
         return True
 
-    def same_forms(self, modules: Collection[nn.Module], tensors: Sequence[Tensor]) -> bool:
+    def same_forms(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same objects, in the same modes and settings, with tensors of the same forms."""
         if not same_objects(modules, self.modules) or not same_objects(tensors, self.given) or not self.same_modules():
             return False
@@ -89,6 +98,11 @@ class Watch:
         for child in module._modules.values():
             if child is not None:
                 self._add(child, watched)
+
+
+def _places(holder: nn.Module) -> list[dict[str, Any]]:
+    places: list[dict[str, Any]] = [holder._parameters, holder._buffers, holder._modules]
+    return places
 
 
 # One call for what would be four look-ups: this is done for every tensor in every forward.
