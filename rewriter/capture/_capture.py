@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.capture._leaves import opener_of
+from rewriter.capture._leaves import has_own_forward, opener_of
 from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.runtime import RewrittenModule, plain_class
@@ -51,7 +51,12 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
     """
     _refuse_compiled(model, owners)
     if isinstance(model, fx.GraphModule) and mode in ("auto", "graph"):
-        return Capture("graph", copy.deepcopy(model.graph))
+        own = _calls_of_own_forwards(model, owners)
+        if not own:
+            return Capture("graph", copy.deepcopy(model.graph))
+        if mode == "graph" or isinstance(model, RewrittenModule):
+            raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and cannot be handed tensors")
+        return Capture("module", why=_OWN_FORWARD.format(own[0]))
     if mode == "module":
         return Capture("module", why="asked for")
     if isinstance(model, torch.jit.ScriptModule):
@@ -67,6 +72,16 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
             ) from problem
         return Capture("module", why=str(problem))
     return Capture("graph", traced.graph, opaque=traced.opaque)
+
+
+_OWN_FORWARD = "the forward of {} was replaced on the object itself"
+
+
+def _calls_of_own_forwards(model: fx.GraphModule, owners: Sequence[str]) -> list[str]:
+    """The modules on the way to an owner that the graph calls, and that run another forward than their class's."""
+    above = {owner[:end] for owner in owners for end in range(1, len(owner) + 1) if owner[end : end + 1] in ("", ".")}
+    called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"}
+    return [path for path in sorted(above & called) if has_own_forward(model.get_submodule(path))]
 
 
 def _refuse_compiled(model: nn.Module, owners: Sequence[str]) -> None:
@@ -87,6 +102,8 @@ def is_rewritten_in_place(model: nn.Module) -> bool:
 def is_torch_leaf(module: nn.Module) -> bool:
     """Whether torch wrote the module's forward: it is opened or handed its tensors, never traced through."""
     kind = plain_class(module)
+    if has_own_forward(module):
+        return False
     return kind.__module__.startswith(("torch.nn.modules.", "torch.ao.nn")) and not isinstance(module, _CONTAINERS)
 
 
@@ -103,6 +120,8 @@ def _inside(model: nn.Module, owners: Sequence[str]) -> set[str]:
         module, path = model, ""
         for part in owner.split(".") if owner else ():
             module, path = module._modules[part], f"{path}.{part}" if path else part  # type: ignore[assignment]
+            if has_own_forward(module) and has_hooks(module):
+                raise CaptureError(f"{_OWN_FORWARD.format(path)}, and it has hooks")
             if has_hooks(module) or is_torch_leaf(module) or opener_of(module) is not None:
                 break
             inside.add(path)

@@ -79,8 +79,11 @@ def expansion_of(module: nn.Module) -> Expanded | None:
     """Return what a call of `module` does, if it can be said; hooks on the module itself keep the call one."""
     from rewriter.capture import leaves as _  # noqa: F401  (registers them)
 
-    expander = _expanders.get(plain_class(module))
-    if expander is None or has_hooks(module) or "forward" in vars(module) or sites_of(module):
+    kind = plain_class(module)
+    expander = _expanders.get(kind)
+    if expander is None or has_hooks(module) or sites_of(module):
+        return None
+    if any(callable(getattr(kind, name, None)) for name in vars(module)):  # a method replaced on the object
         return None
     return expander(module)
 

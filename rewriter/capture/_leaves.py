@@ -73,10 +73,15 @@ def opens(*kinds: type[nn.Module]) -> Callable[[Opener], Opener]:
 
 
 def opener_of(module: nn.Module) -> Opener | None:
-    """Return the opener for a module, if there is one."""
+    """Return the opener for a module, if there is one: the module runs the forward of its class."""
     from rewriter.capture import leaves as _  # noqa: F401  (registers them)
 
-    return _openers.get(plain_class(module))
+    return None if has_own_forward(module) else _openers.get(plain_class(module))
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Say whether the module's forward was replaced on the object itself."""
+    return "forward" in vars(module)
 
 
 def opens_up(module: nn.Module, tensor: str) -> bool:

@@ -20,6 +20,7 @@ from torch.fx.proxy import Attribute
 from rewriter.capture._bytecode import asks_of_result
 from rewriter.capture._effects import Snapshot, still_alive
 from rewriter.capture._guards import Flag, guarded, refuse_unknown_call
+from rewriter.capture._leaves import has_own_forward
 from rewriter.capture._proxy import Value, forget_kinds, remember_kind
 from rewriter.capture._reason import reason
 from rewriter.capture._signature import absences, check_root, optional_arguments, outline, resolve_annotations
@@ -186,6 +187,9 @@ class _Tracer(fx.Tracer):
 
     def _called(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_unknown_call(m)
+        if has_own_forward(m) and self.paths[m] in self.inside:  # nothing takes the values it would be handed
+            path = self.paths[m]
+            self.refuse(f"the forward of {path} was replaced on the object itself: {self.opaque[path]}")
         variable = None if type(m).__module__.startswith("torch.nn.") else asks_of_result()
         if variable is not None:
             self.refuse(f"whether {variable}, which {self.paths[m]} returns, is None is known only when the model runs")
