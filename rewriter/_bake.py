@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
+from rewriter._given import check_model
+from rewriter._registry import suggestion
 from rewriter.errors import PlanError
 from rewriter.passes import Rewriting, restore_pass, run_passes
 from rewriter.planning import Entry, dtype_name, survey
@@ -75,6 +77,7 @@ def bake(
         PlanError: a pattern of `only` matches nothing, or a site keeps no tensor that could be put back; the model is
             as it was.
     """
+    check_model(model, "bake")
     if keep not in ("value", "original"):
         raise PlanError(f"keep is 'value' or 'original', not {keep!r}")
     if isinstance(model, ExportedProgram):
@@ -137,9 +140,12 @@ def _chosen(
                 labelled[site] = pattern
         if not found and not steps:
             rules = sorted({site.record.rule for site in every})
+            names = [name for entries in every.values() for entry in entries for name in entry.names]
+            labels = [label for site in every for label in site.record.labels if label]
             raise PlanError(
                 f"only={pattern!r} is neither a rule or label of the model nor matches a parametrized tensor; "
                 f"its rules are {', '.join(map(repr, rules)) or 'none'}"
+                + suggestion(pattern, [*rules, *labels, *names[:5000]])
             )
         chosen.update(found)
     return [(site, label) for site, label in labelled.items() if site not in chosen], chosen

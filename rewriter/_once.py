@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rewriter._given import check_model
 from rewriter.errors import RewriterError
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._once import Once
@@ -46,6 +47,7 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
             when a tensor that was evaluated has changed (an optimizer's step, ``.to()``); at the start, for a
             DistributedDataParallel that looks for unused parameters, since it would take the stored tensors for some.
     """
+    check_model(model, "evaluate_once")
     _refuse(model)
     once = Once()
     added: list[ParametrizedTensor] = []

@@ -11,9 +11,10 @@ from torch.export import ExportedProgram
 
 from rewriter._absorb import Taken, take_over, taken_over
 from rewriter._copy import copied
+from rewriter._given import check_capture_name, check_model
 from rewriter._pause import collector_paused
 from rewriter.capture import Call, call_of
-from rewriter.errors import CaptureError, RewriterError
+from rewriter.errors import RewriterError
 from rewriter.passes import (
     Rewriting,
     batch_pass,
@@ -126,12 +127,13 @@ def rewrite(
         PlanError: the spec does not fit the model; the model is as it was.
         CaptureError: the capture asked for is not possible.
     """
-    if capture not in ("auto", "graph", "module", "export"):
-        raise CaptureError(f"capture is 'auto', 'graph', 'module' or 'export', not {capture!r}")
+    check_capture_name(capture)
+    without = (without,) if isinstance(without, str) else without
     unknown = set(without) - _OPTIONAL.keys()
     if unknown:
         raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(_OPTIONAL)}")
     read = spec if isinstance(spec, Spec) else load_spec(spec)
+    check_model(model, "rewrite")
     if isinstance(model, ExportedProgram):
         from rewriter.program import check_capture, rewrite_program
 

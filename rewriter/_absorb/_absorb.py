@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from rewriter._given import check_model
 from rewriter.spec import Spec
 
 
@@ -31,4 +32,5 @@ def absorb(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     from rewriter._rewrite import rewrite
 
+    check_model(model, "absorb")
     return rewrite(model, Spec((), absorb=True), inplace=inplace)

@@ -186,7 +186,9 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     name = getattr(factory, "__qualname__", type(factory).__name__)
     try:
         inspect.signature(factory).bind()
-    except (TypeError, ValueError) as problem:
+    except ValueError:  # what is written in C may not say
+        pass
+    except TypeError as problem:
         raise ModelFileError(
             f"the model factory {name} is called without arguments: {problem}; write a function that makes the model"
         ) from problem

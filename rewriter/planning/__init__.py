@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from rewriter._given import check_capture_name, check_model
 from rewriter._pause import collector_paused
 from rewriter.capture import call_of
 from rewriter.planning._plan import Plan, Site
@@ -50,7 +51,9 @@ def plan(
     """
     from rewriter._absorb import taken_over
 
+    check_capture_name(capture)
     read = spec if isinstance(spec, Spec) else load_spec(spec)
+    check_model(model, "plan")
     if isinstance(model, ExportedProgram):
         from rewriter.program import check_capture, plan_program
 

@@ -189,11 +189,15 @@ def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Ten
     Raises:
         BuildError: the chain fails, or gives another shape or dtype and the rule is not `unsafe`.
     """
+    given = [*site.originals, *(inputs[name] for name in site.record.reads)]
+    versions = [tensor._version for tensor in given if not tensor.is_inference()]
     try:
         with torch.no_grad():
             value = site.settled().evaluate(*[inputs[name] for name in site.record.reads])
     except Exception as problem:
         raise BuildError(f"evaluating the chain fails: {first_line(problem)}") from problem
+    if versions != [tensor._version for tensor in given if not tensor.is_inference()]:
+        raise BuildError("the chain changes the tensor that it is given in place; it has to return a new one")
     results = [value] if len(claim.entries) == 1 else list(value)
     moved: float | None = 0.0
     for entry, result in zip(claim.entries, results, strict=True):

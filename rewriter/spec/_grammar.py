@@ -72,7 +72,7 @@ def _explain(error: ErrorDetails, base: tuple[Key, ...], form: type[BaseModel]) 
         message = f"{subject} must be {_EXPECTED[kind]}, found {describe(found)}"
         return Problem(path, message, _remedy(kind, found, path))
     if kind == "wrong_form":
-        return Problem(path, f"{subject} {error['msg']}, found {describe(found)}")
+        return Problem(path, f"{subject} {error['msg']}, found {describe(found)}", _remedy(kind, found, path))
     if kind in ("literal_error", "unknown_choice"):
         choices = context.get("choices") or re.findall(r"'([^']*)'", context["expected"])
         named = error["msg"]
@@ -129,6 +129,10 @@ def _remedy(kind: str, found: Any, path: tuple[Key, ...]) -> str:
         return f"write [{found}]"
     if kind == "string_type" and isinstance(found, int | float):
         return "quote it to make it text"
+    if path[-2:-1] == ("chain",) and callable(found):
+        if isinstance(found, type):
+            return f"give an instance: {found.__name__}(…)"
+        return "from Python, a step may also be an instance of torch.nn.Module; put a function into the forward of one"
     if not path and isinstance(found, str):
         return "this text was read as YAML; if it is a path, there is no such file"
     return ""
