@@ -126,14 +126,15 @@ def prepared(configuration: Any, chain: str, dtype: torch.dtype) -> tuple[nn.Mod
     return model, [name for name in names if CHAINS[chain][2](model.get_parameter(name))]
 
 
+@pytest.mark.parametrize("capture", ["auto", "module"])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_equals_torch_in_train_and_eval_and_bakes_back(configuration: Any, chain: str) -> None:
+def test_equals_torch_in_train_and_eval_and_bakes_back(configuration: Any, chain: str, capture: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model, names = prepared(configuration, chain, dtype)
         if not names:
             pytest.skip("no tensor of that shape")
         arguments = configuration.arguments(dtype)
-        new = rewrite(model, spec_of(model, names, chain))
+        new = rewrite(model, spec_of(model, names, chain), capture=capture)
         reference = with_torch(model, names, chain)
         assert list(new.state_dict()) == list(reference.state_dict())
         reference.load_state_dict(new.state_dict())
