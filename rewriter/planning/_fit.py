@@ -13,7 +13,7 @@ from rewriter.planning._construct import BuildError, construct_steps, layout_of_
 from rewriter.planning._resolve import Claim
 from rewriter.runtime._batch import likeness_of_step, stacked_step
 from rewriter.runtime._inverse import parts_of, right_inverse
-from rewriter.runtime._signature import same_setting, settings_of
+from rewriter.runtime._signature import same_setting, settings_of, snapshot
 from rewriter.spec import Rule
 
 FEWEST = 16
@@ -127,7 +127,7 @@ def _all_at_once(steps: Sequence[nn.Module], value: Tensor) -> tuple[nn.Module, 
             raise NotImplementedError("a state that is not stacked")
         whole = _copied(first)
         run = torch.vmap(functools.partial(right_inverse, whole))
-    before = settings_of(whole)
+    before = {name: snapshot(setting) for name, setting in settings_of(whole).items()}
     parts = parts_of(run(value))
     after = settings_of(whole)
     if whole._modules or after.keys() != before.keys() or not all(map(same_setting, after.values(), before.values())):

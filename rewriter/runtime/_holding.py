@@ -120,7 +120,7 @@ class Holding:
             return evaluate()
         self.kept.pop(key, None)
         before = sign(modules, tensors)
-        if before is None or not before.repeatable:
+        if before is None or not before.repeatable or any(map(_shared, before.tensors)):
             return evaluate()
         if torch.is_grad_enabled() and any(entry[TRAINED] for entry in before.marks):
             return evaluate()
@@ -179,6 +179,11 @@ def _tensors(value: Any) -> tuple[Any, ...]:
 
 def _detached(value: Any) -> Any:
     return tuple(part.detach() for part in value) if isinstance(value, tuple) else value.detach()
+
+
+def _shared(tensor: Tensor) -> bool:
+    """Whether another process may write to the tensor: no counter of this one would tell."""
+    return not tensor.is_cuda and tensor.is_shared()  # type: ignore[no-untyped-call]
 
 
 def _keepable(value: Any) -> bool:

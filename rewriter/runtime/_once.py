@@ -7,6 +7,7 @@ its gradient is gathered there before that chain's turn comes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,12 @@ class Once:
 
 
 def _backward(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    if pairs:
+    if not pairs:
+        return
+    with contextlib.ExitStack() as precision:
+        # The chain ran in the precision of its tensors, and the block may have been opened under autocast.
+        for kind in {value.device.type for value, _ in pairs}:
+            precision.enter_context(torch.autocast(kind, enabled=False))
         torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
 
 

@@ -7,16 +7,21 @@ place of one that was freed. Their version counters see every in-place change, a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from operator import is_
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_COMPARED = frozenset({bool, int, float, complex, str, bytes, tuple, torch.Size, torch.dtype, torch.device})
+_CONTAINERS = frozenset({tuple, list, dict, set})
+_COMPARED = _CONTAINERS | {bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device}
+_LASTING = frozenset({type(None), frozenset, range, FunctionType, BuiltinFunctionType})
 _BOOKKEEPING = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters"}
 PLAIN = frozenset({Tensor, nn.Parameter})
 # Asked at every forward for every site, where finding them would take longer than calling them.
@@ -107,7 +112,17 @@ def same_objects(one: Collection[Any], other: Collection[Any]) -> bool:
 
 def same_setting(one: Any, other: Any) -> bool:
     """Whether two attributes are one object or equal plain values."""
-    return one is other or (type(one) is type(other) and type(one) in _COMPARED and one == other)
+    if one is other:
+        return True
+    if type(one) is not type(other) or type(one) not in _COMPARED:
+        return False
+    # What tensors and arrays in a container answer when they are compared is no truth value.
+    return (type(one) not in _CONTAINERS or (_lasting(one) and _lasting(other))) and bool(one == other)
+
+
+def snapshot(value: Any) -> Any:
+    """Return what a setting is compared with later: itself, or a copy of what can be changed where it is."""
+    return copy.deepcopy(value) if type(value) in _CONTAINERS and _lasting(value) else value
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
@@ -135,10 +150,28 @@ def _add(module: nn.Module, signature: Signature) -> bool:
         signature.repeatable = False
     for name, value in state.items():
         if name not in _BOOKKEEPING:
-            (signature.tensors if isinstance(value, Tensor) else signature.settings).append(value)
+            if isinstance(value, Tensor):
+                signature.tensors.append(value)
+            else:
+                signature.settings.append(snapshot(value))
+                if not _lasting(value):
+                    signature.repeatable = False
     for tensors in (state["_parameters"], state["_buffers"]):
         signature.tensors.extend(tensor for tensor in tensors.values() if tensor is not None)
     return all(_add(child, signature) for child in state["_modules"].values() if child is not None)
+
+
+def _lasting(value: Any) -> bool:
+    """Whether a comparison with its snapshot shows every change of a value.
+
+    An array, a generator or an object of some class may be changed where it is.
+    """
+    kind = type(value)
+    if kind is dict:
+        return all(map(_lasting, (*value.keys(), *value.values())))
+    if kind in (tuple, list, set):
+        return all(map(_lasting, value))
+    return kind in _COMPARED or kind in _LASTING or isinstance(value, (type, Enum))
 
 
 def _declares(module: nn.Module, name: str) -> bool:

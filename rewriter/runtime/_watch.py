@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rewriter.runtime._signature import same_objects, same_setting, settings_of
+from rewriter.runtime._signature import same_objects, same_setting, settings_of, snapshot
 
 _MISSING = object()
 
@@ -94,7 +94,8 @@ class Watch:
             if name != "_modules":
                 watched += [tensor for _, tensor in items if tensor is not None]
             places.append((name, items))
-        self.states.append((state, state["training"], len(state), list(settings.items()), places))
+        compared = [(name, snapshot(value)) for name, value in settings.items()]
+        self.states.append((state, state["training"], len(state), compared, places))
         for child in module._modules.values():
             if child is not None:
                 self._add(child, watched)

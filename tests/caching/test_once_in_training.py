@@ -307,3 +307,24 @@ def test_blocks_of_parts_end_by_themselves(capture: str) -> None:
         assert net.get_submodule("first").parametrizations.weight.original.grad is None
     for one, other in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
+
+
+def test_a_block_inside_autocast_differentiates_in_the_chains_own_precision(capture: str) -> None:
+    chain = [{"orthogonal": {"map": "cayley"}}]
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        rule = {"name": "q", "select": "*.weight", "chain": chain, "init": "sample"}
+        nets.append(rewrite(plain, {"reparam": 1, "rules": [rule]}, capture=capture, without=["batch"]))
+    x = torch.linspace(-1, 1, 64).reshape(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        nets[0](x).float().square().sum().backward()
+        with evaluate_once(nets[1]):
+            nets[1](x).float().square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nets[0](x).float().square().sum()
+    nets[0].zero_grad()
+    loss.backward()
+    for one, other in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-6)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -254,3 +255,83 @@ def test_another_device_is_another_value(recurrent: Any) -> None:
         for buffer in made.model.buffers():
             buffer.fill_(0.5)
     _expect_change(made)
+
+
+class _Settings(nn.Module):
+    """Computes with what torch does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [1.0, [2.0]]
+        self.named = {"factor": 3.0}
+        self.nested = ([4.0], 5.0)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X * self.steps[0] * self.steps[1][0] * self.named["factor"] * self.nested[0][0]
+
+
+SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "list": lambda step: step.steps.__setitem__(0, 7.0),
+    "list in a list": lambda step: step.steps[1].__setitem__(0, 7.0),
+    "dict": lambda step: step.named.update(factor=7.0),
+    "list in a tuple": lambda step: step.nested[0].__setitem__(0, 7.0),
+    "another list": lambda step: setattr(step, "steps", [7.0, [2.0]]),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_a_setting_that_is_changed_where_it_is_is_a_change(recurrent: Any, change: str) -> None:
+    made = recurrent(_Settings(), cache="version")
+    with torch.no_grad():
+        before = made.model(made.x)
+        assert made.site.holding.kept
+        torch.testing.assert_close(made.model(made.x), before, rtol=0, atol=0)
+        SETTINGS[change](getattr(made.site, "0"))
+        expected = made.fresh()
+        assert not torch.equal(expected, before)
+        torch.testing.assert_close(made.model(made.x), expected, rtol=0, atol=0)
+
+
+class _Opaque(nn.Module):
+    """Computes with something that changes and does not show it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.held: Any = torch.Generator() if kind == "generator" else [torch.ones(5, dtype=torch.float64)]
+        if kind == "array":
+            self.held = numpy.ones(5)
+
+    def forward(self, X: Tensor) -> Tensor:
+        if isinstance(self.held, torch.Generator):
+            return X + torch.rand(X.shape, generator=self.held, dtype=X.dtype)
+        return X * (self.held[0] if isinstance(self.held, list) else torch.from_numpy(self.held))
+
+    def __deepcopy__(self, memo: Any) -> _Opaque:
+        clone = _Opaque("list")
+        clone.held = self.held
+        return clone
+
+
+@pytest.mark.parametrize("kind", ["generator", "array", "list"])
+def test_what_cannot_be_compared_is_not_kept(recurrent: Any, kind: str) -> None:
+    made = recurrent(_Opaque(kind), cache="version")
+    with torch.no_grad():
+        before = made.model(made.x)
+        held = getattr(made.site, "0").held
+        if kind != "generator":
+            held[0] *= 3
+        assert not torch.equal(made.model(made.x), before)
+
+
+def test_a_write_by_another_process_is_a_change(recurrent: Any) -> None:
+    """Hogwild: the parameters lie in shared memory, and no counter of this process tells of a write."""
+    made = _kept(recurrent)
+    made.model.share_memory()
+    other = made.site.original.detach()
+    view = torch.from_numpy(other.numpy())  # the same memory, with a counter of its own, as in another process
+    with torch.no_grad():
+        for _ in range(2):
+            before = made.model(made.x)
+            view.add_(1)
+            assert not torch.equal(made.model(made.x), before)
+            torch.testing.assert_close(made.model(made.x), made.fresh(), rtol=0, atol=0)
