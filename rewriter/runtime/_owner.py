@@ -205,15 +205,23 @@ def _owner_class(plain: Any, tensors: tuple[str, ...]) -> Any:
         return found
 
 
+class _Owner(type):
+    """The kind of these classes: calling one makes what calling the class of the same name makes, of which none is."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        plain = vars(cls).get("_reparam_plain")
+        return super().__call__(*args, **kwargs) if plain is None else plain(*args, **kwargs)
+
+
 def _subclass(plain: Any, body: dict[str, Any]) -> Any:
     """Return a subclass of `plain` without running what `plain` does when somebody writes a subclass of it."""
     if type(plain) is not type:
         return type(plain)(plain.__name__, (plain,), body)
-    made: Any = type(plain.__name__, (nn.Module,), body)
+    made: Any = _Owner(plain.__name__, (nn.Module,), body)
     try:
         made.__bases__ = (plain,)
     except TypeError:  # slots
-        made = type(plain.__name__, (plain,), body)
+        made = _Owner(plain.__name__, (plain,), body)
     return made
 
 

@@ -99,6 +99,13 @@ def test_the_plan_says_which_line_cannot_be_traced() -> None:
     assert [site.names for site in found] == [("weight", "tied.weight"), ("body.0.weight",), ("body.1.weight",)]
 
 
+def test_the_classes_make_plain_modules() -> None:
+    new = rewritten()
+    assert type(type(new)()) is Untraceable
+    assert type(type(new.tied)(4, 4)) is nn.Linear
+    assert type(new.body[:1]) is nn.Sequential
+
+
 def test_one_evaluation_for_each_forward_of_the_root(x: Tensor) -> None:
     new = rewritten()
     new(x, times=7).sum().backward()
