@@ -20,7 +20,7 @@ class LowRankChange(nn.Module):
         experts: how many.
         dropout: while training, an input feature is left out of the change with this probability, the same ones for
             a whole forward. PEFT draws anew for each sample, which no weight can do.
-        magnitude: of DoRA: the lengths of the rows.
+        magnitude: of DoRA: the lengths of the outputs' rows.
     """
 
     freezes_original = True
@@ -47,10 +47,17 @@ class LowRankChange(nn.Module):
         if magnitude is None:
             return X + delta
         changed = X + delta
+        rows = self.rows(changed)
         # As in PEFT no gradient flows through the norm.
-        norm = torch.linalg.vector_norm(changed.flatten(1), dim=1, keepdim=True).detach()
-        scaled: Tensor = changed.flatten(1) * (magnitude.reshape(-1, 1) / norm)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True).detach()
+        scaled: Tensor = rows * (magnitude.reshape(-1, 1) / norm)
+        if self.layout == "transposed":
+            scaled = scaled.mT
         return scaled.reshape(X.shape).to(X.dtype)
+
+    def rows(self, X: Tensor) -> Tensor:
+        """Return a matrix with one row for each output."""
+        return X.mT if self.layout == "transposed" else X.flatten(1)
 
     def delta(self) -> Tensor:
         """Return what is added."""
@@ -75,7 +82,7 @@ class LowRankChange(nn.Module):
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return the base: `value` without the change."""
         if self.magnitude is not None:
-            norms = torch.linalg.vector_norm(value.flatten(1), dim=1)
+            norms = torch.linalg.vector_norm(self.rows(value), dim=1)
             self.magnitude.copy_(norms.reshape(self.magnitude.shape))
         return value - self.delta().reshape(value.shape).to(value.dtype)
 

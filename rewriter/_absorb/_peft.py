@@ -53,10 +53,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return unwrapped
 
 
+_MARKS = ("peft_config", "_hf_peft_config_loaded")
+"""What PEFT, and transformers with it, leave on a model: with them it would save itself as adapters."""
+
+
 def remove_wrappers(module: nn.Module) -> nn.Module:
     """Put every wrapped module below `module` in the place of its wrappers; return what stands for `module`."""
     module = unwrapped(module)
     for parent in list(module.modules()):
+        for mark in _MARKS:
+            parent.__dict__.pop(mark, None)
         for name, child in list(parent._modules.items()):
             if child is not None and unwrapped(child) is not child:
                 parent._modules[name] = remove_wrappers(child)
@@ -139,8 +145,6 @@ def _linear(layer: Any, name: str) -> LowRankChange:
     layout = "transposed" if layer.fan_in_fan_out else "linear"
     magnitude = layer.lora_magnitude_vector[name].weight if layer.use_dora.get(name) else None
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if magnitude is not None and layout == "transposed":
-        raise _refused(layer, "is DoRA on a transposed weight", "merge it with PEFT's merge_and_unload()")
     return LowRankChange(A, B, layer.scaling[name], layout, 1, _dropout(layer, name), magnitude)
 
 

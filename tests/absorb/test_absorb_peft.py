@@ -93,11 +93,40 @@ def test_the_base_model_comes_back_plain(ids):
     torch.testing.assert_close(torch.export.export(new, (ids,)).module()(ids), expected)
     baked = rewriter.bake(new)
     assert type(baked) is Net
+    assert vars(baked).keys() == vars(Net()).keys()
     assert list(baked.state_dict()) == list(Net().state_dict())
     torch.testing.assert_close(baked(ids), expected)
     torch.testing.assert_close(torch.jit.script(baked)(ids), expected)
     undone = rewriter.bake(new, keep="original")
     assert torch.equal(undone.fc.weight, model.base_model.model.fc.base_layer.weight)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_of_transformers_saves_itself_whole_again(own, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=8)
+    model, ids = transformers.GPT2LMHeadModel(config), torch.randint(0, 9, (2, 5))
+    lora = peft.LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True, init_lora_weights=False
+    )  # its weights are transposed
+    if own:
+        model.add_adapter(lora)
+    else:
+        model = peft.get_peft_model(model, lora)
+    model.eval()
+    expected = model(input_ids=ids).logits
+    new = rewriter.absorb(model)
+    torch.testing.assert_close(new(input_ids=ids).logits, expected)
+    new(input_ids=ids).logits.square().sum().backward()
+    model(input_ids=ids).logits.square().sum().backward()
+    norms = [
+        sorted(float(parameter.grad.norm()) for parameter in one.parameters() if parameter.grad is not None)
+        for one in (new, model)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    rewriter.bake(new).save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
 
 
 def test_in_place_the_parameters_that_are_trained_stay_the_same_objects():
