@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
@@ -210,6 +211,11 @@ class _Merging:
                 amount = (flag, self._merged(node, node.args[0], None, env, None), node.args[1])
                 self.graph.call_function(expectations.add_in_training, amount)
                 continue
+            while others and rest and _is_layout(rest[0]) and not _is_layout(node):
+                self._lay_out(rest.popleft(), other, env)
+            if others and _is_layout(node) and not (rest and _is_layout(rest[0])):
+                self._lay_out(node, env, other)
+                continue
             twin = rest.popleft() if rest else None
             if others and (twin is None or (twin.op, _name(twin)) != (node.op, _name(node))):
                 raise _Differs(f"train mode calls {_name(node)} where eval mode calls {twin and _name(twin)}")
@@ -225,6 +231,8 @@ class _Merging:
                 if twin is not None:
                     other[twin.name] = env[node.name]
                 continue
+            if twin is not None and (len(node.args) != len(twin.args) or node.kwargs.keys() != twin.kwargs.keys()):
+                _spell_out(node), _spell_out(twin)
             args = self._merged(node, node.args, twin and twin.args, env, other)
             kwargs = self._merged(node, node.kwargs, twin and twin.kwargs, env, other)
             copied = self.graph.create_node(node.op, node.target, tuple(args), kwargs, node.name)
@@ -232,6 +240,12 @@ class _Merging:
             if twin is not None:
                 other[twin.name] = copied
         return None
+
+    def _lay_out(self, node: fx.Node, env: dict[str, Any], other: dict[str, Any]) -> None:
+        """Copy what changes no value, and one of the graphs has alone; the other one goes on from it as well."""
+        before = env[node.all_input_nodes[0].name]
+        env[node.name] = after = self.graph.create_node(node.op, node.target, (before, *node.args[1:]), node.kwargs)
+        other.update({name: after for name, value in other.items() if value is before})
 
     def _region(
         self, owner: Any, node: fx.Node, env: dict[str, Any], second: Any, twin: fx.Node | None, other: Any
@@ -333,6 +347,26 @@ def _same_counter(node: fx.Node, twin: fx.Node, env: dict[str, Any], other: dict
         return False
     mine, theirs = node.all_input_nodes[0], twin.all_input_nodes[0]
     return env[mine.name] is other[theirs.name]
+
+
+def _is_layout(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.contiguous.default
+
+
+def _spell_out(node: fx.Node) -> None:
+    """Write down the arguments that an operation takes by default: a dropout of 0 is left out where it is 0."""
+    if not isinstance(node.target, OpOverload):
+        return
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for argument in node.target._schema.arguments[len(args) :]:
+        if not argument.has_default_value() and argument.name not in kwargs:
+            return
+        value = kwargs.pop(argument.name, argument.default_value)
+        if argument.kwarg_only:
+            kwargs[argument.name] = value
+        else:
+            args.append(value)
+    node.args, node.kwargs = tuple(args), kwargs
 
 
 def _name(node: fx.Node) -> str:

@@ -311,6 +311,25 @@ def test_checkpointed_layers_are_not_evaluated_again() -> None:
     assert Halved.evaluations == len(plan(case.model, case.spec))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_one_exported_graph_for_train_and_eval(name: str) -> None:
+    case = Case(name)
+    call = {**case.inputs, "use_cache": False} if name in GENERATING else case.inputs
+    new = rewrite(case.model, case.spec, capture="export", example_kwargs=call)
+    reference = case.rewritten()
+    for training in (True, False):
+        new.train(training), reference.train(training)
+        found = []
+        for model in (new, reference):
+            model.zero_grad()
+            torch.manual_seed(3)
+            output = model(**call).logits
+            output.square().mean().backward()
+            found.append((output.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
+    assert type(bake(new)) is type(case.model)
+
+
 def test_parametrizations_of_torch_are_not_touched() -> None:
     case = Case("gpt2")
     parametrizations.weight_norm(case.model.transformer.h[0].attn.c_proj, "weight")
