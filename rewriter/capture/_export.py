@@ -232,7 +232,8 @@ class _Merging:
                     other[twin.name] = env[node.name]
                 continue
             if twin is not None and (len(node.args) != len(twin.args) or node.kwargs.keys() != twin.kwargs.keys()):
-                _spell_out(node), _spell_out(twin)
+                _spell_out(node)
+                _spell_out(twin)
             args = self._merged(node, node.args, twin and twin.args, env, other)
             kwargs = self._merged(node, node.kwargs, twin and twin.kwargs, env, other)
             copied = self.graph.create_node(node.op, node.target, tuple(args), kwargs, node.name)
