@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from rewriter.io import load_model
 
@@ -86,3 +87,21 @@ def test_a_label_bakes_one_step(reparam, folder):
     assert result.json["left"] == ["0.weight"]
     chains = {t["names"][0]: t["chain"] for t in reparam("inspect", "part.pt", "--json").json["tensors"]}
     assert chains["0.weight"] == ["symmetric"]
+
+
+def test_what_another_tool_computes_is_taken_over_checked_and_baked(reparam, folder):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    model[0].weight = model[0].weight.detach()
+    torch.save(model, "pruned.pt")
+    (folder / "absorb.yaml").write_text(
+        "reparam: 1\nabsorb: true\nrules:\n  - {name: s, select: 1.weight, chain: [symmetric]}\n"
+    )
+    result = reparam("apply", "absorb.yaml", "pruned.pt", "-o", "new.pt", "--trust", "--json")
+    assert result.code == 0, result.err
+    assert result.json["checks"]["unmoved"] == 1
+    assert reparam("bake", "new.pt", "-o", "plain.pt").code == 0
+    plain = torch.load("plain.pt", weights_only=False)
+    assert list(plain.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(plain[0](x), model[0](x))

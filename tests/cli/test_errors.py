@@ -32,7 +32,11 @@ fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[Health
         (("plan", "spec.yaml", "spec.yaml"), 6, "no model file"),
         (("plan", "spec.yaml", "."), 6, "directory"),
         (("plan", "spec.yaml", "model.pt", "--model", "x"), 6, "package.module:factory"),
-        (("plan", "spec.yaml", "weights.pt", "--model", "torch.nn:Linear"), 6, "Linear is called without arguments: missing a required"),
+        (
+            ("plan", "spec.yaml", "weights.pt", "--model", "torch.nn:Linear"),
+            6,
+            "Linear is called without arguments: missing a required",
+        ),
         (("plan", "model.pt", "spec.yaml"), 3, "is this the model's file?"),
         (("plan", "foreign.yaml", "model.pt", "--allow-import", "json"), 3, "json has no 'Scale'"),
         (("bake", "model.pt", "-o", "nowhere/x.pt"), 6, "does not exist"),
