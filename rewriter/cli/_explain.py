@@ -31,10 +31,15 @@ def explain(
     debug: Debug = False,
 ) -> Outcome:
     """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
+    from torch import nn
+
+    from rewriter._absorb import held_entries
     from rewriter._registry import suggestion
 
     read = read_spec(spec, allow_import)
-    entries = entries_of(read_model(model_file, model, allow, trust))
+    loaded = read_model(model_file, model, allow, trust)
+    held = held_entries(loaded) if isinstance(loaded, nn.Module) else []
+    entries = [*(entry for entry, _ in held), *entries_of(loaded)]
     found = next((entry for entry in entries if tensor in entry.names), None)
     if found is None:
         near = suggestion(tensor, [name for entry in entries for name in entry.names])
@@ -44,8 +49,16 @@ def explain(
     beaten = {name: rule.name for rule in read.rules if rule.name in claimed for name in rule.overrides}
     verdicts = [_verdict(rule, found, claimed, beaten) for rule in read.rules]
     owners = [verdict["rule"] for verdict in verdicts if verdict["owns"]]
-    document = {"tensor": tensor, "names": list(found.names), "owners": owners, "rules": verdicts}
-    lines = [f"{' = '.join(found.names)}: {_summary(owners)}", ""]
+    source = next((source for entry, source in held if entry is found), None)
+    document = {
+        "tensor": tensor,
+        "names": list(found.names),
+        "owners": owners,
+        "computed_by": source,
+        "rules": verdicts,
+    }
+    summary = _summary(owners) if source is None else _summary_of_held(source, owners, read.absorb)
+    lines = [f"{' = '.join(found.names)}: {summary}", ""]
     lines += [
         f"{'✓' if verdict['owns'] else '·'} {verdict['rule']} ({verdict['where']}): {verdict['why']}"
         for verdict in verdicts
@@ -59,6 +72,13 @@ def _summary(owners: list[str]) -> str:
     if len(owners) > 1:
         return f"an error: {' and '.join(owners)} both own it, and neither names the other in `overrides`"
     return f"owned by {owners[0]}"
+
+
+def _summary_of_held(source: str, owners: list[str], absorb: bool) -> str:
+    if owners:
+        return f"an error: it is computed already, by {source}, and {' and '.join(owners)} would own it"
+    taken = "the spec takes it over" if absorb else "`absorb: true` in the spec would take it over"
+    return f"computed already, by {source}; {taken}"
 
 
 def _verdict(rule: Rule, entry: Entry, claimed: set[str], beaten: dict[str, str]) -> dict[str, Any]:

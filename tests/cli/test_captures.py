@@ -105,3 +105,5 @@ def test_what_another_tool_computes_is_taken_over_checked_and_baked(reparam, fol
     assert list(plain.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     x = torch.randn(2, 4)
     torch.testing.assert_close(plain[0](x), model[0](x))
+    explained = reparam("explain", "absorb.yaml", "pruned.pt", "0.weight", "--trust")
+    assert "0.weight: computed already, by torch.prune; the spec takes it over" in explained.out
