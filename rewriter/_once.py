@@ -28,7 +28,8 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     [True, True]
 
     The gradients of the stored tensors arrive when the block ends: hooks on them run then, once, with the sum, and
-    clipping, unscaling and the optimizer's step come after the block. Gradients of other parameters arrive as ever.
+    clipping, unscaling and the optimizer's step come after the block. Until then their ``.grad`` is as it was, or
+    zeros where there was none. Gradients of other parameters arrive as ever.
     Inside a block that is already open, nothing changes: the outer one ends it. An exception that leaves the block
     drops what was gathered. Each thread has its own block. A chain whose policy is ``never``, and one over tensors
     that `functional_call` puts in, is evaluated as outside; so is a model that torch.compile has compiled.
@@ -44,7 +45,8 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
 
     Raises:
         RewriterError: inside, for a backward with ``create_graph=True`` through a chain; inside or at the end,
-            when a tensor that was evaluated has changed (an optimizer's step, ``.to()``); at the start, for a
+            when a tensor that was evaluated has changed (an optimizer's step, ``.to()``) or its gradient was reset
+            (``zero_grad()``) after a backward; at the start, for a
             DistributedDataParallel that looks for unused parameters, since it would take the stored tensors for some.
     """
     check_model(model, "evaluate_once")
@@ -58,10 +60,16 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
                 site.holding.begin(once)
                 added.append(site)
         yield
+    except BaseException:
+        once.leave()
+        raise
     finally:
         for site in added:
             site.holding.end()
-    once.finish()
+    try:
+        once.finish()
+    finally:
+        once.leave()
 
 
 def _refuse(model: nn.Module) -> None:

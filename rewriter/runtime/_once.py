@@ -8,6 +8,7 @@ its gradient is gathered there before that chain's turn comes.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,39 @@ class Evaluated:
         self.trained = [index for index, mark in enumerate(signature.marks) if mark[2]]
         self.value = value
         self.leaf = leaf
+        self.arrived: list[tuple[Tensor, Tensor]] = []
+        """The stored tensors with the `.grad` that each had when the last gradient arrived at the leaf."""
+        self.placed: list[tuple[Tensor, Tensor]] = []
+        """Those that had none, with the zeros that were put there."""
+
+    def arrive(self) -> None:
+        """Notice that a gradient arrives at the leaf: from here on `.grad` is there, or somebody has reset it."""
+        if self.arrived:
+            return self.check_gradients()
+        for index in self.trained:
+            tensor = self.signature.tensors[index]
+            if any(tensor is given for given in self.inputs):
+                continue
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+                self.placed.append((tensor, tensor.grad))
+            assert tensor.grad is not None
+            self.arrived.append((tensor, tensor.grad))
+
+    def check_gradients(self) -> None:
+        """Refuse to go on after ``zero_grad()``: it cannot reach what was gathered at the leaf before."""
+        if any(tensor.grad is not before for tensor, before in self.arrived):
+            raise RewriterError(
+                f"{self.site.record.name}: the gradient of a tensor that it is computed from was reset inside "
+                "evaluate_once, after a backward whose gradient only arrives at the end. Call zero_grad() before the "
+                "block, or end the block first"
+            )
+
+    def leave(self) -> None:
+        """Take the zeros away to which nothing was added."""
+        for tensor, zeros in self.placed:
+            if tensor.grad is zeros and zeros._version == 0:
+                tensor.grad = None
 
     def check(self, now: Signature | None) -> None:
         """Refuse to go on after a change of what was evaluated; state that the chain itself advances is none."""
@@ -100,10 +134,16 @@ class Once:
         """
         for entry in self.evaluated:
             entry.check(sign(entry.site.steps, [*entry.site.originals, *entry.inputs]))
+            entry.check_gradients()
         for entry in reversed(self.evaluated):
             if entry.inputs:
                 _backward(entry.gradients())
         _backward([pair for entry in self.evaluated if not entry.inputs for pair in entry.gradients()])
+
+    def leave(self) -> None:
+        """Leave no trace on the stored tensors but the gradients that were sent."""
+        for entry in self.evaluated:
+            entry.leave()
 
     def _evaluate(self, site: ParametrizedTensor, inputs: Sequence[Tensor], signature: Signature) -> Evaluated:
         # Whatever mode the first use is in, later ones may need the gradient; and a checkpointed region must not
@@ -115,7 +155,18 @@ class Once:
         ):
             value = site.advance(*inputs)
             leaf = tuple(map(_leaf, value)) if isinstance(value, tuple) else _leaf(value)
-        return Evaluated(site, inputs, signature.hold(), value, leaf)
+        entry = Evaluated(site, inputs, signature.hold(), value, leaf)
+        reference = weakref.ref(entry)  # the leaf would hold what holds it
+
+        def arrive(gradient: Tensor) -> None:
+            known = reference()
+            if known is not None:
+                known.arrive()
+
+        for part in leaf if isinstance(leaf, tuple) else (leaf,):
+            if part.requires_grad:
+                part.register_hook(arrive)  # type: ignore[no-untyped-call]
+        return entry
 
 
 def _backward(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,20 @@ def _gradients(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
-def _train(rank: int, port: int, results: str) -> None:
+def _join(rank: int, results: str, processes: int) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of this machine's name
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # By a file: another run of these tests may take a port between finding it free and using it.
+    method, patience = f"file://{results}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=method, timeout=patience, rank=rank, world_size=processes)
+
+
+def _train(rank: int, results: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of this machine's name
+    dist.init_process_group(
+        "gloo", init_method=f"file://{results}/store", timeout=timedelta(seconds=60), rank=rank, world_size=2
+    )
     try:
         model = _model()
         parallel = DistributedDataParallel(model)
@@ -67,19 +77,18 @@ def _train(rank: int, port: int, results: str) -> None:
 
 
 def _run(worker: Any, results: Path, processes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # A fork has torch imported already; nothing here uses what does not survive one (threads, an accelerator).
-    context = mp.start_processes(worker, (port, str(results)), nprocs=processes, join=False, start_method="fork")
+    context = mp.start_processes(worker, (str(results),), nprocs=processes, join=False, start_method="fork")
     while not context.join(timeout=60):
         pass
 
 
-def _train_alone(rank: int, port: int, results: str) -> None:
+def _train_alone(rank: int, results: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{results}/store", timeout=timedelta(seconds=60), rank=rank, world_size=1
+    )
     try:
         found: dict[str, Any] = {}
         for capture in ("graph", "module"):
@@ -124,10 +133,12 @@ def test_one_process_with_and_without_no_sync(tmp_path: Path) -> None:
             torch.testing.assert_close(gradients, _gradients(model), rtol=1e-6, atol=1e-12, msg=name)
 
 
-def _train_otherwise(rank: int, port: int, results: str) -> None:
+def _train_otherwise(rank: int, results: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{results}/store", timeout=timedelta(seconds=60), rank=rank, world_size=2
+    )
     try:
         found: dict[str, Any] = {}
         for capture in ("graph", "module"):

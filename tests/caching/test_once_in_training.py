@@ -304,7 +304,7 @@ def test_blocks_of_parts_end_by_themselves(capture: str) -> None:
         with evaluate_once(net):
             _siamese(net)
         assert net.get_submodule("second").parametrizations.weight.original.grad is not None
-        assert net.get_submodule("first").parametrizations.weight.original.grad is None
+        assert not net.get_submodule("first").parametrizations.weight.original.grad.any()
     for one, other in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
 
@@ -328,3 +328,50 @@ def test_a_block_inside_autocast_differentiates_in_the_chains_own_precision(capt
     loss.backward()
     for one, other in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reset", ["model", "optimizer", "one tensor"])
+@pytest.mark.parametrize("moment", ["between", "at the end"])
+def test_gradients_that_are_reset_inside_are_refused(capture: str, reset: str, moment: str) -> None:
+    """What was gathered before would be in the sum all the same: a wrong gradient that nothing shows."""
+    net = _net(capture)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    stored = net.get_submodule("first").parametrizations.weight.original
+
+    def zero() -> None:
+        if reset == "one tensor":
+            stored.grad = None
+        else:
+            (net if reset == "model" else optimizer).zero_grad()
+
+    with pytest.raises(RewriterError, match=r"was reset inside.*zero_grad\(\) before the block"), evaluate_once(net):
+        zero()
+        net(X).sum().backward()
+        net(X).sum().backward()
+        zero()
+        if moment == "between":
+            net(X).sum().backward()
+    assert all(p.grad is None for name, p in net.named_parameters() if name.endswith(("original", "gain")))
+
+
+def test_gradients_from_before_the_block_are_added_to(capture: str) -> None:
+    net, reference = _net(capture), _net(capture)
+    for model in (net, reference):
+        _siamese(model)
+    before = [parameter.grad for parameter in net.parameters()]
+    _siamese(reference)
+    with evaluate_once(net):
+        _siamese(net)
+    for one, other, kept in zip(net.parameters(), reference.parameters(), before, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
+        assert one.grad is kept
+
+
+def test_zeros_stand_for_a_gradient_only_inside(capture: str) -> None:
+    net = _net(capture)
+    stored = net.get_submodule("first").parametrizations.weight.original
+    with pytest.raises(KeyError), evaluate_once(net):
+        net(X).sum().backward()
+        assert not stored.grad.any()
+        raise KeyError
+    assert stored.grad is None
