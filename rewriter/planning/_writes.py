@@ -23,6 +23,7 @@ _VIEWS = frozenset(
     "swapaxes swapdims movedim expand expand_as select narrow getitem chunk split tensor_split unbind diagonal "
     "as_strided unfold".split()
 )
+_HINT_FOR_A_WEIGHT = "leave it out with `except`, or let a step of the chain do what the forward does to it"
 _HINT = "leave it out with `except`; what a forward accumulates is not a weight"
 
 
@@ -56,7 +57,7 @@ def refuse_writes(claims: Sequence[Claim], graph: fx.Graph | None) -> list[Diagn
                     .diagnose(
                         f"the forward changes {node.target} in place ({found.name}), and a computed tensor cannot "
                         "keep the change",
-                        _HINT,
+                        _HINT if claimed[node.target].entries[0].infos[0].kind == "buffer" else _HINT_FOR_A_WEIGHT,
                     )
                 )  # fmt: skip
     return problems
@@ -78,7 +79,8 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
         return any(info is not None and info.is_write for info in _aliases(user, node))
     if user.kwargs.get("out") is node:
         return True
-    if not user.args or user.args[0] is not node:
+    first = user.args[0] if user.args else user.kwargs.get("tensor", user.kwargs.get("input"))
+    if first is not node:
         return False
     if user.op == "call_method":
         name = str(user.target)
