@@ -36,8 +36,8 @@ class Evaluated:
         self.leaf = leaf
         self.arrived: list[tuple[Tensor, Tensor]] = []
         """The stored tensors with the `.grad` that each had when the last gradient arrived at the leaf."""
-        self.placed: list[tuple[Tensor, Tensor]] = []
-        """Those that had none, with the zeros that were put there."""
+        self.placed: list[Zeros] = []
+        """What was put there where there was none."""
 
     def arrive(self) -> None:
         """Notice that a gradient arrives at the leaf: from here on `.grad` is there, or somebody has reset it."""
@@ -48,25 +48,24 @@ class Evaluated:
             if any(tensor is given for given in self.inputs):
                 continue
             if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
-                self.placed.append((tensor, tensor.grad))
+                self.placed.append(Zeros(tensor))
             assert tensor.grad is not None
             self.arrived.append((tensor, tensor.grad))
 
     def check_gradients(self) -> None:
-        """Refuse to go on after ``zero_grad()``: it cannot reach what was gathered at the leaf before."""
-        if any(tensor.grad is not before for tensor, before in self.arrived):
+        """Refuse to go on after somebody has worked on gradients: what was gathered at the leaf is out of reach."""
+        reset = any(tensor.grad is not before for tensor, before in self.arrived)
+        if reset or any(zeros.touched for zeros in self.placed):
             raise RewriterError(
-                f"{self.site.record.name}: the gradient of a tensor that it is computed from was reset inside "
-                "evaluate_once, after a backward whose gradient only arrives at the end. Call zero_grad() before the "
-                "block, or end the block first"
+                f"{self.site.record.name}: the gradient of a tensor that it is computed from was "
+                f"{'reset' if reset else 'changed'} inside evaluate_once, after a backward whose gradient only arrives "
+                "at the end. Call zero_grad() before the block; clip and unscale gradients after it"
             )
 
     def leave(self) -> None:
         """Take the zeros away to which nothing was added."""
-        for tensor, zeros in self.placed:
-            if tensor.grad is zeros and zeros._version == 0:
-                tensor.grad = None
+        for zeros in self.placed:
+            zeros.leave()
 
     def check(self, now: Signature | None) -> None:
         """Refuse to go on after a change of what was evaluated; state that the chain itself advances is none."""
@@ -89,6 +88,30 @@ class Evaluated:
             for value, leaf in zip(values, leaves, strict=True)
             if value.requires_grad and leaf.grad is not None
         ]
+
+
+class Zeros:
+    """A gradient for a tensor that has none yet, from which to tell whether somebody works on gradients."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.grad = tensor.grad = torch.zeros_like(tensor)
+        self.version = 0
+        self.hook = tensor.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
+
+    @property
+    def touched(self) -> bool:
+        """Whether it was changed by anything but a backward."""
+        return self.tensor.grad is self.grad and self.grad._version != self.version
+
+    def leave(self) -> None:
+        """Give the tensor its lack of a gradient back, unless a gradient came."""
+        self.hook.remove()
+        if self.tensor.grad is self.grad and self.version == 0:
+            self.tensor.grad = None
+
+    def _add(self, tensor: Tensor) -> None:
+        self.version = self.grad._version
 
 
 class Once:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -375,3 +376,40 @@ def test_zeros_stand_for_a_gradient_only_inside(capture: str) -> None:
         assert not stored.grad.any()
         raise KeyError
     assert stored.grad is None
+
+
+WORK: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "clipped": lambda net, optimizer: nn.utils.clip_grad_norm_(net.parameters(), 1e-3),
+    "clipped by value": lambda net, optimizer: nn.utils.clip_grad_value_(net.parameters(), 1e-3),
+    "set to zero": lambda net, optimizer: optimizer.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_work_on_gradients_inside_is_refused(capture: str, work: str) -> None:
+    """The gradients are not there yet: they would come unclipped."""
+    net = _net(capture)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(RewriterError, match=r"changed inside.*clip and unscale gradients after"), evaluate_once(net):
+        net(X).sum().backward()
+        WORK[work](net, optimizer)
+    stored = net.get_submodule("first").parametrizations.weight.original
+    assert not stored._post_accumulate_grad_hooks
+
+
+def test_gradients_that_come_another_way_inside_are_added(capture: str) -> None:
+    """From a compiled model and from a penalty: these backwards reach the stored tensors before the block ends."""
+    rule = {"name": "r", "select": "*.weight", "chain": [{"scale": {"factor": 2}}]}
+    net = rewrite(_Net().double(), {"reparam": 1, "rules": [rule]}, capture=capture)
+    reference = copy.deepcopy(net)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
+    for model, run in ((reference, reference), (net, compiled)):
+        with contextlib.nullcontext() if model is reference else evaluate_once(net):
+            for _ in range(2):
+                model(X).sum().backward()
+                run(X).square().sum().backward()
+                stored = model.get_submodule("first").parametrizations.weight.original
+                stored.square().sum().backward()
+    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
