@@ -12,6 +12,7 @@ from rewriter.passes._costs import pays
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._batch import BatchedEvaluation, evaluate_together, likeness, stacked
+from rewriter.runtime._signature import declares
 
 HOME = "batched_evaluations"
 PROBES = 8
@@ -75,9 +76,10 @@ def can_batch(site: ParametrizedTensor) -> bool:
 
 
 def _broadcasts(step: Any) -> bool:
-    return bool(getattr(step, "batched", False)) and not any(
-        getattr(module, "stateful", False) or getattr(module, "random", False) for module in step.modules()
-    )
+    if not declares(step, "batched"):
+        return False
+    parts = step.modules() if step._modules else (step,)
+    return not any(declares(part, "stateful") or declares(part, "random") for part in parts)
 
 
 def _wanted(group: Sequence[ParametrizedTensor]) -> bool:

@@ -34,8 +34,6 @@ def _untrained_steps(site: ParametrizedTensor) -> int:
     record = site.record
     if len(record.chain) == 1 or record.source is not None or record.memory == "recompute":
         return 0
-    if not any(parameter.requires_grad for parameter in site.parameters()):
-        return 0
     count, used = 0, 0
     for step, stored, inputs in zip(site.steps[:-1], record.stored, record.inputs, strict=False):
         tensors = [*site.originals[used : used + stored], *step.parameters()]
@@ -43,7 +41,9 @@ def _untrained_steps(site: ParametrizedTensor) -> int:
         if inputs or varies or any(tensor.requires_grad for tensor in tensors):
             break
         count, used = count + 1, used + stored
-    return count if count and _fits(site, count, site.originals[:used]) else 0
+    if not count or not any(parameter.requires_grad for parameter in site.parameters()):
+        return 0
+    return count if _fits(site, count, site.originals[:used]) else 0
 
 
 @torch.no_grad()

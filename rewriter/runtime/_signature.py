@@ -146,7 +146,7 @@ def _add(module: nn.Module, signature: Signature) -> bool:
         return False
     training = state.get("training", True)
     signature.flags.append(training)
-    if training and (_declares(module, "stateful") or _declares(module, "random")):
+    if training and (declares(module, "stateful") or declares(module, "random")):
         signature.repeatable = False
     for name, value in state.items():
         if name not in _BOOKKEEPING:
@@ -174,5 +174,6 @@ def _lasting(value: Any) -> bool:
     return kind in _COMPARED or kind in _LASTING or isinstance(value, (type, Enum))
 
 
-def _declares(module: nn.Module, name: str) -> bool:
+def declares(module: nn.Module, name: str) -> bool:
+    """Whether a module, or its class, has an attribute by this name that is true; quick where there is none."""
     return bool(module.__dict__.get(name, getattr(type(module), name, False)))
