@@ -38,7 +38,8 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     ``backward(inputs=…)`` gives gradients to those that it names and to no stored tensor, not even to one it names.
 
     With DistributedDataParallel give the wrapped model, and run all forwards but the last under ``no_sync()``, as for
-    every accumulation of gradients; the reduction completes at the end of the block.
+    every accumulation of gradients; the reduction completes at the end of the block, also when an exception ends it:
+    the other processes wait for it.
 
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
@@ -60,7 +61,10 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
                 site.holding.begin(once)
                 added.append(site)
         yield
-    except BaseException:
+    except BaseException as problem:
+        if isinstance(problem, Exception) and any(map(_reduces, model.modules())):
+            with contextlib.suppress(Exception):
+                once.finish()
         once.leave()
         raise
     finally:
@@ -70,6 +74,11 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
         once.finish()
     finally:
         once.leave()
+
+
+def _reduces(module: nn.Module) -> bool:
+    """Whether other processes may be waiting for this one's gradients, which a backward would have sent by now."""
+    return isinstance(module, DistributedDataParallel) and module.require_backward_grad_sync
 
 
 def _refuse(model: nn.Module) -> None:

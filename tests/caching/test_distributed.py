@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from datetime import timedelta
@@ -145,15 +146,14 @@ def _train_otherwise(rank: int, results: str) -> None:
             model = _model(capture, "version")
             parallel = DistributedDataParallel(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            for step in range(3):  # an ordinary step, one in a block, and one after an exception in a block
+            for step in range(3):  # an ordinary step, one in a block, and one after exceptions in blocks
                 optimizer.zero_grad()
-                if step == 2:
-                    try:
-                        with evaluate_once(parallel), parallel.no_sync():
-                            parallel(X[0, rank]).square().mean().backward()
-                            raise KeyError
-                    except KeyError:
-                        optimizer.zero_grad()
+                for synced in (False, True) if step == 2 else ():
+                    sync = contextlib.nullcontext() if synced else parallel.no_sync()
+                    with contextlib.suppress(KeyError), evaluate_once(parallel), sync:
+                        parallel(X[0, rank]).square().mean().backward()
+                        raise KeyError
+                    optimizer.zero_grad()
                 if step == 1:
                     with evaluate_once(parallel):
                         parallel(X[step, rank]).square().mean().backward()
