@@ -36,7 +36,7 @@ class _Factored(nn.Module):
         U, S, Vh = torch.linalg.svd(widen(value), full_matrices=False)
         return U[..., : self.rank], S[..., : self.rank], Vh[..., : self.rank, :].mT
 
-    def random(self, *shape: int) -> Tensor:
+    def drawn(self, *shape: int) -> Tensor:
         return torch.randn(*self.size[:-2], *shape, dtype=wide_dtype(self.dtype), device=self.device)
 
     def extra_repr(self) -> str:
@@ -84,7 +84,7 @@ class LowRank(_Factored):
 
     def sample(self) -> Tensor:
         """Return a product of two Gaussian factors whose entries have variance 1 / n."""
-        U, V = self.random(self.size[-2], self.rank), self.random(self.size[-1], self.rank)
+        U, V = self.drawn(self.size[-2], self.rank), self.drawn(self.size[-1], self.rank)
         value: Tensor = U @ V.mT / (self.rank * self.size[-1]) ** 0.5
         return value.to(self.dtype)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import rewrite
+from rewriter import RewriterError, rewrite
+from rewriter._registry import find, names
 
 
 def _kept(recurrent: Any, **options: Any) -> Any:
@@ -335,3 +336,28 @@ def test_a_write_by_another_process_is_a_change(recurrent: Any) -> None:
             view.add_(1)
             assert not torch.equal(made.model(made.x), before)
             torch.testing.assert_close(made.model(made.x), made.fresh(), rtol=0, atol=0)
+
+
+def _catalog() -> dict[str, Any]:
+    return {name: find(name) for name in names() if find(name).__module__.startswith("rewriter.catalog")}
+
+
+def test_every_step_of_the_catalog_that_is_a_function_is_kept_while_training_too() -> None:
+    for name, kind in _catalog().items():
+        if getattr(kind, "random", False) or getattr(kind, "stateful", False):
+            continue
+        torch.manual_seed(0)
+        spec = {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": [name], "cache": "version"}]}
+        try:
+            model = rewrite(nn.Sequential(nn.Linear(4, 4)), spec)
+        except RewriterError:  # it needs arguments, or another tensor
+            continue
+        with torch.no_grad():
+            model(torch.randn(2, 4))
+        assert model.get_submodule("0").parametrizations.weight.holding.kept, name
+
+
+def test_nothing_in_the_catalog_says_by_accident_that_it_draws_or_advances() -> None:
+    for name, kind in _catalog().items():
+        for what in ("random", "stateful", "batched"):
+            assert getattr(kind, what, False) in (True, False), f"{name}.{what}"
