@@ -109,12 +109,16 @@ class ParametrizedTensor(nn.Module):
         Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
         of the value is what autocast casts.
         """
-        if autocast_anywhere():
-            device = self._device_type()
-            if device is not None and torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return self._run(*inputs)
-        return self._run(*inputs)
+        try:
+            if autocast_anywhere():
+                device = self._device_type()
+                if device is not None and torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return self._run(*inputs)
+            return self._run(*inputs)
+        except Exception as problem:
+            self._note(problem)
+            raise
 
     def _run(self, *inputs: Tensor) -> Any:
         record = self.record
@@ -127,6 +131,11 @@ class ParametrizedTensor(nn.Module):
                 value = step(value)  # type: ignore[misc]
             return value
         return self.compose(*inputs)
+
+    def _note(self, problem: Exception) -> None:
+        """Let the problem say which tensor was being computed, where Python has notes."""
+        if hasattr(problem, "add_note"):
+            problem.add_note(f"while computing {self.record.name}: {' >> '.join(self.record.chain)}")
 
     def compose(self, *inputs: Tensor) -> Any:
         """Apply the steps to the stored tensors, in the precision that is on."""
