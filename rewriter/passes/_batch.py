@@ -68,10 +68,10 @@ def can_batch(site: ParametrizedTensor) -> bool:
         and record.memory == "keep"
         and record.batch != "never"
         and not site.hoisted
-        and not record.reads
         and len(record.members) == 1
-        and len(site.originals) == 1
-        and all(_broadcasts(step) for step in site.steps)
+        and len(site.original_names) == 1
+        and all(map(_broadcasts, site.steps))
+        and not record.reads
     )
 
 

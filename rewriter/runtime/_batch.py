@@ -14,6 +14,7 @@ from rewriter.runtime._tensor import ParametrizedTensor, Reference, autocast_any
 from rewriter.runtime._watch import Watch
 
 Batch = tuple[Tensor, ...]
+_SIMPLE = frozenset({bool, int, float, str})
 
 
 class BatchedEvaluation(nn.Module):
@@ -144,10 +145,15 @@ def likeness_of_step(step: nn.Module) -> Hashable:
     state = step.__dict__
     if state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return object()  # a hook may do anything: like nothing else
-    settings = [(name, type(value), _setting(value)) for name, value in settings_of(step).items()]
-    tensors = [(name, _form(tensor)) for kind in ("_parameters", "_buffers") for name, tensor in state[kind].items()]
-    children = [(name, None if child is None else likeness_of_step(child)) for name, child in state["_modules"].items()]
-    return (type(step), state["training"], frozenset(settings), frozenset(tensors), tuple(children))
+    found: list[Any] = [type(step), state["training"]]
+    for name, value in settings_of(step).items():
+        found += (name, type(value), _setting(value))
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in state[kind].items():
+            found += (kind, name, _form(tensor))
+    for name, child in state["_modules"].items():
+        found += (name, None if child is None else likeness_of_step(child))
+    return tuple(found)
 
 
 class _Same:
@@ -164,6 +170,8 @@ class _Same:
 
 
 def _setting(value: Any) -> Hashable:
+    if type(value) in _SIMPLE:
+        return value  # type: ignore[no-any-return]
     if type(value) in _COMPARED:
         try:
             hash(value)
