@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from rewriter.capture._capture import has_hooks
+from rewriter.capture._leaves import register_leaves
 from rewriter.runtime import plain_class, sites_of
 
 
@@ -77,7 +78,7 @@ def expands(kind: type[nn.Module]) -> Callable[[Expander], Expander]:
 
 def expansion_of(module: nn.Module) -> Expanded | None:
     """Return what a call of `module` does, if it can be said; hooks on the module itself keep the call one."""
-    from rewriter.capture import leaves as _  # noqa: F401  (registers them)
+    register_leaves()
 
     kind = plain_class(module)
     expander = _expanders.get(kind)

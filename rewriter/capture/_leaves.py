@@ -72,9 +72,15 @@ def opens(*kinds: type[nn.Module]) -> Callable[[Opener], Opener]:
     return bind
 
 
+@functools.cache  # an import statement looks the module up each time
+def register_leaves() -> None:
+    """Make the openers and expanders known."""
+    from rewriter.capture import leaves as _  # noqa: F401
+
+
 def opener_of(module: nn.Module) -> Opener | None:
     """Return the opener for a module, if there is one: the module runs the forward of its class."""
-    from rewriter.capture import leaves as _  # noqa: F401  (registers them)
+    register_leaves()
 
     return None if has_own_forward(module) else _openers.get(plain_class(module))
 
