@@ -162,7 +162,7 @@ class Kept:
 
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
-        if transformed() or self.modes != _modes(self.first) or _capturing(self.first):
+        if transformed() or self.modes != _modes(self.first):
             return False
         value = self.value
         if type(value) is tuple:
@@ -197,7 +197,7 @@ def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
             (kind, torch.get_autocast_dtype(kind)) for kind in _kinds(tensors) if torch.is_autocast_enabled(kind)
         )
     if tensors and tensors[0].is_cuda:
-        stream = torch.cuda.current_stream(tensors[0].device)
+        stream = None if _capturing(tensors) else torch.cuda.current_stream(tensors[0].device)  # None: as in no forward
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, stream)
 
 

@@ -34,7 +34,7 @@ def times_transposed(x: Tensor, transposed: Tensor, bias: Tensor | None = None) 
 
 
 def linear_forward(
-    plain: Callable[..., Any], forward: Callable[..., Any], session_slot: str, container: str
+    plain: Callable[..., Any], forward: Callable[..., Any], session_slot: str, container: str, bias_is_stored: bool
 ) -> Callable[..., Any]:
     """Return the forward of owners of a computed weight that have the forward of nn.Linear.
 
@@ -43,6 +43,7 @@ def linear_forward(
         forward: that of owners in general.
         session_slot: where an owner keeps its session.
         container: the submodule that holds an owner's sites.
+        bias_is_stored: rather than computed.
     """
 
     def linear(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +54,9 @@ def linear_forward(
         transposed = frame.transposed.get(self._modules[container]._modules.get("weight"))
         if transposed is None:
             return plain(self, *args)
-        bias = self._parameters.get("bias")  # a look-up for the common case: it may be computed, or a replica's
-        return times_transposed(*args, transposed, self.bias if bias is None else bias)
+        slots = self._parameters
+        # A replica's parameters are attributes. Everybody else's are found without nn.Module.__getattr__.
+        bias = slots["bias"] if bias_is_stored and "bias" in slots else self.bias
+        return times_transposed(*args, transposed, bias)
 
     return linear

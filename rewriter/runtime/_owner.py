@@ -314,7 +314,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
 def _specialised(plain: Any, tensors: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
     if plain.forward is nn.Linear.forward and "weight" in tensors:
-        return linear_forward(plain.forward, forward, SESSION, CONTAINER)
+        return linear_forward(plain.forward, forward, SESSION, CONTAINER, "bias" not in tensors)
     return forward
 
 

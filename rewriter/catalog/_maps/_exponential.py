@@ -108,16 +108,15 @@ def _taylor(A: Tensor, skew: bool) -> Tensor:
     theta = _DOUBLE if A.dtype in (torch.float64, torch.complex128) else _SINGLE
     # The eigenvalues of a real skew matrix come in pairs, which halves what a sum over them says of the largest.
     pairs = 2.0 if skew and not A.is_complex() else 1.0
-    eye = torch.eye(A.size(-1), dtype=A.dtype, device=A.device)
     A2 = _square(A, skew)
     size = _norm(A) / pairs ** (1 / 2)
     if skew and size > theta[0]:
         # Powers bound the norm of a normal matrix closer: it is at most |A^p|^(1/p).
         size = min(size, (_norm(A2) / pairs ** (1 / 2)) ** (1 / 2))
     if size <= theta[0]:
-        return _fma(eye + A + A2 / 2, A2, torch.add(A / 6, A2, alpha=1 / 24))
+        return _fma(_add_identity(torch.add(A, A2, alpha=1 / 2), 1.0), A2, torch.add(A / 6, A2, alpha=1 / 24))
     if size <= theta[1]:
-        left, right, rest = _combinations(_T8, 1.0, eye, A, A2)
+        left, right, rest = _combinations(_T8, 1.0, A, A2)
         A4 = A2 @ left
         return _fma(rest, torch.add(A4, A2, alpha=2 / 3), torch.add(right, A4, alpha=_T8_LAST))
     A3 = A2 @ A
@@ -125,14 +124,14 @@ def _taylor(A: Tensor, skew: bool) -> Tensor:
         # Of other matrices, two neighbouring powers bound what the series adds (Al-Mohy and Higham, 2009).
         size = min(size, max(_norm(A2) ** (1 / 2), _norm(A3) ** (1 / 3)))
     if size <= theta[2]:
-        B1, B2, B3, B4 = _combinations(_T12, 1.0, eye, A, A2, A3)
+        B1, B2, B3, B4 = _combinations(_T12, 1.0, A, A2, A3)
         A6 = _fma(B3, B4, B4)
         return _fma(B1, B2 + A6, A6)
     A6 = _square(A3, skew)
     if skew and size > theta[3]:
         size = min(size, (_norm(A6) / pairs ** (1 / 2)) ** (1 / 6))
     squarings = math.ceil(math.log2(size / theta[3])) if theta[3] < size < math.inf else 0
-    B1, B2, B3, B4, B5 = _combinations(_T18, 0.5**squarings, eye, A, A2, A3, A6)
+    B1, B2, B3, B4, B5 = _combinations(_T18, 0.5**squarings, A, A2, A3, A6)
     A9 = _fma(B4, B1, B5)
     Q = _fma(B2, B3 + A9, A9)
     for _ in range(squarings):
@@ -153,11 +152,18 @@ def _combinations(rows: Sequence[Sequence[float]], scale: float, *powers: Tensor
     One product with a small matrix of factors, where a sum for each would be several times as many operations.
     """
     scales = [scale**p for p in (0, 1, 2, 3, 6)]
-    factors = [[f * s for f, s in zip(row, scales, strict=False)][: len(powers)] for row in rows]
-    A = powers[1]
-    stacked = torch.stack([powers[0].expand_as(A), *powers[1:]]).view(len(powers), -1)
-    sums = torch.tensor(factors, dtype=A.dtype, device=A.device) @ stacked
-    return sums.view(len(rows), *A.shape).unbind()
+    rows = [[f * s for f, s in zip(row, scales, strict=False)][: len(powers) + 1] for row in rows]
+    A = powers[0]
+    factors = torch.tensor(rows, dtype=A.dtype, device=A.device)
+    sums = (factors[:, 1:] @ torch.stack(powers).view(len(powers), -1)).view(len(rows), *A.shape)
+    _add_identity(sums, factors[:, :1].view(-1, *[1] * (A.ndim - 1)))
+    return sums.unbind()
+
+
+def _add_identity(sums: Tensor, factors: Tensor | float) -> Tensor:
+    """Add multiples of the identity to sums of ours, in place: constants, of which the graph needs no node."""
+    sums.detach().diagonal(dim1=-2, dim2=-1).add_(factors)
+    return sums
 
 
 def _fma(Z: Tensor, X: Tensor, Y: Tensor) -> Tensor:
