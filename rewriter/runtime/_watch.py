@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rewriter.runtime._signature import same_objects, same_setting, settings_of, snapshot
 
 _MISSING = object()
+_PLACES = ("_parameters", "_buffers", "_modules")
 
 
 class Watch:
@@ -35,9 +36,11 @@ class Watch:
     ) -> None:
         self.modules = tuple(modules)
         self.given = tuple(tensors)
-        self.held = [] if holder is None else [(place, tuple(place.values())) for place in _places(holder)]
         self.states: list[tuple[Any, ...]] = []
         watched = list(tensors)
+        if holder is not None:  # of which nothing else counts; and it may itself hold this watch
+            state = {name: getattr(holder, name) for name in _PLACES}
+            self.states.append((state, None, None, (), _places(holder)))
         for module in modules:
             self._add(module, watched)
         self.forms = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in watched]
@@ -45,9 +48,6 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether all is as it was, and still in its holder."""
-        for place, values in self.held:
-            if not same_objects(place.values(), values):
-                return False
         if not self.same_modules():
             return False
         for tensor, marks, address_of, address, strides_of, strides, _ in self.tensors:
@@ -67,20 +67,21 @@ class Watch:
     def same_modules(self) -> bool:
         """Whether the modules hold the same tensors in the same modes and settings, whatever is in the tensors."""
         for state, training, size, settings, places in self.states:
-            if state["training"] is not training or len(state) != size:
-                return False
-            if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                return False
+            if training is not None:
+                if state["training"] is not training or len(state) != size:
+                    return False
+                if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+                    return False
             for name, value in settings:
                 now = state.get(name, _MISSING)
                 if now is not value and not same_setting(now, value):
                     return False
-            for name, items in places:
+            for name, count, items in places:
                 place = state[name]
-                if len(place) != len(items):
+                if len(place) != count:
                     return False
                 for key, value in items:
-                    if place.get(key, _MISSING) is not value:
+                    if place.get(key) is not value:
                         return False
         return True
 
@@ -88,22 +89,19 @@ class Watch:
         state = module.__dict__
         settings = settings_of(module)
         watched += [value for value in settings.values() if isinstance(value, Tensor)]
-        places = []
-        for name in ("_parameters", "_buffers", "_modules"):
-            items = list(state[name].items())
-            if name != "_modules":
-                watched += [tensor for _, tensor in items if tensor is not None]
-            places.append((name, items))
+        for name in ("_parameters", "_buffers"):
+            watched += [tensor for tensor in state[name].values() if tensor is not None]
         compared = [(name, snapshot(value)) for name, value in settings.items()]
-        self.states.append((state, state["training"], len(state), compared, places))
+        self.states.append((state, state["training"], len(state), compared, _places(module)))
         for child in module._modules.values():
             if child is not None:
                 self._add(child, watched)
 
 
-def _places(holder: nn.Module) -> list[dict[str, Any]]:
-    places: list[dict[str, Any]] = [holder._parameters, holder._buffers, holder._modules]
-    return places
+def _places(module: nn.Module) -> list[tuple[str, int, list[tuple[str, Any]]]]:
+    """Return which objects a module holds, by kind."""
+    held = [(name, list(getattr(module, name).items())) for name in _PLACES]
+    return [(name, len(items), items) for name, items in held]
 
 
 # One call for what would be four look-ups: this is done for every tensor in every forward.
