@@ -21,6 +21,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)
 
+from benchmarks._measure import keep_memory  # noqa: E402
 from benchmarks._report import Group, environment, to_markdown  # noqa: E402
 from benchmarks._settings import Settings  # noqa: E402
 
@@ -30,6 +31,7 @@ BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "r
 def main() -> int:
     """Run what the command line asks for; return 1 if a row fails."""
     arguments = _parser().parse_args()
+    keep_memory()
     chosen = [name for name in BENCHMARKS if name in (arguments.only or BENCHMARKS)]
     environments: dict[str, dict[str, Any]] = {}
     groups: dict[str, list[Group]] = {}

@@ -309,6 +309,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         body.update(methods_of(plain))
     if issubclass(plain, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
+        body["_update_flat_weights"] = _nothing_to_update
     return body
 
 
@@ -373,3 +374,7 @@ def _flat_weights(self: Any) -> list[Tensor | None]:
 
 def _ignore_flat_weights(self: Any, weights: list[Tensor | None]) -> None:
     """RNNBase keeps this list up to date by itself; an owner computes it."""
+
+
+def _nothing_to_update(self: Any) -> None:
+    """RNNBase makes its list anew whenever a weight is another tensor than before, which computed ones always are."""
