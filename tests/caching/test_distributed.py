@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -12,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rewriter import RewriterError, evaluate_once, rewrite
+from tests.processes import run_processes, work
 
 RULE = {"name": "q", "select": "0.weight", "chain": [{"orthogonal": {"map": "cayley"}}]}
 X = torch.linspace(-1, 1, 4 * 2 * 3 * 4, dtype=torch.float64).reshape(4, 2, 3, 4)
 """Four micro-batches for each of two processes."""
 
 pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="forks, and needs gloo"
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
 )
 
 
@@ -38,19 +37,13 @@ def _gradients(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _join(rank: int, results: str, processes: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of this machine's name
     # By a file: another run of these tests may take a port between finding it free and using it.
     method, patience = f"file://{results}/store", timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=method, timeout=patience, rank=rank, world_size=processes)
 
 
 def _train(rank: int, results: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of this machine's name
-    dist.init_process_group(
-        "gloo", init_method=f"file://{results}/store", timeout=timedelta(seconds=60), rank=rank, world_size=2
-    )
+    _join(rank, results, 2)
     try:
         model = _model()
         parallel = DistributedDataParallel(model)
@@ -77,19 +70,8 @@ def _train(rank: int, results: str) -> None:
         dist.destroy_process_group()
 
 
-def _run(worker: Any, results: Path, processes: int) -> None:
-    # A fork has torch imported already; nothing here uses what does not survive one (threads, an accelerator).
-    context = mp.start_processes(worker, (str(results),), nprocs=processes, join=False, start_method="fork")
-    while not context.join(timeout=60):
-        pass
-
-
 def _train_alone(rank: int, results: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{results}/store", timeout=timedelta(seconds=60), rank=rank, world_size=1
-    )
+    _join(rank, results, 1)
     try:
         found: dict[str, Any] = {}
         for capture in ("graph", "module"):
@@ -122,7 +104,7 @@ def _train_alone(rank: int, results: str) -> None:
 
 
 def test_one_process_with_and_without_no_sync(tmp_path: Path) -> None:
-    _run(_train_alone, tmp_path, 1)
+    run_processes(_train_alone, tmp_path, 1)
     found = torch.load(tmp_path / "0.pt")
     assert len(found) == 8
     for name, result in found.items():
@@ -135,11 +117,7 @@ def test_one_process_with_and_without_no_sync(tmp_path: Path) -> None:
 
 
 def _train_otherwise(rank: int, results: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{results}/store", timeout=timedelta(seconds=60), rank=rank, world_size=2
-    )
+    _join(rank, results, 2)
     try:
         found: dict[str, Any] = {}
         for capture in ("graph", "module"):
@@ -167,7 +145,7 @@ def _train_otherwise(rank: int, results: str) -> None:
 
 
 def test_steps_in_blocks_and_out_of_them_take_turns(tmp_path: Path) -> None:
-    _run(_train_otherwise, tmp_path, 2)
+    run_processes(_train_otherwise, tmp_path, 2)
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
@@ -181,7 +159,7 @@ def test_steps_in_blocks_and_out_of_them_take_turns(tmp_path: Path) -> None:
 
 
 def test_gradients_are_reduced_at_the_end_of_the_block(tmp_path: Path) -> None:
-    _run(_train, tmp_path, 2)
+    run_processes(_train, tmp_path, 2)
 
     def expected(batches: torch.Tensor) -> list[torch.Tensor]:
         model = _model()
@@ -195,3 +173,7 @@ def test_gradients_are_reduced_at_the_end_of_the_block(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected(X), rtol=1e-6, atol=1e-12)
         torch.testing.assert_close(result["single"], expected(X[:1]), rtol=1e-6, atol=1e-12)
         assert "find_unused_parameters" in result["refused"]
+
+
+if __name__ == "__main__":
+    work(globals())

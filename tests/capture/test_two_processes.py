@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from rewriter import bake, rewrite
+from tests.processes import run_processes, work
 
 CHAINS: dict[str, Any] = {"scale": {"scale": {"factor": 2.0}}, "spectral_norm": "spectral_norm"}
 
@@ -70,27 +68,23 @@ def _distributed_after(mesh: Any, x: Tensor, rank: int) -> None:
                 torch.testing.assert_close(_whole(one.grad), other.grad)
 
 
-def _run(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no look-up of this machine's name
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _distribute(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
     _distributed_before(mesh, x)
     _distributed_after(mesh, x, rank)
-    (Path(folder) / f"{rank}").touch()
+    (Path(folder) / f"done{rank}").touch()
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="forks, and needs gloo"
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
 )
 def test_outputs_gradients_and_placements_over_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # A fork has torch imported already; nothing here uses what does not survive one (threads, an accelerator).
-    context = mp.start_processes(_run, (port, str(tmp_path)), nprocs=2, join=False, start_method="fork")
-    while not context.join(timeout=60):
-        pass
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    run_processes(_distribute, tmp_path, 2)
+    assert {path.name for path in tmp_path.glob("done*")} == {"done0", "done1"}
+
+
+if __name__ == "__main__":
+    work(globals())
