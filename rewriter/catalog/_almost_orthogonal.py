@@ -39,7 +39,7 @@ class AlmostOrthogonal(Precise):
         RewriterError: the weight is no real matrix or `radius` is out of range.
     """
 
-    guarantee = "all singular values lie in [1 - radius, 1 + radius], up to 10 n eps"
+    guarantee = "all singular values lie in [1 - radius, 1 + radius], up to 10 n eps, with matrix_exp times 1 + |X|"
     cost = "O(n k^2) for n rows and k <= n columns"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
     batched = True

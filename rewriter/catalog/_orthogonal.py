@@ -43,7 +43,7 @@ class Orthogonal(Precise):
         RewriterError: the weight is no matrix, or complex with ``map: householder``.
     """
 
-    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide)"
+    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
     cost = "O(n^2 k) with a base, else O(n k^2), for n rows and k <= n columns; O(n^3) where n <= 2k"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
     batched = True
@@ -194,7 +194,7 @@ class SpecialOrthogonal(Orthogonal):
         RewriterError: the weight is not square.
     """
 
-    guarantee = "|Q^T Q - I| <= 10 n eps, and the determinant is one"
+    guarantee = "|Q^T Q - I| <= 10 n eps, with matrix_exp times 1 + |X|, and the determinant is one"
     cost = "O(n^3)"
     name = "special_orthogonal"
 

@@ -36,7 +36,7 @@ class Stiefel(Orthogonal):
         RewriterError: the weight is no matrix, or complex.
     """
 
-    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide)"
+    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
     cost = "O(n k^2) for n rows and k <= n columns"
     reference = "Edelman, Arias and Smith, https://arxiv.org/abs/physics/9806030"
     name = "stiefel"
@@ -81,7 +81,7 @@ class Grassmann(Stiefel):
         RewriterError: the weight is square, complex or no matrix.
     """
 
-    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide)"
+    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
     cost = "O(n k^2) for n rows and k < n columns"
     name = "grassmann"
 

@@ -60,7 +60,7 @@ ANY: list[tuple[str, dict[str, Any], Callable[[Tensor], bool]]] = [
     ("triangular", {"upper": True, "strict": True}, lambda W: torch.equal(W, W.triu(1))),
     ("diagonal", {}, lambda W: torch.equal(W, W.tril().triu())),
     ("centred", {}, lambda W: bool((W.mean(-1).abs() <= 8 * EPS * norm(W)).all())),
-    ("almost_orthogonal", {"radius": 0.25}, lambda W: within(torch.linalg.svdvals(W), 0.75, 1.25, 2e-5)),
+    ("almost_orthogonal", {"radius": 0.25, "map": "cayley"}, lambda W: near_isometry(W, 0.25)),
     ("sphere", {"radius": 3.0}, lambda W: within(W.norm(dim=-1), 3, 3, 24 * EPS)),
     ("simplex", {}, lambda W: within(W.sum(-1), 1, 1, 16 * EPS) and within(W, 0, 1, 0)),
     ("positive", {"eps": 0.1}, lambda W: within(W, 0.1, float("inf"), 0)),
@@ -71,6 +71,10 @@ ANY: list[tuple[str, dict[str, Any], Callable[[Tensor], bool]]] = [
     ("poincare_ball", {"curvature": 4.0}, lambda W: bool((2 * W.double().norm(dim=-1) < 1).all())),
     ("lorentz", {}, hyperboloid),
 ]
+
+
+def near_isometry(W: Tensor, radius: float, far: float = 1.0) -> bool:
+    return within(torch.linalg.svdvals(W.double()), 1 - radius, 1 + radius, 10 * max(W.shape[-2:]) * EPS * far)
 
 
 def within(W: Tensor, low: float, high: float, slack: float) -> bool:
@@ -114,6 +118,18 @@ def test_guarantees_of_other_families_hold(
 ) -> None:
     X = scale * torch.randn(*([batch] if batch else []), m, n)
     assert holds(built(name, arguments, X)(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "radius"),
+    [("orthogonal", 0.0), ("special_orthogonal", 0.0), ("stiefel", 0.0), ("almost_orthogonal", 0.25)],
+)
+@settings(max_examples=12)
+@given(n=st.integers(1, 6), scale=st.sampled_from([0.1, 1.0, 50.0, 1000.0]))
+def test_the_exponential_rounds_by_the_size_of_its_tensor(name: str, radius: float, n: int, scale: float) -> None:
+    X = scale * torch.randn(n, n)
+    arguments: dict[str, Any] = {"radius": radius} if radius else {}
+    assert near_isometry(built(name, arguments, X)(X), radius, 1 + X.norm().item())
 
 
 @pytest.mark.parametrize(("name", "arguments", "holds"), [*SQUARE, *ANY], ids=title)
