@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.capture._leaves import Opened, Own, opens
+from rewriter.capture.leaves._masks import float_masks
 from rewriter.io._functions import graph_function
 
 
@@ -49,16 +50,7 @@ def multi_head_attention(
         k = q if key is query else key.transpose(1, 0)
         v = k if value is key else value.transpose(1, 0)
     # A float mask and a boolean one may come together; the module turns both into floats first.
-    padding = F._canonical_mask(
-        mask=key_padding_mask,
-        mask_name="key_padding_mask",
-        other_type=F._none_or_dtype(attn_mask),
-        other_name="attn_mask",
-        target_type=q.dtype,
-    )
-    mask = F._canonical_mask(
-        mask=attn_mask, mask_name="attn_mask", other_type=None, other_name="", target_type=q.dtype, check_other=False
-    )
+    mask, padding = float_masks(attn_mask, key_padding_mask, q.dtype, "attn_mask", "key_padding_mask")
     output, weights = F.multi_head_attention_forward(
         q,
         k,

@@ -24,6 +24,19 @@ def group_norm(module: nn.GroupNorm) -> Opened:
     return Opened(F.group_norm, (module.num_groups, Own("weight"), Own("bias"), module.eps))
 
 
+def counted_momentum(num_batches_tracked: Tensor | None, tracking: bool, momentum: float | None) -> float:
+    """Count the batch, in place, while `tracking`; return its weight in the running statistics.
+
+    That is `momentum`, or for None what makes them the average over all batches.
+    """
+    factor = 0.0 if momentum is None else momentum
+    if tracking and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(num_batches_tracked)
+    return factor
+
+
 @graph_function
 def batch_norm(
     input: Tensor,
@@ -44,11 +57,7 @@ def batch_norm(
     """
     if input.dim() not in dims:
         raise ValueError(f"expected {dims} dimensions of the input (got {input.dim()}D input)")
-    factor = 0.0 if momentum is None else momentum
-    if training and track_running_stats and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            factor = 1.0 / float(num_batches_tracked)
+    factor = counted_momentum(num_batches_tracked, training and track_running_stats, momentum)
     used = not training or track_running_stats
     return F.batch_norm(
         input,

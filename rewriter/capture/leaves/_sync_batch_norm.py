@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 
 from rewriter.capture._leaves import Opened, Own, opens
+from rewriter.capture.leaves._normalization import counted_momentum
 from rewriter.io._functions import graph_function
 
 
@@ -36,12 +37,9 @@ def sync_batch_norm(
         raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
     if input.size(1) == 0:
         raise ValueError("SyncBatchNorm number of input channels should be non-zero")
-    factor = 0.0 if momentum is None else momentum
-    if training and track_running_stats:
-        assert num_batches_tracked is not None
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            factor = 1.0 / float(num_batches_tracked)
+    tracking = training and track_running_stats
+    assert num_batches_tracked is not None or not tracking
+    factor = counted_momentum(num_batches_tracked, tracking, momentum)
     by_batch = training or (running_mean is None and running_var is None)
     used = not training or track_running_stats
     mean, variance = (running_mean, running_var) if used else (None, None)

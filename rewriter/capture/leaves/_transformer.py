@@ -12,11 +12,11 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from rewriter.capture._expansions import Expanded, Parts, expands, has_parts
+from rewriter.capture.leaves._masks import float_masks
 from rewriter.io._functions import graph_function, name_of_function
 
 _FEED_FORWARD = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
@@ -27,16 +27,7 @@ def encoder_layer_inputs(
     src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     """Return the arguments of a `torch.nn.TransformerEncoderLayer`, with masks of floats."""
-    padding = F._canonical_mask(
-        mask=src_key_padding_mask,
-        mask_name="src_key_padding_mask",
-        other_type=F._none_or_dtype(src_mask),
-        other_name="src_mask",
-        target_type=src.dtype,
-    )
-    mask = F._canonical_mask(
-        mask=src_mask, mask_name="src_mask", other_type=None, other_name="", target_type=src.dtype, check_other=False
-    )
+    mask, padding = float_masks(src_mask, src_key_padding_mask, src.dtype, "src_mask", "src_key_padding_mask")
     return src, mask, padding, is_causal
 
 
@@ -49,16 +40,7 @@ def encoder_inputs(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     """Return what the layers of a `torch.nn.TransformerEncoder` are called with."""
-    padding = F._canonical_mask(
-        mask=src_key_padding_mask,
-        mask_name="src_key_padding_mask",
-        other_type=F._none_or_dtype(mask),
-        other_name="mask",
-        target_type=src.dtype,
-    )
-    floats = F._canonical_mask(
-        mask=mask, mask_name="mask", other_type=None, other_name="", target_type=src.dtype, check_other=False
-    )
+    floats, padding = float_masks(mask, src_key_padding_mask, src.dtype, "mask", "src_key_padding_mask")
     return src, floats, padding, _detect_is_causal_mask(floats, is_causal, _get_seq_len(src, batch_first))
 
 
