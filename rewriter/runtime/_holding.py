@@ -78,9 +78,6 @@ class Holding:
         if once is not None:
             return once.value(site, inputs)
         if self.versioned:
-            kept = self.kept.get("value")
-            if kept is not None and kept.holds(inputs):
-                return kept.value
             return self.keep("value", site, len(site.record.chain), inputs, lambda: site.advance(*inputs))
         return site.advance(*inputs)
 
@@ -197,7 +194,7 @@ def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
             (kind, torch.get_autocast_dtype(kind)) for kind in _kinds(tensors) if torch.is_autocast_enabled(kind)
         )
     if tensors and tensors[0].is_cuda:
-        stream = None if _capturing(tensors) else torch.cuda.current_stream(tensors[0].device)  # None: as in no forward
+        stream = None if _capturing(tensors) else torch.cuda.current_stream(tensors[0].device)  # None: of no kept value
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, stream)
 
 

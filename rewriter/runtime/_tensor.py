@@ -121,15 +121,8 @@ class ParametrizedTensor(nn.Module):
             raise
 
     def _run(self, *inputs: Tensor) -> Any:
-        record = self.record
-        if record.memory == "recompute":
+        if self.record.memory == "recompute":
             return recomputed(self, inputs)
-        if record.simple and not self.hoisted and not self.fused:  # what `compose` comes to, as nearly always
-            first, *others = self._modules.values()
-            value = first(*self.originals)  # type: ignore[misc]
-            for step in others:
-                value = step(value)  # type: ignore[misc]
-            return value
         return self.compose(*inputs)
 
     def _note(self, problem: Exception) -> None:
