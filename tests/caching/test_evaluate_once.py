@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rewriter import RewriterError, evaluate_once, rewrite
+from tests.threads import run_threads
 
 Run = Callable[[nn.Module, Tensor], Any]
 
@@ -238,28 +239,20 @@ def test_two_threads_with_a_block_each(recurrent: Any) -> None:
     reference = copy.deepcopy(made.model)
     for _ in range(2):
         _accumulation(reference, made.x)
-    ready, adding, problems = threading.Barrier(2), threading.Lock(), []
+    ready, adding = threading.Barrier(2), threading.Lock()
 
     def run() -> None:
-        try:
-            ready.wait()
-            block = evaluate_once(made.model)
-            block.__enter__()
-            for scale in range(1, 9):
-                loss = (made.model(made.x * scale) ** 2).mean()
-                with adding:  # two backwards must not add to one .grad at the same time
-                    loss.backward()
-            with adding:
-                block.__exit__(None, None, None)
-        except BaseException as problem:
-            problems.append(problem)
+        ready.wait()
+        block = evaluate_once(made.model)
+        block.__enter__()
+        for scale in range(1, 9):
+            loss = (made.model(made.x * scale) ** 2).mean()
+            with adding:  # two backwards must not add to one .grad at the same time
+                loss.backward()
+        with adding:
+            block.__exit__(None, None, None)
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    run_threads(run, run)
     torch.testing.assert_close(_gradients(made.model), _gradients(reference), rtol=1e-6, atol=1e-12)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rewriter import bake, evaluate_once, rewrite
 from rewriter.state import freeze
+from tests.threads import run_threads
 
 SPEC = {
     "reparam": 1,
@@ -214,30 +215,22 @@ def test_threads_that_train_look_and_copy_at_once(net: nn.Module) -> None:
 
 def test_blocks_of_two_threads_on_one_model(net: nn.Module) -> None:
     expected = _gradients(copy.deepcopy(net), X)
-    adding, problems = threading.Lock(), []
+    adding = threading.Lock()
     start = threading.Barrier(2)
 
     def run() -> None:
-        try:
-            start.wait()
-            block = evaluate_once(net)
-            block.__enter__()
-            for _ in range(3):
-                loss = net(X).square().sum()
-                with adding:
-                    loss.backward()
+        start.wait()
+        block = evaluate_once(net)
+        block.__enter__()
+        for _ in range(3):
+            loss = net(X).square().sum()
             with adding:
-                block.__exit__(None, None, None)
-        except BaseException as problem:
-            problems.append(problem)
+                loss.backward()
+        with adding:
+            block.__exit__(None, None, None)
 
     net.zero_grad()
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    run_threads(run, run)
     for name, gradient in expected.items():
         torch.testing.assert_close(net.get_parameter(name).grad, 6 * gradient)
 

@@ -82,6 +82,21 @@ def reparam(capsys):
 
 
 @pytest.fixture
+def refused(reparam):
+    """Check that a command fails with this code and message, as text and as JSON, and prints nothing else."""
+
+    def check(arguments: tuple[object, ...], code: int, message: str) -> None:
+        result = reparam(*arguments)
+        assert (result.code, result.out) == (code, "")
+        assert message in result.err
+        error = reparam(*arguments, "--json").json["error"]
+        assert error["exit_code"] == code
+        assert message in error["message"]
+
+    return check
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working folder with a spec, a model, and a module of the user's own."""
     monkeypatch.chdir(tmp_path)

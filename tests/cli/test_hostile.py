@@ -77,14 +77,9 @@ def test_a_spec_from_a_pipe(reparam, folder):
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else str(value)[:30],
 )
-def test_odd_arguments_have_their_exit_code_and_touch_no_file(reparam, folder, arguments, code, message):
+def test_odd_arguments_have_their_exit_code_and_touch_no_file(refused, folder, arguments, code, message):
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    result = reparam(*arguments)
-    assert (result.code, result.out) == (code, "")
-    assert message in result.err
-    error = reparam(*arguments, "--json").json["error"]
-    assert error["exit_code"] == code
-    assert message in error["message"]
+    refused(arguments, code, message)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
 
 
