@@ -155,14 +155,19 @@ def _combinations(rows: Sequence[Sequence[float]], scale: float, *powers: Tensor
     rows = [[f * s for f, s in zip(row, scales, strict=False)][: len(powers) + 1] for row in rows]
     A = powers[0]
     factors = torch.tensor(rows, dtype=A.dtype, device=A.device)
-    sums = (factors[:, 1:] @ torch.stack(powers).view(len(powers), -1)).view(len(rows), *A.shape)
-    _add_identity(sums, factors[:, :1].view(-1, *[1] * (A.ndim - 1)))
-    return sums.unbind()
+    sums = factors[:, 1:] @ torch.stack(powers).view(len(powers), -1)
+    shape = (len(rows), *A.shape)
+    _add_identity(sums, factors[:, :1].view(-1, *[1] * (A.ndim - 1)), shape)
+    return sums.view(shape).unbind()
 
 
-def _add_identity(sums: Tensor, factors: Tensor | float) -> Tensor:
-    """Add multiples of the identity to sums of ours, in place: constants, of which the graph needs no node."""
-    sums.detach().diagonal(dim1=-2, dim2=-1).add_(factors)
+def _add_identity(sums: Tensor, factors: Tensor | float, shape: Sequence[int] | None = None) -> Tensor:
+    """Add multiples of the identity to sums of ours, in place: constants, of which the graph needs no node.
+
+    The sums are to be no view of a tensor, whose node autograd would replace by a slower one.
+    """
+    matrices = sums.detach() if shape is None else sums.detach().view(shape)
+    matrices.diagonal(dim1=-2, dim2=-1).add_(factors)
     return sums
 
 
@@ -173,7 +178,8 @@ def _fma(Z: Tensor, X: Tensor, Y: Tensor) -> Tensor:
 
 def _norm(A: Tensor) -> float:
     """Return the largest Frobenius norm of a batch."""
-    return float(torch.linalg.vector_norm(A.detach(), dim=(-2, -1)).max())
+    norms = torch.linalg.vector_norm(A.detach(), dim=(-2, -1))
+    return norms.item() if norms.ndim == 0 else norms.max().item()
 
 
 class _SkewSquare(torch.autograd.Function):
@@ -192,8 +198,8 @@ class _SkewSquare(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
         (A,) = ctx.saved_tensors  # type: ignore[attr-defined]
         (g,) = gradients
-        product: Tensor = (g + g.mH) @ A
-        return -product
+        product: Tensor = (g + g.mH) @ A.mH  # which is -A
+        return product
 
     @staticmethod
     def jvp(ctx: torch.autograd.function.FunctionCtx, *tangents: Tensor) -> Tensor:
