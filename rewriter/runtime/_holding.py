@@ -78,8 +78,15 @@ class Holding:
         if once is not None:
             return once.value(site, inputs)
         if self.versioned:
-            return self.keep("value", site, len(site.record.chain), inputs, lambda: site.advance(*inputs))
+            return self.keep("value", site, len(site.record.chain), inputs, site.advance)
         return site.advance(*inputs)
+
+    def lasting_value(self) -> Any:
+        """Return the value kept from an earlier forward, of a site that reads nothing else; None where it is old."""
+        if not self.versioned or self.frozen or self.contexts:
+            return None
+        kept = self.kept.get("value")
+        return kept.value if kept is not None and kept.holds(()) else None
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
@@ -94,7 +101,7 @@ class Holding:
         return self.fixed
 
     def keep(
-        self, key: str, site: ParametrizedTensor, count: int, inputs: Sequence[Tensor], evaluate: Callable[[], Any]
+        self, key: str, site: ParametrizedTensor, count: int, inputs: Sequence[Tensor], evaluate: Callable[..., Any]
     ) -> Any:
         """Return the value kept under `key` while nothing it depends on has changed, else evaluate and keep.
 
@@ -106,7 +113,7 @@ class Holding:
             site: whose.
             count: how many of the site's first steps the value is the result of.
             inputs: the tensors that they read beside those that are stored.
-            evaluate: makes the value.
+            evaluate: makes the value from `inputs`.
         """
         kept = self.kept.get(key)
         if kept is not None and kept.holds(inputs):
@@ -114,17 +121,17 @@ class Holding:
         modules = site.steps[:count]
         tensors = [*site.originals[: sum(site.record.stored[:count])], *inputs]
         if transformed() or _capturing(tensors):
-            return evaluate()
+            return evaluate(*inputs)
         self.kept.pop(key, None)
         before = sign(modules, tensors)
         if before is None or not before.repeatable or any(map(_shared, before.tensors)):
-            return evaluate()
+            return evaluate(*inputs)
         if torch.is_grad_enabled() and any(entry[TRAINED] for entry in before.marks):
-            return evaluate()
+            return evaluate(*inputs)
         grad = torch.is_grad_enabled()
         modes, generators = _modes(tensors), _random_states(before)
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            value = evaluate()
+            value = evaluate(*inputs)
             if not grad:
                 value = _detached(value)  # a chain may give the stored tensor itself
         drawn = not _same_random(generators, _random_states(before))
@@ -159,7 +166,10 @@ class Kept:
 
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
-        if transformed() or self.modes != _modes(self.first):
+        grad, inference, cast, stream = self.modes
+        if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference or transformed():
+            return False
+        if (cast or stream or torch._C._is_any_autocast_enabled()) and self.modes != _modes(self.first):
             return False
         value = self.value
         if type(value) is tuple:

@@ -34,12 +34,11 @@ def times_transposed(x: Tensor, transposed: Tensor, bias: Tensor | None = None) 
 
 
 def linear_forward(
-    plain: Callable[..., Any], forward: Callable[..., Any], session_slot: str, container: str, bias_is_stored: bool
+    forward: Callable[..., Any], session_slot: str, container: str, bias_is_stored: bool
 ) -> Callable[..., Any]:
     """Return the forward of owners of a computed weight that have the forward of nn.Linear.
 
     Arguments:
-        plain: that forward, to be called inside a running one.
         forward: that of owners in general.
         session_slot: where an owner keeps its session.
         container: the submodule that holds an owner's sites.
@@ -51,12 +50,17 @@ def linear_forward(
         frame = None if session is None else session.running.frame
         if frame is None or kwargs or len(args) != 1 or is_compiling() or saving_hooks(True) is not None:
             return forward(self, *args, **kwargs)
-        transposed = frame.transposed.get(self._modules[container]._modules.get("weight"))
-        if transposed is None:
-            return plain(self, *args)
+        site = self._modules[container]._modules.get("weight")
         slots = self._parameters
         # A replica's parameters are attributes. Everybody else's are found without nn.Module.__getattr__.
         bias = slots["bias"] if bias_is_stored and "bias" in slots else self.bias
-        return times_transposed(*args, transposed, bias)
+        transposed = frame.transposed.get(site)
+        if transposed is not None:
+            return times_transposed(*args, transposed, bias)
+        again = site in frame.values
+        weight = self.weight
+        if again:
+            frame.transpose(site)  # for the next time
+        return functional.linear(*args, weight, bias)
 
     return linear

@@ -315,7 +315,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
 def _specialised(plain: Any, tensors: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
     if plain.forward is nn.Linear.forward and "weight" in tensors:
-        return linear_forward(plain.forward, forward, SESSION, CONTAINER, "bias" not in tensors)
+        return linear_forward(forward, SESSION, CONTAINER, "bias" not in tensors)
     return forward
 
 
@@ -347,8 +347,13 @@ def _value_property(tensor: str) -> property:
                 value = frame.known.get(site)
                 if value is not None:
                     return value
-                value = frame.passing.get(site)
-                if value is not None and (is_compiling() or not saving_hooks(True)):
+                if is_compiling():
+                    value = frame.passing.get(site)
+                elif not saving_hooks(True):
+                    value = frame.passing.get(site)
+                    if value is None and site.holding.versioned:
+                        value = frame.lasting_value(site)
+                if value is not None:
                     return value
         else:  # one site computes several tensors and has the name of another
             site = sites_of(self)[tensor]
@@ -369,7 +374,15 @@ def _container(self: Any) -> Any:
 
 
 def _flat_weights(self: Any) -> list[Tensor | None]:
-    return [getattr(self, name, None) for name in self._flat_weights_names]
+    # RNNBase asks for the list several times in one forward, and writes to it what is assigned to its tensors.
+    session: Session | None = self.__dict__.get(SESSION)
+    frame = None if session is None or is_compiling() or saving_hooks(True) else session.running.frame
+    if frame is not None and self in frame.lists:
+        return frame.lists[self]
+    weights = [getattr(self, name, None) for name in self._flat_weights_names]
+    if frame is not None and all(site.record.cache != "never" for site in sites_of(self).values()):
+        frame.lists[self] = weights
+    return weights
 
 
 def _ignore_flat_weights(self: Any, weights: list[Tensor | None]) -> None:

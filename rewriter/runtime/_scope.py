@@ -21,9 +21,9 @@ _interpreter = torch._C._functorch.peek_interpreter_stack
 class Frame:
     """One running forward: the values evaluated in it, and the modes that were on when it began.
 
-    `known` holds the values that are read time and again, wherever that is: they would be the same in a second run.
-    `passing` holds those that would not; a region that may run again has to note which frame it found them in.
-    `transposed` holds the transposes of those that are matrices, for linear layers.
+    `passing` holds the values that are read time and again; a region that may run again has to note which frame it
+    found them in. `known` holds those of them that such a region has read and that would be the same in a second run.
+    `transposed` holds the transposes of those that linear layers read, `lists` all that a module of torch's reads.
     """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
@@ -31,6 +31,7 @@ class Frame:
         self.known: dict[Any, Tensor] = {}
         self.passing: dict[Any, Tensor] = {}
         self.transposed: dict[Any, Tensor] = {}
+        self.lists: dict[Any, list[Tensor | None]] = {}
         self.drawn: dict[Any, Region] = {}
         self.buffers: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
@@ -48,13 +49,28 @@ class Frame:
         if key in self.values:
             value = self.values[key]
             if isinstance(value, Tensor):
-                (self.known if key.repeatable else self.passing)[key] = value
-                self._transpose(key, value)
+                checked = not is_compiling() and hooks_are_on() and key.repeatable
+                (self.known if checked else self.passing)[key] = value
             return value
         value = evaluate() if is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
         if key.stands_for_buffer and not is_compiling():
             self.buffers[key] = _version(value)
+        return value
+
+    def lasting_value(self, key: Any) -> Tensor | None:
+        """Return the value that `key` has kept from an earlier forward, for this one too; None where it has none.
+
+        For the first read outside of regions that may run again: it goes past all that a new value has to heed.
+        """
+        if not key.lasting or key in self.values or torch.is_grad_enabled() is not self.grad:
+            return None
+        if torch.is_inference_mode_enabled() is not self.inference:
+            return None
+        value = key.holding.lasting_value()
+        if type(value) is not Tensor:
+            return None
+        self.values[key] = self.passing[key] = value
         return value
 
     def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
@@ -78,8 +94,9 @@ class Frame:
             self.drawn[key] = region
         return value
 
-    def _transpose(self, key: Any, value: Tensor) -> None:
-        """Keep the transpose of what is read a second time, if it is one that later reads can use."""
+    def transpose(self, key: Any) -> None:
+        """Keep the transpose of what has been read time and again, if it is one that later reads can use."""
+        value = self.known.get(key, self.passing.get(key))
         if type(value) is not Tensor or value.dim() != 2 or is_compiling() or _interpreter() is not None:
             return
         if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (self.grad, self.inference):
@@ -89,6 +106,7 @@ class Frame:
         """Evaluate anew when `key` is asked for again."""
         for held in (self.values, self.known, self.passing, self.transposed, self.buffers):
             held.pop(key, None)
+        self.lists.clear()
 
     def check_buffers(self) -> None:
         """Refuse what the forward wrote into buffers that are computed."""

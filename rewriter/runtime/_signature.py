@@ -174,6 +174,7 @@ def _lasting(value: Any) -> bool:
     return kind in _COMPARED or kind in _LASTING or isinstance(value, (type, Enum))
 
 
-def declares(module: nn.Module, name: str) -> bool:
+def declares(module: nn.Module, name: str, otherwise: object = False) -> bool:
     """Whether a module, or its class, has an attribute by this name that is true; quick where there is none."""
-    return bool(module.__dict__.get(name, getattr(type(module), name, False)))
+    value = module.__dict__.get(name, getattr(type(module), name, otherwise))
+    return bool(getattr(module, name) if isinstance(value, property) else value)

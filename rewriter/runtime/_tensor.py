@@ -14,6 +14,7 @@ from rewriter.runtime._holding import Holding
 from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
+from rewriter.runtime._signature import declares
 
 
 class ParametrizedTensor(nn.Module):
@@ -235,6 +236,11 @@ class ParametrizedTensor(nn.Module):
         return frame.value(self, lambda: self(*self.read_inputs()))
 
     @property
+    def lasting(self) -> bool:
+        """Whether a value may be kept from one forward to the next by the stored tensors alone."""
+        return self.holding.versioned and not self._places and not self.stands_for_buffer
+
+    @property
     def stands_for_buffer(self) -> bool:
         """Whether what it computes was a buffer, which a forward may mean to write to."""
         return self.record.members[0].kind == "buffer"
@@ -343,13 +349,13 @@ def _settled(module: Any, again: bool) -> Any:
 
 
 def _varies(step: nn.Module) -> bool:
-    return any(_keeps_state(module) or getattr(module, "random", False) for module in step.modules())
+    return _keeps_state(step) or declares(step, "random") or any(map(_varies, filter(None, step._modules.values())))
 
 
 def _keeps_state(module: nn.Module) -> bool:
     """Whether a module may advance a state: it says so, or it is nobody's we know and has buffers."""
     unknown = not type(module).__module__.startswith("rewriter.")
-    return bool(getattr(module, "stateful", unknown and module._buffers))
+    return declares(module, "stateful", unknown and module._buffers)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -179,7 +179,7 @@ def _fma(Z: Tensor, X: Tensor, Y: Tensor) -> Tensor:
 def _norm(A: Tensor) -> float:
     """Return the largest Frobenius norm of a batch."""
     norms = torch.linalg.vector_norm(A.detach(), dim=(-2, -1))
-    return norms.item() if norms.ndim == 0 else norms.max().item()
+    return float(norms if norms.ndim == 0 else norms.max())
 
 
 class _SkewSquare(torch.autograd.Function):
