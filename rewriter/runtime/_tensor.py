@@ -110,21 +110,21 @@ class ParametrizedTensor(nn.Module):
         Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
         of the value is what autocast casts.
         """
+        run = self.recompute if self.record.memory == "recompute" else self.compose
         try:
             if autocast_anywhere():
                 device = self._device_type()
                 if device is not None and torch.is_autocast_enabled(device):
                     with torch.autocast(device, enabled=False):
-                        return self._run(*inputs)
-            return self._run(*inputs)
+                        return run(*inputs)
+            return run(*inputs)
         except Exception as problem:
             self._note(problem)
             raise
 
-    def _run(self, *inputs: Tensor) -> Any:
-        if self.record.memory == "recompute":
-            return recomputed(self, inputs)
-        return self.compose(*inputs)
+    def recompute(self, *inputs: Tensor) -> Any:
+        """Run the chain, and run it again in backward."""
+        return recomputed(self, inputs)
 
     def _note(self, problem: Exception) -> None:
         """Let the problem say which tensor was being computed, where Python has notes."""
