@@ -167,7 +167,7 @@ class Kept:
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
         grad, inference, cast, stream = self.modes
-        if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference or transformed():
+        if transformed() or torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
             return False
         if (cast or stream or torch._C._is_any_autocast_enabled()) and self.modes != _modes(self.first):
             return False

@@ -47,25 +47,7 @@ class Watch:
         self.tensors = [_content(tensor) for tensor in watched] if content else []
 
     def unchanged(self) -> bool:
-        """Whether all is as it was, and still in its holder."""
-        if not self.same_modules():
-            return False
-        for tensor, marks, address_of, address, strides_of, strides, _ in self.tensors:
-            if _marks(tensor) != marks or address_of() != address or strides_of() != strides:
-                return False
-        return True
-
-    def same_forms(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same objects, in the same modes and settings, with tensors of the same forms."""
-        if not same_objects(modules, self.modules) or not same_objects(tensors, self.given) or not self.same_modules():
-            return False
-        for tensor, shape, dtype, device in self.forms:
-            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
-                return False
-        return True
-
-    def same_modules(self) -> bool:
-        """Whether the modules hold the same tensors in the same modes and settings, whatever is in the tensors."""
+        """Whether all is as it was, and still in its holder: in one go, since this is asked at every forward."""
         for state, training, size, settings, places in self.states:
             if training is not None:
                 if state["training"] is not training or len(state) != size:
@@ -83,6 +65,18 @@ class Watch:
                 for key, value in items:
                     if place.get(key) is not value:
                         return False
+        for tensor, marks, address_of, address, strides_of, strides, _ in self.tensors:
+            if _marks(tensor) != marks or address_of() != address or strides_of() != strides:
+                return False
+        return True
+
+    def same_forms(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same objects, unchanged, with tensors of the same forms."""
+        if not same_objects(modules, self.modules) or not same_objects(tensors, self.given) or not self.unchanged():
+            return False
+        for tensor, shape, dtype, device in self.forms:
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
+                return False
         return True
 
     def _add(self, module: nn.Module, watched: list[Tensor]) -> None:
