@@ -54,7 +54,7 @@ def _measure(settings: Settings, group: Group, work: str, plain: nn.Module, tens
         "baked": _forward(baked, x),
         "torch uncached": _forward(by_torch(plain, "cayley", tensors), x),
     }
-    timings = interleaved(contenders, settings.rounds(60), device=settings.device)
+    timings = interleaved(contenders, settings.rounds(120), device=settings.device)
     group.add_times(work, timings)
     for name in ("version", "version, module"):
         group.costs(work, timings, name, "plain", settings.asked(VERSION))

@@ -35,7 +35,7 @@ def measure(settings: Settings) -> Group:
             "torch cached": under_cached(parametrized),
             "torch uncached": parametrized,
         }
-        timings = interleaved(contenders, settings.rounds(30), device=settings.device)
+        timings = interleaved(contenders, settings.rounds(100), device=settings.device)
         group.add_times(name, timings)
         for ours in ("graph", "module"):
             group.faster(name, timings, ours, "torch cached", settings.asked(CACHED))

@@ -48,7 +48,7 @@ def measure(settings: Settings) -> Group:
     x = torch.randn(steps, batch, width, device=settings.device)
     for name in NAMES:
         contenders = _contenders(plain, name, x)
-        timings = interleaved(contenders, settings.rounds(40), device=settings.device)
+        timings = interleaved(contenders, settings.rounds(60), device=settings.device)
         group.add_times(name, timings)
         for ours in ("graph", "module"):
             if name in UNCACHED:
