@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rewriter.errors import RewriterError
 from rewriter.runtime._signature import Signature, same_objects, sign, transformed
+from rewriter.runtime._zeros import Zeros, is_still
 
 if TYPE_CHECKING:
     from rewriter.runtime._tensor import ParametrizedTensor
@@ -54,7 +55,7 @@ class Evaluated:
 
     def check_gradients(self) -> None:
         """Refuse to go on after somebody has worked on gradients: what was gathered at the leaf is out of reach."""
-        reset = any(tensor.grad is not before for tensor, before in self.arrived)
+        reset = any(not is_still(tensor.grad, before) for tensor, before in self.arrived)
         if reset or any(zeros.touched for zeros in self.placed):
             raise RewriterError(
                 f"{self.site.record.name}: the gradient of a tensor that it is computed from was "
@@ -88,30 +89,6 @@ class Evaluated:
             for value, leaf in zip(values, leaves, strict=True)
             if value.requires_grad and leaf.grad is not None
         ]
-
-
-class Zeros:
-    """A gradient for a tensor that has none yet, from which to tell whether somebody works on gradients."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.grad = tensor.grad = torch.zeros_like(tensor)
-        self.version = 0
-        self.hook = tensor.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
-
-    @property
-    def touched(self) -> bool:
-        """Whether it was changed by anything but a backward."""
-        return self.tensor.grad is self.grad and self.grad._version != self.version
-
-    def leave(self) -> None:
-        """Give the tensor its lack of a gradient back, unless a gradient came."""
-        self.hook.remove()
-        if self.tensor.grad is self.grad and self.version == 0:
-            self.tensor.grad = None
-
-    def _add(self, tensor: Tensor) -> None:
-        self.version = self.grad._version
 
 
 class Once:

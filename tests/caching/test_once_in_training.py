@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -329,87 +328,3 @@ def test_a_block_inside_autocast_differentiates_in_the_chains_own_precision(capt
     loss.backward()
     for one, other in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("reset", ["model", "optimizer", "one tensor"])
-@pytest.mark.parametrize("moment", ["between", "at the end"])
-def test_gradients_that_are_reset_inside_are_refused(capture: str, reset: str, moment: str) -> None:
-    """What was gathered before would be in the sum all the same: a wrong gradient that nothing shows."""
-    net = _net(capture)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    stored = net.get_submodule("first").parametrizations.weight.original
-
-    def zero() -> None:
-        if reset == "one tensor":
-            stored.grad = None
-        else:
-            (net if reset == "model" else optimizer).zero_grad()
-
-    with pytest.raises(RewriterError, match=r"was reset inside.*zero_grad\(\) before the block"), evaluate_once(net):
-        zero()
-        net(X).sum().backward()
-        net(X).sum().backward()
-        zero()
-        if moment == "between":
-            net(X).sum().backward()
-    assert all(p.grad is None for name, p in net.named_parameters() if name.endswith(("original", "gain")))
-
-
-def test_gradients_from_before_the_block_are_added_to(capture: str) -> None:
-    net, reference = _net(capture), _net(capture)
-    for model in (net, reference):
-        _siamese(model)
-    before = [parameter.grad for parameter in net.parameters()]
-    _siamese(reference)
-    with evaluate_once(net):
-        _siamese(net)
-    for one, other, kept in zip(net.parameters(), reference.parameters(), before, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
-        assert one.grad is kept
-
-
-def test_zeros_stand_for_a_gradient_only_inside(capture: str) -> None:
-    net = _net(capture)
-    stored = net.get_submodule("first").parametrizations.weight.original
-    with pytest.raises(KeyError), evaluate_once(net):
-        net(X).sum().backward()
-        assert not stored.grad.any()
-        raise KeyError
-    assert stored.grad is None
-
-
-WORK: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
-    "clipped": lambda net, optimizer: nn.utils.clip_grad_norm_(net.parameters(), 1e-3),
-    "clipped by value": lambda net, optimizer: nn.utils.clip_grad_value_(net.parameters(), 1e-3),
-    "set to zero": lambda net, optimizer: optimizer.zero_grad(set_to_none=False),
-}
-
-
-@pytest.mark.parametrize("work", WORK)
-def test_work_on_gradients_inside_is_refused(capture: str, work: str) -> None:
-    """The gradients are not there yet: they would come unclipped."""
-    net = _net(capture)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(RewriterError, match=r"changed inside.*clip and unscale gradients after"), evaluate_once(net):
-        net(X).sum().backward()
-        WORK[work](net, optimizer)
-    stored = net.get_submodule("first").parametrizations.weight.original
-    assert not stored._post_accumulate_grad_hooks
-
-
-def test_gradients_that_come_another_way_inside_are_added(capture: str) -> None:
-    """From a compiled model and from a penalty: these backwards reach the stored tensors before the block ends."""
-    rule = {"name": "r", "select": "*.weight", "chain": [{"scale": {"factor": 2}}]}
-    net = rewrite(_Net().double(), {"reparam": 1, "rules": [rule]}, capture=capture)
-    reference = copy.deepcopy(net)
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(net, backend="eager", fullgraph=True)
-    for model, run in ((reference, reference), (net, compiled)):
-        with contextlib.nullcontext() if model is reference else evaluate_once(net):
-            for _ in range(2):
-                model(X).sum().backward()
-                run(X).square().sum().backward()
-                stored = model.get_submodule("first").parametrizations.weight.original
-                stored.square().sum().backward()
-    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)

@@ -1,0 +1,85 @@
+"""Gradients for tensors that have none yet, from which to tell whether somebody works on gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Zeros:
+    """A gradient of zeros for a tensor that has none.
+
+    Arguments:
+        tensor: whose.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.grad = torch.zeros_like(tensor, requires_grad=False).as_subclass(_Watched)
+        tensor.grad = self.grad
+        self.version = 0
+        self.hook = tensor.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
+
+    @property
+    def touched(self) -> bool:
+        """Whether it was changed by anything but a backward."""
+        return self.tensor.grad is self.grad and (self.grad.written or self.grad._version != self.version)
+
+    def leave(self) -> None:
+        """Give the tensor its lack of a gradient back, or an ordinary one where a gradient came."""
+        self.hook.remove()
+        if self.tensor.grad is self.grad:
+            self.tensor.grad = None if self.version == 0 else self.grad.plain()
+
+    def _add(self, tensor: Tensor) -> None:
+        self.version = self.grad._version
+        self.grad.written = False
+
+
+def is_still(gradient: Tensor | None, before: Tensor) -> bool:
+    """Whether a gradient is the one from before; zeros become an ordinary tensor when the block they are of ends."""
+    if gradient is before or gradient is None or not isinstance(before, _Watched):
+        return gradient is before
+    return gradient.layout is before.layout and gradient.data_ptr() == before.data_ptr()
+
+
+class _Watched(Tensor):
+    """A tensor that notices when a function is to write to it.
+
+    Its version counter tells of most writes. `torch.amp.GradScaler.unscale_` goes past it.
+    """
+
+    written = False
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):
+            for argument in args:
+                for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                    if isinstance(tensor, _Watched):
+                        tensor.written = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def plain(self) -> Tensor:
+        """Return this as an ordinary tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = self.plain().clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
