@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import RewriterError, rewrite
-from rewriter._registry import find, names
+from rewriter._registry import find
+from tests.members import members
 
 
 def _kept(recurrent: Any, **options: Any) -> Any:
@@ -339,7 +340,7 @@ def test_a_write_by_another_process_is_a_change(recurrent: Any) -> None:
 
 
 def _catalog() -> dict[str, Any]:
-    return {name: find(name) for name in names() if find(name).__module__.startswith("rewriter.catalog")}
+    return {name: find(name) for name in members()}
 
 
 def test_every_step_of_the_catalog_that_is_a_function_is_kept_while_training_too() -> None:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from rewriter._registry import find, names
+from rewriter._registry import find
 from rewriter.catalog import describe
+from tests.members import members
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", members())
 def test_every_member_describes_itself(name: str) -> None:
     entry = describe(name)
     assert entry.summary.endswith(".") and entry.guarantee and entry.cost
