@@ -353,3 +353,9 @@ def once() -> Callable[..., nn.Module]:
         return assert_same(model, [lambda m: m(x.clone()), lambda m: m(y.clone())], root)
 
     return compare
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Return five rows of four numbers."""
+    return torch.randn(5, 4)
