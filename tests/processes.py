@@ -39,5 +39,10 @@ def run_processes(worker: Callable[..., None], folder: Path, processes: int, pat
 
 
 def work(functions: dict[str, Any]) -> None:
-    """Be one of the processes: run the function that the command line names."""
+    """Be one of the processes: run the function that the command line names, and end at once.
+
+    In the interpreter's tear-down, threads of torch's communication now and then abort a process whose work is done.
+    """
     functions[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
+    sys.stdout.flush()
+    os._exit(0)
