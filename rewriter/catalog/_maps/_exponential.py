@@ -157,17 +157,13 @@ def _combinations(rows: Sequence[Sequence[float]], scale: float, *powers: Tensor
     factors = torch.tensor(rows, dtype=A.dtype, device=A.device)
     sums = factors[:, 1:] @ torch.stack(powers).view(len(powers), -1)
     shape = (len(rows), *A.shape)
-    _add_identity(sums, factors[:, :1].view(-1, *[1] * (A.ndim - 1)), shape)
-    return sums.view(shape).unbind()
+    _add_identity(sums.view(shape), factors[:, :1].view(-1, *[1] * (A.ndim - 1)))
+    return sums.view(shape).unbind()  # not the view from before, whose node autograd would replace by a slower one
 
 
-def _add_identity(sums: Tensor, factors: Tensor | float, shape: Sequence[int] | None = None) -> Tensor:
-    """Add multiples of the identity to sums of ours, in place: constants, of which the graph needs no node.
-
-    The sums are to be no view of a tensor, whose node autograd would replace by a slower one.
-    """
-    matrices = sums.detach() if shape is None else sums.detach().view(shape)
-    matrices.diagonal(dim1=-2, dim2=-1).add_(factors)
+def _add_identity(sums: Tensor, factors: Tensor | float) -> Tensor:
+    """Add multiples of the identity to sums of ours, in place: constants, of which the graph needs no node."""
+    sums.detach().diagonal(dim1=-2, dim2=-1).add_(factors)
     return sums
 
 
