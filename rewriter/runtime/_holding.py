@@ -83,10 +83,8 @@ class Holding:
 
     def lasting_value(self) -> Any:
         """Return the value kept from an earlier forward, of a site that reads nothing else; None where it is old."""
-        if not self.versioned or self.frozen or self.contexts:
-            return None
-        kept = self.kept.get("value")
-        return kept.value if kept is not None and kept.holds(()) else None
+        kept = None if self.frozen or self.contexts else self._held("value", ())
+        return None if kept is None else kept.value
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
@@ -115,8 +113,8 @@ class Holding:
             inputs: the tensors that they read beside those that are stored.
             evaluate: makes the value from `inputs`.
         """
-        kept = self.kept.get(key)
-        if kept is not None and kept.holds(inputs):
+        kept = self._held(key, inputs)
+        if kept is not None:
             return kept.value
         modules = site.steps[:count]
         tensors = [*site.originals[: sum(site.record.stored[:count])], *inputs]
@@ -138,6 +136,10 @@ class Holding:
         if sign(modules, tensors) == before and not drawn and _keepable(value):
             self.kept[key] = Kept(value, Watch(modules, tensors, holder=site), modes, inputs, tensors[:1])
         return value
+
+    def _held(self, key: str, inputs: Sequence[Tensor]) -> Kept | None:
+        kept = self.kept.get(key)
+        return kept if kept is not None and kept.holds(inputs) else None
 
     def _update(self) -> None:
         self.busy = self.versioned or self.frozen or bool(self.contexts)

@@ -347,9 +347,7 @@ def _value_property(tensor: str) -> property:
                 value = frame.known.get(site)
                 if value is not None:
                     return value
-                if is_compiling():
-                    value = frame.passing.get(site)
-                elif not saving_hooks(True):
+                if is_compiling() or not saving_hooks(True):
                     value = frame.passing.get(site)
                     if value is None and site.holding.versioned:
                         value = frame.lasting_value(site)

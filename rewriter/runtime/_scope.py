@@ -63,9 +63,9 @@ class Frame:
 
         For the first read outside of regions that may run again: it goes past all that a new value has to heed.
         """
-        if not key.lasting or key in self.values or torch.is_grad_enabled() is not self.grad:
+        if is_compiling() or not key.lasting or key in self.values:
             return None
-        if torch.is_inference_mode_enabled() is not self.inference:
+        if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
             return None
         value = key.holding.lasting_value()
         if type(value) is not Tensor:

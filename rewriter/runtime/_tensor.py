@@ -237,8 +237,8 @@ class ParametrizedTensor(nn.Module):
 
     @property
     def lasting(self) -> bool:
-        """Whether a value may be kept from one forward to the next by the stored tensors alone."""
-        return self.holding.versioned and not self._places and not self.stands_for_buffer
+        """Whether a kept value may be used by what the site itself holds: it reads nothing else, and is no buffer."""
+        return not self._places and not self.stands_for_buffer
 
     @property
     def stands_for_buffer(self) -> bool:

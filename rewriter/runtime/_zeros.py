@@ -18,7 +18,7 @@ class Zeros:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.grad = torch.zeros_like(tensor, requires_grad=False).as_subclass(_Watched)
+        self.grad = torch.zeros_like(tensor).as_subclass(_Watched)
         tensor.grad = self.grad
         self.version = 0
         self.hook = tensor.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
