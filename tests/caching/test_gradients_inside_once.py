@@ -13,37 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import RewriterError, evaluate_once, rewrite
-
-
-class _Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 6)
-        self.second = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
-
-
-def _net(capture: str) -> nn.Module:
-    torch.manual_seed(0)
-    rule = {"name": "r", "select": "*.weight", "chain": [{"scale": {"factor": 2}}]}
-    return rewrite(_Net().double(), {"reparam": 1, "rules": [rule]}, capture=capture)
-
-
-X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
-
-
-def _twice(net: nn.Module) -> None:
-    for scale in (1.0, 0.5):
-        net(X * scale).square().sum().backward()
+from tests.counted import Net, X, siamese, trained
 
 
 @pytest.mark.parametrize("reset", ["model", "optimizer", "one tensor"])
 @pytest.mark.parametrize("moment", ["between", "at the end"])
 def test_gradients_that_are_reset_inside_are_refused(capture: str, reset: str, moment: str) -> None:
     """What was gathered before would be in the sum all the same: a wrong gradient that nothing shows."""
-    net = _net(capture)
+    net = trained(capture)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     stored = net.get_submodule("first").parametrizations.weight.original
 
@@ -60,24 +37,24 @@ def test_gradients_that_are_reset_inside_are_refused(capture: str, reset: str, m
         zero()
         if moment == "between":
             net(X).sum().backward()
-    assert all(p.grad is None for name, p in net.named_parameters() if name.endswith("original"))
+    assert all(p.grad is None for name, p in net.named_parameters() if name.endswith(("original", "gain")))
 
 
 def test_gradients_from_before_the_block_are_added_to(capture: str) -> None:
-    net, reference = _net(capture), _net(capture)
+    net, reference = trained(capture), trained(capture)
     for model in (net, reference):
-        _twice(model)
+        siamese(model)
     before = [parameter.grad for parameter in net.parameters()]
-    _twice(reference)
+    siamese(reference)
     with evaluate_once(net):
-        _twice(net)
+        siamese(net)
     for one, other, kept in zip(net.parameters(), reference.parameters(), before, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
         assert one.grad is kept
 
 
 def test_zeros_stand_for_a_gradient_only_inside(capture: str) -> None:
-    net = _net(capture)
+    net = trained(capture)
     stored = net.get_submodule("first").parametrizations.weight.original
     with pytest.raises(KeyError), evaluate_once(net):
         net(X).sum().backward()
@@ -103,7 +80,7 @@ WORK: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
 @pytest.mark.parametrize("work", WORK)
 def test_work_on_gradients_inside_is_refused(capture: str, work: str) -> None:
     """The gradients are not there yet: they would come unclipped."""
-    net = _net(capture)
+    net = trained(capture)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(RewriterError, match=r"changed inside.*clip and unscale gradients after"), evaluate_once(net):
         net(X).sum().backward()
@@ -113,7 +90,7 @@ def test_work_on_gradients_inside_is_refused(capture: str, work: str) -> None:
 
 
 def test_gradients_may_be_looked_at_and_copied_inside(capture: str) -> None:
-    net = _net(capture)
+    net = trained(capture)
     stored = net.get_submodule("first").parametrizations.weight.original
     with evaluate_once(net):
         net(X).sum().backward()
@@ -132,7 +109,8 @@ def test_gradients_may_be_looked_at_and_copied_inside(capture: str) -> None:
 
 def test_gradients_that_come_another_way_inside_are_added(capture: str) -> None:
     """From a compiled model and from a penalty: these backwards reach the stored tensors before the block ends."""
-    net = _net(capture)
+    rule = {"name": "r", "select": "*.weight", "chain": [{"scale": {"factor": 2}}]}
+    net = rewrite(Net().double(), {"reparam": 1, "rules": [rule]}, capture=capture)
     reference = copy.deepcopy(net)
     torch._dynamo.reset()
     compiled: Any = torch.compile(net, backend="eager", fullgraph=True)

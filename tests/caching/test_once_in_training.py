@@ -9,62 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from rewriter import RewriterError, evaluate_once, rewrite
-
-
-class _Runs:
-    forward = 0
-    backward = 0
-
-
-class _Watched(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, X: Tensor) -> Tensor:
-        _Runs.forward += 1
-        return X.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        _Runs.backward += 1
-        return gradient
-
-
-class _Chain(nn.Module):
-    """Counts its evaluations and its backwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def forward(self, X: Tensor) -> Tensor:
-        return torch.tanh(_Watched.apply(X)) * self.gain
-
-
-class _Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 6)
-        self.second = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(x)))
-
-
-def _net(capture: str, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    rule = {"name": "r", "select": "*.weight", "chain": [_Chain()], "init": "raw", **options}
-    return rewrite(_Net().double(), {"reparam": 1, "rules": [rule]}, capture=capture)
-
-
-X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
-
-
-def _siamese(net: nn.Module) -> None:
-    one, two, three = net(X), net(X + 0.1), net(X.flip(0))
-    F.triplet_margin_loss(one, two, three).backward()
+from tests.counted import Net, Runs, X, siamese, trained
 
 
 def _generator_and_discriminator(net: nn.Module) -> None:
@@ -74,7 +23,7 @@ def _generator_and_discriminator(net: nn.Module) -> None:
 
 
 def _losses_on_parts(net: nn.Module) -> None:
-    hidden = net.get_submodule("first")(X) if isinstance(net, _Net) else net(X)
+    hidden = net.get_submodule("first")(X) if isinstance(net, Net) else net(X)
     out = net(X)
     hidden.square().sum().backward(retain_graph=True)
     out.sum().backward(retain_graph=True)
@@ -116,7 +65,7 @@ def _forward_only(net: nn.Module) -> None:
 
 
 RUNS = [
-    _siamese,
+    siamese,
     _generator_and_discriminator,
     _losses_on_parts,
     _accumulated_and_scaled,
@@ -129,16 +78,16 @@ RUNS = [
 
 
 def _counted(run: Callable[[], Any]) -> tuple[int, int]:
-    _Runs.forward = _Runs.backward = 0
+    Runs.forward = Runs.backward = 0
     run()
-    return _Runs.forward, _Runs.backward
+    return Runs.forward, Runs.backward
 
 
 @pytest.mark.parametrize("cache", ["forward", "version"])
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.strip("_"))
 def test_one_evaluation_and_one_backward_of_each_chain(capture: str, run: Any, cache: str, memory: str) -> None:
-    net = _net(capture, cache=cache, memory=memory)
+    net = trained(capture, cache=cache, memory=memory)
     reference = copy.deepcopy(net)
     run(reference)
 
@@ -160,7 +109,7 @@ def test_one_evaluation_and_one_backward_of_each_chain(capture: str, run: Any, c
 
 def test_a_gradient_scaler_scales_what_arrives_at_the_end(capture: str) -> None:
     """In float64 nothing is rounded, so that the steps are equal to 1e-6; one of them overflows and is left out."""
-    models = [_net(capture) for _ in range(2)]
+    models = [trained(capture) for _ in range(2)]
     for once, net in zip((True, False), models, strict=True):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
@@ -189,7 +138,7 @@ def test_a_gradient_scaler_scales_what_arrives_at_the_end(capture: str) -> None:
 
 
 def test_hooks_of_every_kind_fire_once_on_every_stored_tensor(capture: str) -> None:
-    net = _net(capture)
+    net = trained(capture)
     calls: dict[str, int] = {}
     accumulators: list[Any] = []
 
@@ -212,9 +161,9 @@ def test_hooks_of_every_kind_fire_once_on_every_stored_tensor(capture: str) -> N
 
 @pytest.mark.parametrize("moment", ["forward", "backward", "hook", "chain backward"])
 def test_an_exception_anywhere_leaves_the_model_as_it_was(capture: str, moment: str) -> None:
-    net = _net(capture)
-    expected = _net(capture)
-    _siamese(expected)
+    net = trained(capture)
+    expected = trained(capture)
+    siamese(expected)
     sites = [module for module in net.modules() if hasattr(module, "holding")]
     armed = [True]
 
@@ -241,15 +190,15 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(capture: str, moment: 
         net.zero_grad()
         if once:
             with evaluate_once(net):
-                _siamese(net)
+                siamese(net)
         else:
-            _siamese(net)
+            siamese(net)
         for one, other in zip(net.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
 
 
 def test_differentiating_with_respect_to_a_stored_tensor_inside_is_an_error(capture: str) -> None:
-    net = _net(capture)
+    net = trained(capture)
     stored = net.get_submodule("first").parametrizations.weight.original
     with pytest.raises(RuntimeError, match="not have been used"), evaluate_once(net):
         torch.autograd.grad(net(X).sum(), stored)
@@ -259,7 +208,7 @@ def test_differentiating_with_respect_to_a_stored_tensor_inside_is_an_error(capt
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_a_double_backward_is_refused_with_what_to_do(capture: str) -> None:
-    net = _net(capture)
+    net = trained(capture)
     refused = pytest.raises(RewriterError, match="take create_graph=True out, or do this backward outside")
     with refused, evaluate_once(net):
         net(X).square().sum().backward(create_graph=True)
@@ -269,7 +218,7 @@ def test_a_double_backward_is_refused_with_what_to_do(capture: str) -> None:
 
 def test_the_hessian_of_the_input_is_allowed(capture: str) -> None:
     """A gradient penalty differentiates twice, but not through the chain."""
-    net, reference = _net(capture), _net(capture)
+    net, reference = trained(capture), trained(capture)
 
     def penalty(net: nn.Module) -> None:
         x = X.clone().requires_grad_()
@@ -285,7 +234,7 @@ def test_the_hessian_of_the_input_is_allowed(capture: str) -> None:
 
 
 def test_two_models_of_which_one_is_inside(capture: str) -> None:
-    net, other = _net(capture), _net(capture)
+    net, other = trained(capture), trained(capture)
     expected = copy.deepcopy(other)
     expected(X).sum().backward()
     with evaluate_once(net):
@@ -297,12 +246,12 @@ def test_two_models_of_which_one_is_inside(capture: str) -> None:
 
 
 def test_blocks_of_parts_end_by_themselves(capture: str) -> None:
-    net, reference = _net(capture), _net(capture)
-    _siamese(reference)
+    net, reference = trained(capture), trained(capture)
+    siamese(reference)
     part = nn.ModuleList([net.get_submodule("first")])
     with evaluate_once(part):
         with evaluate_once(net):
-            _siamese(net)
+            siamese(net)
         assert net.get_submodule("second").parametrizations.weight.original.grad is not None
         assert not net.get_submodule("first").parametrizations.weight.original.grad.any()
     for one, other in zip(net.parameters(), reference.parameters(), strict=True):
