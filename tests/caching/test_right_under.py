@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from rewriter import bake, evaluate_once, rewrite
 from rewriter.runtime import ParametrizedTensor
 from rewriter.state import freeze
+from tests.threads import run_threads
 
 
 @pytest.fixture(params=["forward", "version"])
@@ -240,11 +240,7 @@ def test_replicas_compute_with_their_own_tensors(capture: str, spec: Any, cache:
     def run(index: int) -> None:
         outs[index] = replicas[index](x * (index + 1))
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_threads(lambda: run(0), lambda: run(1))
     (outs[0].sum() + outs[1].sum()).backward()
     (reference(x).sum() + reference(2 * x).sum()).backward()
     for one, other in zip(model.parameters(), reference.parameters(), strict=True):

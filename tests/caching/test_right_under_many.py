@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -171,7 +172,6 @@ def test_threads_that_train_look_and_copy_at_once(net: nn.Module) -> None:
     with torch.no_grad():
         expected = net(X)
     gradients = _gradients(copy.deepcopy(net), X)
-    problems: list[BaseException] = []
     start = threading.Barrier(5)
 
     def look() -> None:
@@ -199,18 +199,10 @@ def test_threads_that_train_look_and_copy_at_once(net: nn.Module) -> None:
 
     def run(work: Callable[[], None]) -> None:
         start.wait()
-        try:
-            for _ in range(15):
-                work()
-        except BaseException as problem:
-            problems.append(problem)
+        for _ in range(15):
+            work()
 
-    threads = [threading.Thread(target=run, args=(work,)) for work in (look, train, copied, infer, cast)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    run_threads(*(functools.partial(run, work) for work in (look, train, copied, infer, cast)))
 
 
 def test_blocks_of_two_threads_on_one_model(net: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from rewriter import bake, evaluate_once, rewrite
+from tests.threads import run_threads
 
 KEY = "cell.parametrizations.weight_hh.original"
 
@@ -188,21 +189,12 @@ def test_two_threads(theirs: nn.Module, ours: Any, x: Tensor) -> None:
         thread.join()
     assert cached_inside == [True], "torch: one thread's values are another's"
     expected = bake(ours.model)(x).detach()
-    problems: list[BaseException] = []
 
     def run(grad: bool) -> None:
-        try:
-            for _ in range(20):
-                with torch.set_grad_enabled(grad):
-                    out = ours.model(x)
-                assert out.requires_grad == grad
-                torch.testing.assert_close(out.detach(), expected)
-        except BaseException as problem:
-            problems.append(problem)
+        for _ in range(20):
+            with torch.set_grad_enabled(grad):
+                out = ours.model(x)
+            assert out.requires_grad == grad
+            torch.testing.assert_close(out.detach(), expected)
 
-    threads = [threading.Thread(target=run, args=(index % 2 == 0,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    run_threads(*[lambda: run(True), lambda: run(False)] * 2)

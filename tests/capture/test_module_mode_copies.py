@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rewriter import bake
 from tests.module_mode import SITES, Count, Step, Untraceable, halved, rewritten
+from tests.threads import run_threads
 
 # Threads and copies
 
@@ -37,11 +38,7 @@ def test_threads_do_not_see_each_others_values() -> None:
             if result.requires_grad != ((repeat + index) % 2 == 0):
                 wrong.append(f"thread {index}, gradient")
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_threads(lambda: work(0), lambda: work(1))
     assert not wrong
     assert Count.total == 100 * SITES
 

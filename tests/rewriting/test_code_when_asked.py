@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import rewrite
+from tests.threads import run_threads
 
 SPEC = {"reparam": 1, "rules": [{"name": "weights", "select": "**.weight", "chain": ["symmetric"]}]}
 
@@ -79,9 +79,5 @@ def test_equal_graphs_share_a_class_once_written() -> None:
 
 def test_several_threads_may_be_the_first() -> None:
     model, x, found = fresh(), torch.randn(2, 3), []
-    threads = [threading.Thread(target=lambda: found.append(model(x))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_threads(*[lambda: found.append(model(x))] * 8)
     assert len(found) == 8 and all(torch.allclose(value, expected(x), atol=1e-6) for value in found)
