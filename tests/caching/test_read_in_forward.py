@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from rewriter import rewrite
+from rewriter import RewriterError, rewrite
 
 
 class Counting(nn.Module):
@@ -66,6 +66,32 @@ def test_a_value_kept_without_gradients_is_not_used_where_they_are_recorded(cach
     torch.testing.assert_close(value, expected)
     stored = model.linear.parametrizations.weight.original
     torch.testing.assert_close(stored.grad, 2 * plain.linear.weight.grad)
+
+
+class Writes(nn.Module):
+    """Writes to its buffer, when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(3))
+        self.writing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writing:
+            self.weight.add_(1)
+        return x * self.weight
+
+
+def test_a_write_to_a_kept_buffer_is_refused_in_the_forward_that_writes() -> None:
+    model = _rewritten(Writes(), "version", "weight")
+    x = torch.ones(3)
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        model.writing = True
+        with pytest.raises(RewriterError, match="changed weight in place"):
+            model(x)
+        model.writing = False
+        assert torch.equal(model(x), x)
 
 
 class Twice(nn.Module):
