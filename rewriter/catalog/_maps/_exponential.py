@@ -9,6 +9,7 @@ for one of the forward, where :func:`torch.linalg.matrix_exp` works on a matrix 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -140,7 +141,7 @@ def _taylor(A: Tensor, skew: bool) -> Tensor:
 
 
 def _square(A: Tensor, skew: bool) -> Tensor:
-    if skew and A.size(-1) > 64:
+    if skew and A.size(-1) > 128:  # below, one product more takes less time than the call of a Python backward
         product: Tensor = _SkewSquare.apply(A)  # type: ignore[no-untyped-call]
         return product
     return A @ A
@@ -151,14 +152,24 @@ def _combinations(rows: Sequence[Sequence[float]], scale: float, *powers: Tensor
 
     One product with a small matrix of factors, where a sum for each would be several times as many operations.
     """
-    scales = [scale**p for p in (0, 1, 2, 3, 6)]
-    rows = [[f * s for f, s in zip(row, scales, strict=False)][: len(powers) + 1] for row in rows]
     A = powers[0]
-    factors = torch.tensor(rows, dtype=A.dtype, device=A.device)
+    factors = _factors(tuple(rows), scale, len(powers) + 1, A.dtype, A.device)
     sums = factors[:, 1:] @ torch.stack(powers).view(len(powers), -1)
     shape = (len(rows), *A.shape)
     _add_identity(sums.view(shape), factors[:, :1].view(-1, *[1] * (A.ndim - 1)))
     return sums.view(shape).unbind()  # not the view from before, whose node autograd would replace by a slower one
+
+
+@functools.lru_cache(maxsize=128)
+def _factors(
+    rows: tuple[Sequence[float], ...], scale: float, count: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the first `count` factors of each row, each for its power of sA: made once, and copied to a GPU once."""
+    scales = [scale**p for p in (0, 1, 2, 3, 6)]
+    with torch.inference_mode(False):
+        return torch.tensor(
+            [[f * s for f, s in zip(row, scales, strict=False)][:count] for row in rows], dtype=dtype, device=device
+        )
 
 
 def _add_identity(sums: Tensor, factors: Tensor | float) -> Tensor:
