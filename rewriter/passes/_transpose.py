@@ -1,20 +1,27 @@
 """transpose: a weight that many linear calls use is transposed once, ahead of them all.
 
-`torch.nn.functional.linear` transposes its weight at each call, with a node of the autograd graph each time.
+`torch.nn.functional.linear` transposes its weight at each call, with a node of the autograd graph each time. Where the
+product is only added to something, as in an RNN, the sum is left to the product.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, note
-from rewriter.runtime._linear import times_transposed
+from rewriter.runtime._linear import factors_of, plus_product, product_plus, times_transposed
 
 LEAST = 8
 """Fewer calls are not worth another node in the graph."""
+
+_WRITTEN = {times_transposed: F.linear, factors_of: F.linear, plus_product: operator.add, product_plus: operator.add}
+_HARMLESS = frozenset({operator.getitem, F.linear, *_WRITTEN})
+"""Functions that write to nothing: a product may as well be made after them."""
 
 
 def transpose_once(rewriting: Rewriting) -> bool:
@@ -31,6 +38,7 @@ def transpose_once(rewriting: Rewriting) -> bool:
             for call in calls:
                 call.target = times_transposed
                 call.replace_input_with(node, transposed)
+                _leave_sum_to(rewriting, call)
             changed = True
     return changed
 
@@ -41,10 +49,17 @@ def write_linear_calls(rewriting: Rewriting) -> bool:
     for transposed in found:
         (value,) = transposed.all_input_nodes
         for call in list(transposed.users):
+            for user in call.users if call.target is factors_of else ():
+                user.target = as_written(user.target)
             call.target = F.linear
             call.replace_input_with(transposed, value)
         rewriting.graph.erase_node(transposed)
     return bool(found)
+
+
+def as_written(target: Any) -> Any:
+    """Return the function that a model calls where its graph, after this pass, calls `target`."""
+    return _WRITTEN.get(target, target)
 
 
 def is_transpose(node: fx.Node) -> bool:
@@ -67,10 +82,40 @@ def _is_linear(node: fx.Node, weight: fx.Node) -> bool:
     return node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
 
 
+def _leave_sum_to(rewriting: Rewriting, call: fx.Node) -> None:
+    """Add in the same operation that multiplies, where the product is one summand of a sum and nothing else."""
+    (following, *others) = call.users or (None,)
+    if following is None or others or following.op != "call_function" or following.target is not operator.add:
+        return
+    summands = [one for one in following.args if one is not call and isinstance(one, fx.Node)]
+    if "opened" in note(call) and call.args[2:] == (None,):  # the layer's missing bias; a call has no such argument
+        call.args = call.args[:2]
+    if len(call.args) == 2 and len(summands) == 1 and _nothing_written_between(rewriting, call, following):
+        call.target = factors_of
+        following.target = plus_product if following.args[1] is call else product_plus
+
+
+def _nothing_written_between(rewriting: Rewriting, first: fx.Node, last: fx.Node) -> bool:
+    node = first.next
+    while node is not last and _writes_nothing(rewriting, node):
+        node = node.next
+    return node is last
+
+
+def _writes_nothing(rewriting: Rewriting, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = rewriting.root.get_submodule(str(node.target))
+        return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    return node.op == "get_attr" or (node.op == "call_function" and node.target in _HARMLESS)
+
+
 def _only_linear_calls(rewriting: Rewriting) -> None:
     for node in rewriting.graph.nodes:
-        if is_transpose(node) and not all(user.target is times_transposed for user in node.users):
+        if is_transpose(node) and not all(user.target in (times_transposed, factors_of) for user in node.users):
             raise PassError(f"{node.name}, a transpose for linear calls, is used by another operation")
+        sums = node.users if node.target is factors_of else ()
+        if not all(user.target in (plus_product, product_plus) for user in sums):
+            raise PassError(f"{node.name}, left to a sum to multiply, is used by another operation")
 
 
 transpose_pass = Pass("transpose", transpose_once, ensures=_only_linear_calls)

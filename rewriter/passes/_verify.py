@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx
 
 from rewriter.passes._infra import Pass, PassError, Rewriting, note, reads_of
-from rewriter.runtime._linear import times_transposed
+from rewriter.passes._transpose import as_written
 
 
 def outline(graph: fx.Graph) -> Counter[tuple[str, Any]]:
@@ -22,7 +21,7 @@ def outline(graph: fx.Graph) -> Counter[tuple[str, Any]]:
         if "opened" in entry:
             found["call_module", entry["opened"]] += 1
         elif node.op != "get_attr" and not entry.keys() & {"site", "member", "transposed"}:
-            found[node.op, F.linear if node.target is times_transposed else node.target] += 1
+            found[node.op, as_written(node.target)] += 1
     return found
 
 

@@ -52,7 +52,7 @@ class Itself(Net):
         return x
 
 
-def _calls(model: nn.Module, x: Tensor) -> list[str]:
+def calls_of(model: nn.Module, x: Tensor) -> list[str]:
     """The operations of the autograd graph of a forward."""
     found: list[str] = []
     todo, seen = [model(x).grad_fn], set()
@@ -66,7 +66,7 @@ def _calls(model: nn.Module, x: Tensor) -> list[str]:
     return found
 
 
-def _reference(model: nn.Module) -> nn.Module:
+def reference(model: nn.Module) -> nn.Module:
     parametrized = copy.deepcopy(model)
     parametrize.register_parametrization(parametrized.step, "weight", Symmetric(), unsafe=True)
     return parametrized
@@ -96,9 +96,9 @@ def test_can_be_left_out() -> None:
 @pytest.mark.parametrize("capture", ["graph", "module"])
 def test_autograd_transposes_it_once_only(capture: str) -> None:
     x = torch.randn(3, 4)
-    transposes = _calls(rewrite(Net(), SPEC, capture=capture), x).count("TBackward0")
+    transposes = calls_of(rewrite(Net(), SPEC, capture=capture), x).count("TBackward0")
     assert transposes == (1 if capture == "graph" else 3)  # in a module the third call is the first to know
-    assert _calls(_reference(Net()), x).count("TBackward0") == STEPS
+    assert calls_of(reference(Net()), x).count("TBackward0") == STEPS
 
 
 @pytest.mark.parametrize("capture", ["graph", "module"])
@@ -110,7 +110,7 @@ def test_values_and_gradients_are_those_of_torch(
 ) -> None:
     torch.manual_seed(0)
     model = Net(bias).to(dtype)
-    parametrized, new = _reference(model), rewrite(model, SPEC, capture=capture)
+    parametrized, new = reference(model), rewrite(model, SPEC, capture=capture)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     parametrized.load_state_dict(new.state_dict())
     names = [name for name, _ in new.named_parameters()]
