@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
+from rewriter.runtime._gradients import WatchedGradient, is_still, is_watchable
 from rewriter.runtime._signature import Signature, same_objects, sign, transformed
-from rewriter.runtime._zeros import Zeros, is_still
 
 if TYPE_CHECKING:
     from rewriter.runtime._tensor import ParametrizedTensor
@@ -37,8 +37,8 @@ class Evaluated:
         self.leaf = leaf
         self.arrived: list[tuple[Tensor, Tensor]] = []
         """The stored tensors with the `.grad` that each had when the last gradient arrived at the leaf."""
-        self.placed: list[Zeros] = []
-        """What was put there where there was none."""
+        self.watched: list[WatchedGradient] = []
+        """What was put in their places."""
 
     def arrive(self) -> None:
         """Notice that a gradient arrives at the leaf: from here on `.grad` is there, or somebody has reset it."""
@@ -48,15 +48,15 @@ class Evaluated:
             tensor = self.signature.tensors[index]
             if any(tensor is given for given in self.inputs):
                 continue
-            if tensor.grad is None:
-                self.placed.append(Zeros(tensor))
+            if is_watchable(tensor.grad):
+                self.watched.append(WatchedGradient(tensor))
             assert tensor.grad is not None
             self.arrived.append((tensor, tensor.grad))
 
     def check_gradients(self) -> None:
         """Refuse to go on after somebody has worked on gradients: what was gathered at the leaf is out of reach."""
         reset = any(not is_still(tensor.grad, before) for tensor, before in self.arrived)
-        if reset or any(zeros.touched for zeros in self.placed):
+        if reset or any(gradient.touched for gradient in self.watched):
             raise RewriterError(
                 f"{self.site.record.name}: the gradient of a tensor that it is computed from was "
                 f"{'reset' if reset else 'changed'} inside evaluate_once, after a backward whose gradient only arrives "
@@ -64,9 +64,9 @@ class Evaluated:
             )
 
     def leave(self) -> None:
-        """Take the zeros away to which nothing was added."""
-        for zeros in self.placed:
-            zeros.leave()
+        """Put ordinary gradients back, and none where none came."""
+        for gradient in self.watched:
+            gradient.leave()
 
     def check(self, now: Signature | None) -> None:
         """Refuse to go on after a change of what was evaluated; state that the chain itself advances is none."""

@@ -78,15 +78,30 @@ WORK: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_work_on_gradients_inside_is_refused(capture: str, work: str) -> None:
-    """The gradients are not there yet: they would come unclipped."""
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_work_on_gradients_inside_is_refused(capture: str, work: str, accumulated: bool) -> None:
+    """The gradients are not there yet, or not all of them: they would come unclipped."""
     net = trained(capture)
+    if accumulated:
+        net(X).sum().backward()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(RewriterError, match=r"changed inside.*clip and unscale gradients after"), evaluate_once(net):
         net(X).sum().backward()
         WORK[work](net, optimizer)
     stored = net.get_submodule("first").parametrizations.weight.original
     assert not stored._post_accumulate_grad_hooks
+
+
+def test_gradients_from_before_are_ordinary_again_after_a_problem(capture: str) -> None:
+    net = trained(capture)
+    stored = net.get_submodule("first").parametrizations.weight.original
+    net(X).sum().backward()
+    before, value = stored.grad, stored.grad.clone()
+    with pytest.raises(KeyError), evaluate_once(net):
+        net(X).sum().backward()
+        torch.testing.assert_close(stored.grad + 0, value)
+        raise KeyError
+    assert stored.grad is before and type(before) is Tensor and torch.equal(before, value)
 
 
 def test_gradients_may_be_looked_at_and_copied_inside(capture: str) -> None:

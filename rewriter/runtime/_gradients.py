@@ -1,4 +1,4 @@
-"""Gradients for tensors that have none yet, from which to tell whether somebody works on gradients."""
+"""Gradients from which to tell whether somebody works on them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class Zeros:
-    """A gradient of zeros for a tensor that has none.
+class WatchedGradient:
+    """What stands for a tensor's gradient as long as it is watched: the same memory, or zeros where there is none.
 
     Arguments:
         tensor: whose.
@@ -18,9 +18,10 @@ class Zeros:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.grad = torch.zeros_like(tensor).as_subclass(_Watched)
+        self.before = tensor.grad
+        self.grad = (torch.zeros_like(tensor) if self.before is None else self.before).as_subclass(_Watched)
         tensor.grad = self.grad
-        self.version = 0
+        self.start = self.version = self.grad._version
         self.hook = tensor.register_post_accumulate_grad_hook(self._add)  # type: ignore[no-untyped-call]
 
     @property
@@ -29,18 +30,24 @@ class Zeros:
         return self.tensor.grad is self.grad and (self.grad.written or self.grad._version != self.version)
 
     def leave(self) -> None:
-        """Give the tensor its lack of a gradient back, or an ordinary one where a gradient came."""
+        """Give the tensor its gradient or its lack of one back, or an ordinary one where a gradient came."""
         self.hook.remove()
         if self.tensor.grad is self.grad:
-            self.tensor.grad = None if self.version == 0 else self.grad.plain()
+            came = self.before is None and self.version != self.start
+            self.tensor.grad = self.grad.plain() if came else self.before
 
     def _add(self, tensor: Tensor) -> None:
         self.version = self.grad._version
         self.grad.written = False
 
 
+def is_watchable(gradient: Tensor | None) -> bool:
+    """Whether something can stand for a gradient, and nothing does yet."""
+    return gradient is None or (type(gradient) is Tensor and gradient.layout is torch.strided)
+
+
 def is_still(gradient: Tensor | None, before: Tensor) -> bool:
-    """Whether a gradient is the one from before; zeros become an ordinary tensor when the block they are of ends."""
+    """Whether a gradient is the one from before, which is an ordinary tensor again when the block it is of ends."""
     if gradient is before or gradient is None or not isinstance(before, _Watched):
         return gradient is before
     return gradient.layout is before.layout and gradient.data_ptr() == before.data_ptr()
