@@ -25,6 +25,7 @@ from rewriter.capture._proxy import Value, forget_kinds, remember_kind
 from rewriter.capture._reason import reason
 from rewriter.capture._signature import absences, check_root, optional_arguments, outline, resolve_annotations
 from rewriter.errors import CaptureError
+from rewriter.runtime._tracers import own
 
 
 @dataclass
@@ -64,6 +65,7 @@ def trace(root: nn.Module, inside: set[str]) -> Trace:
 def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> Trace:
     tracer = _Tracer(root, inside)
     before = Snapshot(root.modules())
+    own.add(tracer)
     try:
         with guarded(tracer, root):
             graph = tracer.trace(root, concrete_args=concrete or None)
@@ -71,6 +73,8 @@ def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> 
     except Exception as problem:
         before.restore()
         raise CaptureError(f"torch.fx cannot trace {type(root).__name__}.forward: {reason(problem)}") from problem
+    finally:
+        own.discard(tracer)
     changed = before.restore()
     if changed:
         raise CaptureError(f"the forward changes {', '.join(changed)} as it runs")

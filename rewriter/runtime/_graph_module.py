@@ -13,10 +13,14 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
 from rewriter.runtime._owner import CONTAINER, SESSION, plain_class, sites_of
+from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
 
 _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
 """Generated class of each graph: models with equal graphs share theirs, as models of a hand-written class do."""
+
+WRITTEN_AT_ONCE = 1000
+"""The most nodes of a graph whose code is written without being asked for."""
 
 _NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls"})
 
@@ -46,6 +50,8 @@ class RewrittenModule(fx.GraphModule):
         self.__dict__["_graph"] = graph
         graph.owning_module = self
         self.__class__ = _own_class(origin.__name__, _Unwritten)
+        if len(graph.nodes) <= WRITTEN_AT_ONCE:  # equal models are of one class from the start
+            self.recompile()
 
     def recompile(self) -> Any:
         name = type(self).__name__
@@ -55,6 +61,7 @@ class RewrittenModule(fx.GraphModule):
         writer = object.__new__(kind)
         writer.__dict__ = self.__dict__
         code = fx.GraphModule.recompile(writer)
+        kind.forward = traceable(kind.forward)
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
             kind = _classes.setdefault((name, code.src, functions), kind)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.errors import CaptureError
 from rewriter.io._names import loadable
 from rewriter.runtime._fused import Group, evaluated_steps
 from rewriter.runtime._holding import Holding
@@ -15,6 +16,7 @@ from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
 from rewriter.runtime._signature import declares
+from rewriter.runtime._tracers import others_trace
 
 
 class ParametrizedTensor(nn.Module):
@@ -88,7 +90,16 @@ class ParametrizedTensor(nn.Module):
             cast: give the value in autocast's precision where autocast is on: all its uses would cast it.
             batch: values that were evaluated together with those of other sites, if they were.
             slot: which of them is this site's.
+
+        Raises:
+            CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
+        if others_trace():
+            raise CaptureError(
+                f"torch.fx would record the value of {self.record.name} as a constant, which nothing trains: rewrite "
+                "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
+                "rewritten or after bake()"
+            )
         if batch is not None:
             value = batch[slot]
         elif self.holding.busy:

@@ -1,4 +1,4 @@
-"""The code of a rewritten model's graph is written when somebody asks for it, and everybody finds it."""
+"""The code of a big rewritten model's graph is written when somebody asks for it, and everybody finds it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import rewrite
+from rewriter.runtime import _graph_module
 from tests.threads import run_threads
 
 SPEC = {"reparam": 1, "rules": [{"name": "weights", "select": "**.weight", "chain": ["symmetric"]}]}
+
+
+@pytest.fixture(autouse=True)
+def every_graph_is_big(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_graph_module, "WRITTEN_AT_ONCE", 0)
 
 
 class Outer(nn.Module):
@@ -75,6 +81,14 @@ def test_equal_graphs_share_a_class_once_written() -> None:
     one, other = fresh(), fresh()
     one(torch.ones(2, 3)), other(torch.ones(2, 3))
     assert type(one) is type(other)
+
+
+def test_equal_small_models_share_a_class_before_anybody_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    models = [fresh() for _ in range(3)]
+    assert len(set(map(type, models))) == 1
+    parameters, _ = torch.func.stack_module_state(models)
+    assert parameters["0.parametrizations.weight.original"].shape == (3, 3, 3)
 
 
 def test_several_threads_may_be_the_first() -> None:

@@ -20,7 +20,15 @@ def readable(X: Tensor) -> bool:
         or X.is_meta
         or torch._C._functorch.is_functorch_wrapped_tensor(X)
         or X.numel() == 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
     )
+
+
+def _is_recorded() -> bool:
+    """Whether what reaches torch's dispatcher is written down, as `make_fx` does."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
 
 
 def at_hand(X: Tensor) -> bool:
