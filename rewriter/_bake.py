@@ -17,7 +17,7 @@ from rewriter._given import check_model
 from rewriter._registry import suggestion
 from rewriter.errors import PlanError
 from rewriter.passes import Rewriting, restore_pass, run_passes
-from rewriter.planning import Entry, dtype_name, survey
+from rewriter.planning import Entry, dtype_name, refuse_strays, survey
 from rewriter.runtime import ParametrizedTensor, RewrittenModule, detach, release, site_path
 from rewriter.runtime._owner import SESSION
 from rewriter.spec._glob import Glob
@@ -75,7 +75,7 @@ def bake(
 
     Raises:
         PlanError: a pattern of `only` matches nothing, or a site keeps no tensor that could be put back; the model is
-            as it was.
+            as it was. Or torch.fx traced a rewritten model again, and `model` is what came of it.
     """
     check_model(model, "bake")
     if keep not in ("value", "original"):
@@ -112,6 +112,7 @@ def _present(target: nn.Module) -> dict[ParametrizedTensor, list[Entry]]:
     for entry in survey(target):
         if entry.site is not None:
             sites.setdefault(entry.site, []).append(entry)
+    refuse_strays(target, sites)
     return sites
 
 

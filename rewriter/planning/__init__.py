@@ -14,10 +14,10 @@ from rewriter._pause import collector_paused
 from rewriter.capture import call_of
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
-from rewriter.planning._survey import Entry, dtype_name, survey
+from rewriter.planning._survey import Entry, dtype_name, refuse_strays, survey
 from rewriter.spec import Spec, load_spec
 
-__all__ = ["Entry", "Plan", "Prepared", "Site", "dtype_name", "plan", "plan_of", "prepare", "survey"]
+__all__ = ["Entry", "Plan", "Prepared", "Site", "dtype_name", "plan", "plan_of", "prepare", "refuse_strays", "survey"]
 
 
 def plan(

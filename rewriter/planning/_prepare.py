@@ -28,7 +28,7 @@ from rewriter.planning._fit import Fitted, fitted_together
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._resolve import Claim, nearest, resolve
 from rewriter.planning._sharded import refuse_sharded
-from rewriter.planning._survey import Entry, survey
+from rewriter.planning._survey import Entry, refuse_strays, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session
@@ -94,6 +94,8 @@ def prepare(
     from rewriter._absorb._take import held_entries, sites_for  # it surveys models with what is defined here
 
     entries = survey(model)
+    if isinstance(model, fx.GraphModule):
+        refuse_strays(model, {entry.site for entry in entries})
     absorbed = sites_for(taken, entries)
     for entry, site in absorbed:
         entry.site = site

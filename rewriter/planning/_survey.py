@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from rewriter.errors import PlanError
 from rewriter.runtime import ParametrizedTensor, plain_class, sites_of
 from rewriter.runtime._owner import CONTAINER
 from rewriter.spec import TensorInfo, class_names
@@ -63,6 +64,21 @@ def survey(model: nn.Module) -> list[Entry]:
                 if (module, name) not in entry.owners:
                     entry.owners.append((module, name))
     return list(entries.values())
+
+
+def refuse_strays(model: nn.Module, known: Container[ParametrizedTensor | None]) -> None:
+    """Refuse a model with a site that computes a tensor of no module: torch.fx made its graph of a rewritten model's.
+
+    Raises:
+        PlanError: there is one.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, ParametrizedTensor) and module not in known:
+            raise PlanError(
+                f"{path} computes {module.record.name} in a graph that torch.fx made of a rewritten model, which no "
+                "longer says where the value came from: rewrite and bake the model itself, and make its graph anew "
+                "afterwards"
+            )
 
 
 def _modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rewriter import CaptureError, rewrite
+from rewriter import CaptureError, PlanError, bake, rewrite
 from rewriter.runtime import ParametrizedTensor
 from tests.threads import run_threads
 
@@ -95,6 +95,17 @@ def test_each_site_is_one_node() -> None:
     sites = sum(isinstance(module, ParametrizedTensor) for module in model.modules())
     nodes = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
     assert sum("parametrizations" in str(node.target) for node in nodes) == sites == 8
+
+
+def test_baking_and_rewriting_it_are_refused() -> None:
+    """Baked it would otherwise come back as it is, its chains still in it."""
+    again = fx.symbolic_trace(_rewritten())
+    rule = {"name": "input", "select": "input.weight", "chain": ["weight_norm"]}
+    for change in (bake, lambda model: rewrite(model, {"reparam": 1, "rules": [rule]})):
+        with pytest.raises(PlanError, match=r"step.parametrizations.weight computes .*bake the model itself"):
+            change(again)
+    with pytest.raises(PlanError, match=r"inner.step.parametrizations.weight computes"):
+        bake(nn.Sequential(fx.symbolic_trace(Outer(_rewritten()))))
 
 
 def test_defaults_and_keywords_arrive() -> None:
