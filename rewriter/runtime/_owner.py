@@ -22,6 +22,7 @@ from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import saving_hooks
 from rewriter.runtime._linear import linear_forward
 from rewriter.runtime._pretrained import is_pretrained, methods_of
+from rewriter.runtime._recurrent import list_of_weights, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -226,28 +227,31 @@ def _subclass(plain: Any, body: dict[str, Any]) -> Any:
 
 
 def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
+    recurrent = issubclass(plain, nn.RNNBase)
+    run = one_list_a_call(plain.forward, SESSION, sites_of) if recurrent else plain.forward
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.
         session: Session | None = self.__dict__.get(SESSION)
         if session is not None and session.running.frame is not None and (is_compiling() or not saving_hooks(True)):
             if not kwargs:
-                return plain.forward(self, *args)
+                return run(self, *args)
             if HANDED not in kwargs:
-                return plain.forward(self, *args, **kwargs)
+                return run(self, *args, **kwargs)
         handed = kwargs.pop(HANDED, None)
         if session is None:  # a copy made by the class's own means
             session = _shared_session(self)
         if handed is None:
             frame = session.frame
             if frame is not None and session.running.frame is frame:
-                return plain.forward(self, *args, **kwargs)
+                return run(self, *args, **kwargs)
             if frame is None:
                 frame = Frame()
         else:
             frame = Frame()
             frame.values.update(zip(handed_sites(self), handed, strict=True))
         with session.begin(frame):
-            result = plain.forward(self, *args, **kwargs)
+            result = run(self, *args, **kwargs)
         if frame.buffers:
             frame.check_buffers()
         return result
@@ -307,9 +311,8 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         body[CONTAINER] = property(_container)
     if is_pretrained(plain):
         body.update(methods_of(plain))
-    if issubclass(plain, nn.RNNBase):
-        body["_flat_weights"] = property(_flat_weights, _ignore_flat_weights)
-        body["_update_flat_weights"] = _nothing_to_update
+    if recurrent:
+        body.update(list_of_weights(SESSION, sites_of))
     return body
 
 
@@ -369,23 +372,3 @@ def _container(self: Any) -> Any:
         return self._modules[CONTAINER]
     except KeyError:
         raise AttributeError(CONTAINER) from None
-
-
-def _flat_weights(self: Any) -> list[Tensor | None]:
-    # RNNBase asks for the list several times in one forward, and writes to it what is assigned to its tensors.
-    session: Session | None = self.__dict__.get(SESSION)
-    frame = None if session is None or is_compiling() or saving_hooks(True) else session.running.frame
-    if frame is not None and self in frame.lists:
-        return frame.lists[self]
-    weights = [getattr(self, name, None) for name in self._flat_weights_names]
-    if frame is not None and all(site.record.cache != "never" for site in sites_of(self).values()):
-        frame.lists[self] = weights
-    return weights
-
-
-def _ignore_flat_weights(self: Any, weights: list[Tensor | None]) -> None:
-    """RNNBase keeps this list up to date by itself; an owner computes it."""
-
-
-def _nothing_to_update(self: Any) -> None:
-    """RNNBase makes its list anew whenever a weight is another tensor than before, which computed ones always are."""
