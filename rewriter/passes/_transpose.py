@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from rewriter.capture import has_hooks, is_torch_leaf
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, note
 from rewriter.runtime._linear import factors_of, plus_product, product_plus, times_transposed
 
@@ -84,13 +85,16 @@ def _is_linear(node: fx.Node, weight: fx.Node) -> bool:
 
 def _leave_sum_to(rewriting: Rewriting, call: fx.Node) -> None:
     """Add in the same operation that multiplies, where the product is one summand of a sum and nothing else."""
-    (following, *others) = call.users or (None,)
-    if following is None or others or following.op != "call_function" or following.target is not operator.add:
+    if len(call.users) != 1:
+        return
+    (following,) = call.users
+    if following.op != "call_function" or following.target is not operator.add:
         return
     summands = [one for one in following.args if one is not call and isinstance(one, fx.Node)]
-    if "opened" in note(call) and call.args[2:] == (None,):  # the layer's missing bias; a call has no such argument
+    # An opened layer without a bias has None for it, which the call that baking writes again does not have.
+    bare = len(call.args) == 2 or ("opened" in note(call) and call.args[2:] == (None,))
+    if bare and len(summands) == 1 and _nothing_written_between(rewriting, call, following):
         call.args = call.args[:2]
-    if len(call.args) == 2 and len(summands) == 1 and _nothing_written_between(rewriting, call, following):
         call.target = factors_of
         following.target = plus_product if following.args[1] is call else product_plus
 
@@ -105,7 +109,7 @@ def _nothing_written_between(rewriting: Rewriting, first: fx.Node, last: fx.Node
 def _writes_nothing(rewriting: Rewriting, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = rewriting.root.get_submodule(str(node.target))
-        return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+        return type(module) is nn.Linear and is_torch_leaf(module) and not has_hooks(module)
     return node.op == "get_attr" or (node.op == "call_function" and node.target in _HARMLESS)
 
 

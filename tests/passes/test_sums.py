@@ -142,6 +142,13 @@ def test_a_hooked_layer_between_them_is_called_in_its_place() -> None:
     assert "factors_of" not in text and text.count("input(") == STEPS
 
 
+def test_a_layer_between_them_with_a_forward_of_its_own_is_called_in_its_place() -> None:
+    model = Recurrent(True)
+    forward = model.input.forward
+    model.input.forward = lambda x: forward(x)
+    assert "factors_of" not in print_graph(rewrite(model, SPEC, capture="graph"))
+
+
 @pytest.mark.parametrize("model", [*SUMS, *NO_SUMS], ids=_name)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sums_have_the_values_and_gradients_of_torch(model: nn.Module, autocast: bool) -> None:
