@@ -228,7 +228,7 @@ def _subclass(plain: Any, body: dict[str, Any]) -> Any:
 
 def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     recurrent = issubclass(plain, nn.RNNBase)
-    run = one_list_a_call(plain.forward, SESSION, sites_of) if recurrent else plain.forward
+    run = one_list_a_call(plain.forward, SESSION) if recurrent else plain.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.

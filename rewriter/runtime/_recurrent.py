@@ -15,25 +15,23 @@ from rewriter.runtime._tensor import ParametrizedTensor
 Sites = Callable[[Any], Mapping[str, ParametrizedTensor]]
 
 
-def one_list_a_call(forward: Callable[..., Any], session_slot: str, sites_of: Sites) -> Callable[..., Any]:
+def one_list_a_call(forward: Callable[..., Any], session_slot: str) -> Callable[..., Any]:
     """Return the forward of an RNNBase, which asks for its list of weights more than once, as one use of them.
 
     Arguments:
         forward: the layer's own.
         session_slot: where an owner keeps its session.
-        sites_of: an owner → its sites.
     """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         frame = None if is_compiling() else self.__dict__[session_slot].running.frame
-        if frame is None or _lasting(sites_of(self)):
+        if frame is None:
             return forward(self, *args, **kwargs)
-        frame.called.add(self)
+        frame.uses[self] = None
         try:
             return forward(self, *args, **kwargs)
         finally:
-            frame.called.discard(self)
-            frame.lists.pop(self, None)
+            frame.uses.pop(self, None)
 
     return call
 
@@ -49,19 +47,19 @@ def list_of_weights(session_slot: str, sites_of: Sites) -> dict[str, Any]:
     def read(self: Any) -> list[Tensor | None]:
         session: Session | None = self.__dict__.get(session_slot)
         frame = None if session is None or is_compiling() or saving_hooks(True) else session.running.frame
-        if frame is not None and self in frame.lists:
-            return frame.lists[self]  # to which what is assigned to a tensor is written
-        weights = [getattr(self, name, None) for name in self._flat_weights_names]
-        if frame is not None and (self in frame.called or _lasting(sites_of(self))):
-            frame.lists[self] = weights
+        if frame is None:
+            return [getattr(self, name, None) for name in self._flat_weights_names]
+        weights = frame.lists.get(self) or frame.uses.get(self)
+        if weights is None:
+            weights = [getattr(self, name, None) for name in self._flat_weights_names]
+            # What is assigned to a tensor is written to the list, for the rest of the forward or of the call.
+            if all(site.record.cache != "never" for site in sites_of(self).values()):
+                frame.lists[self] = weights
+            elif self in frame.uses:
+                frame.uses[self] = weights
         return weights
 
     return {"_flat_weights": property(read, _ignore), "_update_flat_weights": _nothing_to_update}
-
-
-def _lasting(sites: Mapping[str, ParametrizedTensor]) -> bool:
-    """Whether the values stay for the whole forward, and not for one use."""
-    return all(site.record.cache != "never" for site in sites.values())
 
 
 def _ignore(self: Any, weights: list[Tensor | None]) -> None:

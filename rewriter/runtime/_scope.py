@@ -24,7 +24,7 @@ class Frame:
     `passing` holds the values that are read time and again; a region that may run again has to note which frame it
     found them in. `known` holds those of them that such a region has read and that would be the same in a second run.
     `transposed` holds the transposes of those that linear layers read, `lists` all that a module of torch's reads,
-    `called` such modules in whose call the forward is.
+    `uses` the same for one call of such a module, while the forward is in it.
     """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
@@ -33,7 +33,7 @@ class Frame:
         self.passing: dict[Any, Tensor] = {}
         self.transposed: dict[Any, Tensor] = {}
         self.lists: dict[Any, list[Tensor | None]] = {}
-        self.called: set[Any] = set()
+        self.uses: dict[Any, list[Tensor | None] | None] = {}
         self.drawn: dict[Any, Region] = {}
         self.buffers: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
@@ -109,6 +109,7 @@ class Frame:
         for held in (self.values, self.known, self.passing, self.transposed, self.buffers):
             held.pop(key, None)
         self.lists.clear()
+        self.uses.clear()
 
     def check_buffers(self) -> None:
         """Refuse what the forward wrote into buffers that are computed."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from rewriter.catalog._maps._eager import readable
 _SINGLE = (5.12e-2, 5.80e-1, 1.46, 3.01)
 _DOUBLE = (3.40e-4, 4.99e-2, 2.996e-1, 1.09)
 
+_Rows = tuple[tuple[float, ...], ...]
 # Their polynomials: rows hold the factors of I, A, A^2, A^3 and (degree 18) A^6.
 _ROOT = math.sqrt(177)
 _T8 = (
@@ -147,13 +147,13 @@ def _square(A: Tensor, skew: bool) -> Tensor:
     return A @ A
 
 
-def _combinations(rows: Sequence[Sequence[float]], scale: float, *powers: Tensor) -> tuple[Tensor, ...]:
+def _combinations(rows: _Rows, scale: float, *powers: Tensor) -> tuple[Tensor, ...]:
     """Return one polynomial per row: its factors of I, sA, s^2 A^2, s^3 A^3, s^6 A^6, as far as given, for the scale s.
 
     One product with a small matrix of factors, where a sum for each would be several times as many operations.
     """
     A = powers[0]
-    factors = _factors(tuple(rows), scale, len(powers) + 1, A.dtype, A.device)
+    factors = _factors(rows, scale, len(powers) + 1, A.dtype, A.device)
     sums = factors[:, 1:] @ torch.stack(powers).view(len(powers), -1)
     shape = (len(rows), *A.shape)
     _add_identity(sums.view(shape), factors[:, :1].view(-1, *[1] * (A.ndim - 1)))
@@ -161,9 +161,7 @@ def _combinations(rows: Sequence[Sequence[float]], scale: float, *powers: Tensor
 
 
 @functools.lru_cache(maxsize=128)
-def _factors(
-    rows: tuple[Sequence[float], ...], scale: float, count: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _factors(rows: _Rows, scale: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the first `count` factors of each row, each for its power of sA: made once, and copied to a GPU once."""
     scales = [scale**p for p in (0, 1, 2, 3, 6)]
     with torch.inference_mode(False):
