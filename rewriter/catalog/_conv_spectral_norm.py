@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter._registry import register
-from rewriter.catalog._maps._precision import widen
+from rewriter.catalog._maps._precision import WideBuffers, widen
 from rewriter.errors import RewriterError
 
 
 @register("conv_spectral_norm")
-class ConvSpectralNorm(nn.Module):
+class ConvSpectralNorm(WideBuffers):
     """Divide the kernel of a convolution by the norm of the whole operator, not only of the flattened kernel.
 
     >>> import torch
@@ -81,7 +81,7 @@ class ConvSpectralNorm(nn.Module):
         W = widen(X)
         if self.training:
             self._advance(W.detach(), self.n_power_iterations)
-        sigma = torch.linalg.vector_norm(self._convolve(W, self._v.clone()))
+        sigma = torch.linalg.vector_norm(self._convolve(W, widen(self._v.clone())))
         return (W / torch.where(sigma <= self.eps, torch.ones_like(sigma), sigma)).to(X.dtype)
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class ConvSpectralNorm(nn.Module):
     def _advance(self, W: Tensor, steps: int) -> None:
         with torch.no_grad():
             for _ in range(steps):
-                back = self._transposed(W, self._convolve(W, self._v))
+                back = self._transposed(W, self._convolve(W, widen(self._v)))
                 norm = torch.linalg.vector_norm(back)
                 self._v.copy_(torch.where(norm <= self.eps, self._v, back / norm.clamp_min(self.eps)))
 

@@ -141,7 +141,7 @@ class Orthogonal(Precise):
 
     def _rebased(self, Q: Tensor) -> Tensor:
         base = self.base
-        return Q if base is None else base @ Q
+        return Q if base is None else widen(base) @ Q
 
     def _move_base(self, W: Tensor) -> None:
         assert self.base is not None

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from rewriter._registry import register
 from rewriter.catalog._maps._eager import at_hand
-from rewriter.catalog._maps._precision import widen
+from rewriter.catalog._maps._precision import WideBuffers, widen
 from rewriter.errors import RewriterError
 
 
 @register("spectral_norm")
-class SpectralNorm(nn.Module):
+class SpectralNorm(WideBuffers):
     """Divide a tensor by its largest singular value, estimated by the power method.
 
     >>> import torch
@@ -70,7 +70,7 @@ class SpectralNorm(nn.Module):
             if self.training:
                 self._advance(M.detach(), self.n_power_iterations)
             # Copies: the next forward advances the buffers in place while this graph still needs them.
-            u, v = self._u.clone(), self._v.clone()
+            u, v = widen(self._u.clone()), widen(self._v.clone())
             sigma = torch.vdot(u, torch.mv(M, v))
             if torch.jit.is_scripting():  # type: ignore[attr-defined]
                 return self._divided(W, sigma).to(X.dtype)
@@ -105,8 +105,8 @@ class SpectralNorm(nn.Module):
     def _advance(self, M: Tensor, steps: int) -> None:
         with torch.no_grad():
             for _ in range(steps):
-                self._turn(self._u, torch.mv(M, self._v))
-                self._turn(self._v, torch.mv(M.mH, self._u))
+                self._turn(self._u, torch.mv(M, widen(self._v)))
+                self._turn(self._v, torch.mv(M.mH, widen(self._u)))
 
     def _turn(self, vector: Tensor, x: Tensor) -> None:
         """Make `vector` x scaled to norm one, unless x is zero: a zero would never recover."""
@@ -129,4 +129,4 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def _estimate(self, M: Tensor) -> float:
-        return float(torch.vdot(self._u, torch.mv(M, self._v)).abs())
+        return float(torch.vdot(widen(self._u), torch.mv(M, widen(self._v))).abs())

@@ -10,7 +10,7 @@ from torch import Tensor
 from rewriter._registry import register
 from rewriter.catalog._maps._householder import reflected
 from rewriter.catalog._maps._orthonormal import orthonormal, reflectors
-from rewriter.catalog._maps._precision import wide_dtype
+from rewriter.catalog._maps._precision import wide_dtype, widen
 from rewriter.catalog._orthogonal import Orthogonal
 from rewriter.errors import RewriterError
 
@@ -54,7 +54,7 @@ class Stiefel(Orthogonal):
     def _rebased(self, Q: Tensor) -> Tensor:
         base = self.base
         assert base is not None
-        return reflected(base, Q)
+        return reflected(widen(base), Q)
 
     def _move_base(self, W: Tensor) -> None:
         assert self.base is not None

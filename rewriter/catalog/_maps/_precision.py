@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,23 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-class Precise(nn.Module):
+class WideBuffers(nn.Module):
+    """A module whose buffers stay as precise as what is computed from them, however the model is converted.
+
+    ``model.half()`` would round a base point off its manifold, and ``model.float()`` not bring it back.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WideBuffers:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != wide_dtype(now.dtype):
+                self._buffers[name] = buffer.to(now.device, wide_dtype(now.dtype))
+        return self
+
+
+class Precise(WideBuffers):
     """A parametrization with one input whose `value` is computed in full precision and rounded once.
 
     Inside autocast a matrix product would round to half precision, and an orthogonal matrix would not be one.
