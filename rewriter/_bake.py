@@ -18,8 +18,8 @@ from rewriter._registry import suggestion
 from rewriter.errors import PlanError
 from rewriter.passes import Rewriting, restore_pass, run_passes
 from rewriter.planning import Entry, dtype_name, refuse_strays, survey
-from rewriter.runtime import ParametrizedTensor, RewrittenModule, detach, release, site_path
-from rewriter.runtime._owner import SESSION
+from rewriter.runtime import ParametrizedTensor, RewrittenModule, detach, refuse_mixed, release, site_path
+from rewriter.runtime._places import SESSION
 from rewriter.spec._glob import Glob
 
 Keep = Literal["value", "original"]
@@ -84,6 +84,7 @@ def bake(
         from rewriter.program import bake_program
 
         return bake_program(model, only=only, keep=keep, inplace=inplace)
+    refuse_mixed(model.modules())
     target = model if inplace else copy.deepcopy(model)
     return _bake(target, only, keep)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import PlanError
 from rewriter.runtime import ParametrizedTensor, invert_chain
+from rewriter.runtime._steps import apply_chain
 
 
 @dataclass
@@ -115,8 +116,6 @@ def _skipping(settled: ParametrizedTensor, drop: int, name: str) -> Tensor:
 
 
 def _check(shorter: Shorter, steps: Sequence[nn.Module], value: Tensor, name: str, label: str) -> None:
-    from rewriter.runtime._tensor import apply_chain
-
     record = replace(shorter.site.record, stored=shorter.stored, carries=shorter.carries, inputs=((),) * len(steps))
     after = apply_chain(record, steps, shorter.originals, ())
     tolerance = 1e-4 if value.dtype in (torch.float32, torch.complex64) else 1e-8

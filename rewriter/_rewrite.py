@@ -42,6 +42,7 @@ from rewriter.runtime import (
     attach,
     open_graph_owners,
     open_path,
+    refuse_mixed,
     site_path,
 )
 from rewriter.runtime._memory import refill, shared_storages
@@ -139,6 +140,7 @@ def rewrite(
 
         check_capture(capture)
         return rewrite_program(model, read, inplace=inplace)
+    refuse_mixed(model.modules())
     call = call_of(example_inputs, example_kwargs, dynamic_shapes)
     with torch.inference_mode(False), collector_paused():
         if read.absorb:

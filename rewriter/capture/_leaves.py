@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from rewriter.runtime import plain_class, sites_of
-from rewriter.runtime._owner import CONTAINER
+from rewriter.runtime._places import CONTAINER
 
 
 @dataclass(frozen=True)

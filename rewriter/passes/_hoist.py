@@ -16,7 +16,7 @@ from rewriter.errors import RewriterError
 from rewriter.passes._infra import Pass, PassError, Rewriting
 from rewriter.passes._samples import few_of_each
 from rewriter.runtime import ParametrizedTensor
-from rewriter.runtime._tensor import apply_steps
+from rewriter.runtime._steps import apply_steps
 
 
 def hoist(sites: Iterable[ParametrizedTensor]) -> bool:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from rewriter.errors import CaptureError
 from rewriter.passes._batch import is_batch
 from rewriter.runtime import HANDED, Chunked, ParametrizedTensor, RewrittenModule
-from rewriter.runtime._tensor import apply_chain
+from rewriter.runtime._steps import apply_chain
 
 
 def unfolded(model: RewrittenModule) -> fx.GraphModule:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from rewriter.errors import PlanError
 from rewriter.runtime import ParametrizedTensor, plain_class, sites_of
-from rewriter.runtime._owner import CONTAINER
+from rewriter.runtime._places import CONTAINER
 from rewriter.spec import TensorInfo, class_names
 
 

@@ -8,8 +8,8 @@ from rewriter.runtime._graph_module import RewrittenModule
 from rewriter.runtime._graph_owners import open_graph_owners
 from rewriter.runtime._inverse import Inverse, invert_chain, right_inverse
 from rewriter.runtime._layout import Layout, layout_of
+from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._owner import (
-    HANDED,
     attach,
     detach,
     open_path,
@@ -19,6 +19,7 @@ from rewriter.runtime._owner import (
     site_path,
     sites_of,
 )
+from rewriter.runtime._places import HANDED
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -43,6 +44,7 @@ __all__ = [
     "open_path",
     "open_root",
     "plain_class",
+    "refuse_mixed",
     "release",
     "right_inverse",
     "site_path",

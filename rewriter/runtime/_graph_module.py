@@ -12,7 +12,9 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
-from rewriter.runtime._owner import CONTAINER, SESSION, plain_class, sites_of
+from rewriter.runtime._mixed import refuse_mixed
+from rewriter.runtime._owner import plain_class, sites_of
+from rewriter.runtime._places import CONTAINER, GRAPH_OF, SESSION
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
 
@@ -42,7 +44,7 @@ class RewrittenModule(fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), class_name=origin.__name__)
         added = set(self.__dict__) - set(root.__dict__)
         self.__dict__.update({name: value for name, value in root.__dict__.items() if name not in _NOT_COPIED})
-        self.__dict__["_reparam_class"] = fx.GraphModule if issubclass(origin, fx.GraphModule) else origin
+        self.__dict__[GRAPH_OF] = fx.GraphModule if issubclass(origin, fx.GraphModule) else origin
         self.__dict__["_reparam_name"] = origin.__name__
         self.__dict__["_reparam_added"] = sorted(added)
         for name in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
@@ -70,12 +72,12 @@ class RewrittenModule(fx.GraphModule):
 
     def restored(self) -> nn.Module:
         """Return the model in the class that it had, over the same modules and tensors, without this graph's sites."""
-        origin = self._reparam_class
+        origin = self.__dict__[GRAPH_OF]
         if origin is fx.GraphModule:
             module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
         else:
             module = origin.__new__(origin)
-        added = {*self._reparam_added, *_NOT_COPIED, SESSION, "_reparam_class", "_reparam_name", "_reparam_added"}
+        added = {*self._reparam_added, *_NOT_COPIED, SESSION, GRAPH_OF, "_reparam_name", "_reparam_added"}
         module.__dict__.update({name: value for name, value in self.__dict__.items() if name not in added})
         for name in [name for name in module._buffers if name.startswith("reparam_constant_")]:
             del module._buffers[name]
@@ -93,7 +95,7 @@ class RewrittenModule(fx.GraphModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            origin = self.__dict__.get("_reparam_class", nn.Module)
+            origin = self.__dict__.get(GRAPH_OF, nn.Module)
             if hasattr(origin, name):
                 raise AttributeError(
                     f"{origin.__name__}.{name} is not part of the graph that the model was rewritten to; "
@@ -141,6 +143,7 @@ class RewrittenModule(fx.GraphModule):
         return (rebuild_rewritten, (graph_to_data(self.graph),), self._carried())
 
     def _carried(self) -> dict[str, Any]:
+        refuse_mixed([self])
         return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
 
 

@@ -21,15 +21,13 @@ from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import saving_hooks
 from rewriter.runtime._linear import linear_forward
+from rewriter.runtime._mixed import refuse_mixed
+from rewriter.runtime._places import CONTAINER, HANDED, SESSION
 from rewriter.runtime._pretrained import is_pretrained, methods_of
 from rewriter.runtime._recurrent import list_of_weights, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._tensor import ParametrizedTensor
-
-CONTAINER = "parametrizations"
-SESSION = "_reparam_session"
-HANDED = "handed_tensors"
 
 
 class Sites(nn.ModuleDict):
@@ -257,6 +255,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         return result
 
     def reduce(self: Any, protocol: int) -> Any:
+        refuse_mixed([self])
         state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else self.__dict__
         return (rebuild_owner, (plain, tensors), state)
 
@@ -275,10 +274,14 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
     def delete(self: Any, name: str) -> None:
         _refuse(tensors, name, "deleted")
+        if name in self._parameters or name in self._buffers:
+            # torch.nn.utils.parametrize is about to put a property into the class: not into that of all other models.
+            object.__setattr__(self, "__class__", _subclass(plain, _owner_body(plain, tensors)))
         plain.__delattr__(self, name)
 
     def register_parameter(self: Any, name: str, param: Any) -> None:
         _refuse(tensors, name, "registered")
+        _refuse(tensors, name.removesuffix("_orig"), "pruned by torch.nn.utils.prune")
         plain.register_parameter(self, name, param)
 
     def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:

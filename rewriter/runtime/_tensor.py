@@ -16,6 +16,7 @@ from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
 from rewriter.runtime._signature import declares
+from rewriter.runtime._steps import apply_chain, apply_steps
 from rewriter.runtime._tracers import others_trace
 
 
@@ -276,65 +277,16 @@ class ParametrizedTensor(nn.Module):
         value = self.current()
         return value if len(self.record.members) == 1 else value[self.position(tensor)]
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("append", "is_tensor"):  # which torch.nn.utils.parametrize asks of what computes a tensor
+            raise AttributeError(
+                f"{self.record.name} is computed by reparam, not by torch.nn.utils.parametrize: add steps to its chain "
+                "in the spec, and remove them with rewriter.bake"
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         return f"{self.record.name} = {' >> '.join(self.record.chain)}, cache={self.record.cache}"
-
-
-def apply_chain(
-    record: Record,
-    steps: Sequence[Callable[..., Any]],
-    originals: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    done: int = 0,
-    value: Any = None,
-) -> Any:
-    """Return what `steps` make of the stored tensors: plain tensor code, which torch.fx can record step by step.
-
-    Arguments:
-        record: says which step reads what.
-        steps: the parametrizations, or what stands for them.
-        originals: the stored tensors.
-        inputs: the tensors named in ``record.reads``.
-        done: how many steps have run already, all without `inputs`.
-        value: what they gave.
-    """
-    if record.simple and not done:
-        first, *others = steps
-        value = first(*originals)
-        for step in others:
-            value = step(value)
-        return value
-    value = apply_steps(record, steps, originals, inputs, done, value)
-    if len(record.members) > 1:
-        return tuple(value[index] for index in range(len(record.members)))
-    return value if record.layout.plain else record.layout.outward(value)
-
-
-def apply_steps(
-    record: Record,
-    steps: Sequence[Callable[..., Any]],
-    originals: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    done: int = 0,
-    value: Any = None,
-) -> Any:
-    """Return what the last of `steps` gives, in the chain's own view of the tensor; arguments as `apply_chain`."""
-    layout = record.layout
-    stored = list(originals)
-    if record.outer:
-        stored[0] = layout.inward(stored[0])
-    further = iter(inputs)
-    if record.source is not None:
-        value = layout.inward(next(further))
-    for index, step in enumerate(steps):
-        arguments, stored = stored[: record.stored[index]], stored[record.stored[index] :]
-        if index < done:
-            continue
-        if value is not None:
-            arguments.insert(record.carries[index], value)
-        arguments += [next(further) for _ in record.inputs[index]]
-        value = step(*arguments)
-    return value
 
 
 @loadable()

@@ -1,0 +1,12 @@
+"""The names under which modules keep what belongs to their computed tensors."""
+
+from __future__ import annotations
+
+CONTAINER = "parametrizations"
+"""The submodule with an owner's sites, where torch has its own."""
+SESSION = "_reparam_session"
+"""The attribute with the session of an owner, and of every module on the way to one."""
+GRAPH_OF = "_reparam_class"
+"""The attribute in which the graph that a model was rewritten to has the class of the model."""
+HANDED = "handed_tensors"
+"""The keyword argument with the values that a graph hands to a module."""
