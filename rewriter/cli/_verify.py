@@ -104,8 +104,8 @@ def _difference(old: Tensor, new: Tensor) -> float:
         return float("inf")
     if not old.numel():
         return 0.0
-    scale = float(old.abs().max())
-    return float((old - new).abs().max()) / (scale or 1.0)
+    scale = old.detach().abs().max().item()
+    return (old - new).detach().abs().max().item() / (scale or 1.0)
 
 
 def _evaluates_otherwise(model: Model) -> bool:
