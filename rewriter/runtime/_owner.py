@@ -79,6 +79,8 @@ def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -
     container = owner._modules[CONTAINER]
     assert isinstance(container, Sites)
     container.hold(tensors[0], site)
+    if getattr(owner, "max_norm", None) is not None:  # an embedding writes to its weight, to the same effect each time
+        site.__dict__["renormed"] = True
     if isinstance(owner, nn.RNNBase):
         owner.__dict__.pop("_flat_weights", None)
     _adopt(owner, tuple(sites_of(owner)), site.session)
@@ -250,8 +252,8 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
             frame.values.update(zip(handed_sites(self), handed, strict=True))
         with session.begin(frame):
             result = run(self, *args, **kwargs)
-        if frame.buffers:
-            frame.check_buffers()
+        if frame.versions:
+            frame.check_writes()
         return result
 
     def reduce(self: Any, protocol: int) -> Any:

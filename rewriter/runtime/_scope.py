@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from rewriter.errors import RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, region_of_backward, region_of_forward
+from rewriter.runtime._lost_writes import warn_of_write
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
 
@@ -35,7 +36,7 @@ class Frame:
         self.lists: dict[Any, list[Tensor | None]] = {}
         self.uses: dict[Any, list[Tensor | None] | None] = {}
         self.drawn: dict[Any, Region] = {}
-        self.buffers: dict[Any, int] = {}
+        self.versions: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
         # torch.compile can neither ask for inference mode nor enter it.
         self.inference = False if is_compiling() else torch.is_inference_mode_enabled()
@@ -56,8 +57,8 @@ class Frame:
             return value
         value = evaluate() if is_compiling() else self._evaluate(key, evaluate)
         self.values[key] = value
-        if key.stands_for_buffer and not is_compiling():
-            self.buffers[key] = _version(value)
+        if not is_compiling():
+            self.versions[key] = _version(value)
         return value
 
     def lasting_value(self, key: Any) -> Tensor | None:
@@ -106,20 +107,24 @@ class Frame:
 
     def forget(self, key: Any) -> None:
         """Evaluate anew when `key` is asked for again."""
-        for held in (self.values, self.known, self.passing, self.transposed, self.buffers):
+        for held in (self.values, self.known, self.passing, self.transposed, self.versions):
             held.pop(key, None)
         self.lists.clear()
         self.uses.clear()
 
-    def check_buffers(self) -> None:
-        """Refuse what the forward wrote into buffers that are computed."""
-        for key, version in self.buffers.items():
-            if _version(self.values[key]) != version:
-                chain = " >> ".join(key.record.chain)
+    def check_writes(self) -> None:
+        """Refuse what the forward wrote into buffers that are computed, and warn of what it wrote into weights."""
+        for key, version in self.versions.items():
+            if _version(self.values[key]) == version:
+                continue
+            record = key.record
+            if key.stands_for_buffer:
                 raise RewriterError(
-                    f"the forward changed {key.record.name} in place; it is computed by {chain} and cannot keep the "
-                    "change: assign to it instead, or leave it out of the spec"
+                    f"the forward changed {record.name} in place; it is computed by {' >> '.join(record.chain)} and "
+                    "cannot keep the change: assign to it instead, or leave it out of the spec"
                 )
+            if not key.renormed:
+                warn_of_write(record.name, record.chain, "lasts for this forward only")
 
     def again(self, region: Region) -> Frame:
         """Return the frame for running a checkpointed region of this forward again.

@@ -12,6 +12,7 @@ from rewriter.errors import CaptureError
 from rewriter.io._names import loadable
 from rewriter.runtime._fused import Group, evaluated_steps
 from rewriter.runtime._holding import Holding
+from rewriter.runtime._lost_writes import watch_writes
 from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
@@ -42,6 +43,8 @@ class ParametrizedTensor(nn.Module):
     holding: Holding
     trained_before: dict[str, bool] | None
     """While the site is frozen: which of its parameters were trained before."""
+    renormed = False
+    """Whether it is an embedding with `max_norm`, which writes to its weight in every forward."""
     hoisted: int
     """How many of the first steps depend on nothing that is trained; their result is kept."""
     fused: tuple[Group, ...] = ()
@@ -242,7 +245,10 @@ class ParametrizedTensor(nn.Module):
         """Return the value for the running forward; without one, the value as it stands."""
         frame = self.session.frame
         if frame is None:
-            return self.read(*self.read_inputs())
+            value = self.read(*self.read_inputs())
+            if not torch.compiler.is_compiling():
+                watch_writes(self.record.name, self.record.chain, value, self.originals)
+            return value
         if self.record.cache == "never":
             return self(*self.read_inputs())
         return frame.value(self, lambda: self(*self.read_inputs()))
