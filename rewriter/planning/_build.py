@@ -16,6 +16,7 @@ from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
 from rewriter.runtime._inverse import Inverse, invert_chain, parts_of, right_inverse
+from rewriter.runtime._signature import PLAIN
 from rewriter.spec import Rule, Step
 
 Description = tuple[tuple[str, ...], str]
@@ -70,6 +71,8 @@ def build(
     if len(values) > 1 and not layout.plain:
         raise BuildError("`joint` cannot be combined with `per` or `reshape`")
     target: Any = values[0] if len(values) == 1 else tuple(values)
+    if rule.init == "keep":
+        _require_numbers(claim, values)
     if fitted is not None:
         steps = fitted.steps
         _check_arity(steps[0], rule.chain[0], len(fitted.originals))
@@ -108,6 +111,24 @@ def build(
 def _member(entry: Entry) -> Member:
     info = entry.infos[0]
     return Member(entry.names, info.kind, info.shape, info.dtype, entry.persistent, info.requires_grad)
+
+
+def _require_numbers(claim: Claim, values: Sequence[Tensor]) -> None:
+    """Refuse a weight that training or a damaged file has broken: one entry can spoil all that a chain computes."""
+    for entry, value in zip(claim.entries, values, strict=True):
+        if entry.infos[0].kind == "buffer" or type(value) not in PLAIN or value.is_meta or not value.numel():
+            continue
+        if value.is_complex():
+            value = torch.view_as_real(value.resolve_conj())
+        elif not value.is_floating_point():
+            continue
+        numbers = value.detach().float() if value.itemsize < 2 else value.detach()  # eight bits have no such operators
+        if not all(bound.isfinite() for bound in numbers.aminmax()):
+            broken = int((~numbers.isfinite()).sum())
+            raise BuildError(
+                f"{entry.name} has {broken} of {value.numel()} entries that are NaN or infinite; repair it, leave it "
+                "out with `except`, or store it as it is with `init: raw`"
+            )
 
 
 def _sample(steps: Sequence[nn.Module], layout: Layout, target: Any) -> Any:
