@@ -156,7 +156,13 @@ def test_torch_is_not_heard_but_its_reason_is(folder):
 def test_an_interrupt_ends_it_with_a_word_and_without_a_file(folder):
     command = [sys.executable, CHECKOUT / "cli.py", "validate", "-"]
     running = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores interrupts, and so does all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     running.stdin.write("# more than a pipe holds: this returns when it is being read\n" * 20_000)
     running.stdin.flush()
