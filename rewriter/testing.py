@@ -111,7 +111,7 @@ def check_parametrization(
     if unknown:
         raise ValueError(f"no law is called {sorted(unknown)}; there are {list(LAWS)}")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+        warnings.filterwarnings("ignore", message=".*torch.jit.*|Complex modules are a new feature")
         torch.manual_seed(seed)
         case = _case(subject, shape, dtype, arguments or {}, originals, tolerance)
         results = {
@@ -279,6 +279,28 @@ def _copying(case: _Case) -> None:
         raise _Violated("a copy with the same state dict has another value")
 
 
+def _conversion(case: _Case) -> None:
+    """`model.float()` and `model.double()` take all along that the value is computed from."""
+    other = _OTHER.get(case.weight.dtype)
+    if other is None:
+        raise _NotApplicable(f"a model is not converted from {case.weight.dtype}")
+    module = copy.deepcopy(case.module).to(other)
+    originals = [X.to(other) if X.dtype == case.weight.dtype else X for X in case.originals]
+    value = _tensor(module(*originals))
+    if value.dtype not in (other, case.value().dtype):
+        raise _Violated(f"after .to({other}) it gave {value.dtype}")
+
+
+_OTHER = {
+    torch.float64: torch.float32,
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex128: torch.complex64,
+    torch.complex64: torch.complex128,
+}
+
+
 def _scripting(case: _Case) -> None:
     scripted = torch.jit.script(copy.deepcopy(case.module))
     _require_equal(_tensor(scripted(*case.originals)), case.value(), case, "the scripted module has another value")
@@ -303,6 +325,7 @@ LAWS: dict[str, Callable[[_Case], None]] = {
     "determinism": _determinism,
     "state": _state,
     "copying": _copying,
+    "conversion": _conversion,
     "scripting": _scripting,
     "export": _export,
 }

@@ -59,6 +59,17 @@ class Detaching(nn.Module):
         return X.detach() * X
 
 
+class Leaving(nn.Module):
+    """Has a tensor that no conversion finds."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.base = torch.eye(weight.size(0), dtype=weight.dtype)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.base @ X
+
+
 class Unscriptable(nn.Module):
     def forward(self, X, **others):  # type: ignore[no-untyped-def]
         return X
@@ -75,6 +86,7 @@ class Unscriptable(nn.Module):
         (Normalizing, "batching"),
         (Normalizing, "hard points"),
         (Detaching, "gradient"),
+        (Leaving, "conversion"),
         (Unscriptable, "scripting"),
     ],
 )
