@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
-from rewriter.planning._fit import Fitted
+from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
@@ -71,7 +71,7 @@ def build(
     if len(values) > 1 and not layout.plain:
         raise BuildError("`joint` cannot be combined with `per` or `reshape`")
     target: Any = values[0] if len(values) == 1 else tuple(values)
-    if rule.init == "keep":
+    if rule.init == "keep" and fitted is None:
         _require_numbers(claim, values)
     if fitted is not None:
         steps = fitted.steps
@@ -123,8 +123,10 @@ def _require_numbers(claim: Claim, values: Sequence[Tensor]) -> None:
         elif not value.is_floating_point():
             continue
         numbers = value.detach().float() if value.itemsize < 2 else value.detach()  # eight bits have no such operators
-        if not all(bound.isfinite() for bound in numbers.aminmax()):
-            broken = int((~numbers.isfinite()).sum())
+        if sums_to_a_number(numbers):  # a sum can also overflow by itself
+            continue
+        broken = int((~numbers.isfinite()).sum())
+        if broken:
             raise BuildError(
                 f"{entry.name} has {broken} of {value.numel()} entries that are NaN or infinite; repair it, leave it "
                 "out with `except`, or store it as it is with `init: raw`"

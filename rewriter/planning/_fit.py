@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,6 +68,12 @@ def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
     return found
 
 
+def sums_to_a_number(tensor: Tensor) -> bool:
+    """Whether the sum of all entries is finite: one that is NaN or infinite would break it."""
+    total = tensor.detach().sum().item()
+    return math.isfinite(abs(total))
+
+
 def _can_stack(rule: Rule) -> bool:
     if len(rule.chain) != 1 or rule.init != "keep" or rule.share or rule.joint or rule.source is not None:
         return False
@@ -85,6 +92,8 @@ def _can_stack(rule: Rule) -> bool:
 def _fitted(rule: Rule, group: Sequence[tuple[Claim, nn.Module]]) -> Mapping[int, Fitted]:
     steps = [step for _, step in group]
     value = torch.stack([value_of(claim.entries[0]) for claim, _ in group])
+    if not sums_to_a_number(value):
+        return {}
     try:
         with torch.random.fork_rng(devices=[]):
             whole, parts = _all_at_once(steps, value)
