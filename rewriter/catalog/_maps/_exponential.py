@@ -1,10 +1,9 @@
 """The exponential map from skew matrices to orthogonal ones.
 
-Up to an error of one rounding, the exponential of a matrix of norm below a threshold is a Taylor polynomial of low
-degree, and each polynomial here takes the fewest matrix products known for it (Bader, Blanes and Casas,
-"Computing the matrix exponential with an optimized Taylor polynomial approximation", 2019). Larger matrices are
-scaled down and the result is squared. Everything is differentiated as it stands: three products backward or forward
-for one of the forward, where :func:`torch.linalg.matrix_exp` works on a matrix of twice the size.
+Up to an error of one rounding, the exponential of a matrix of norm below a threshold is a polynomial of low degree,
+made of few matrix products. Larger matrices are scaled down and the result is squared. Everything is differentiated
+as it stands: three products backward or forward for one of the forward, where :func:`torch.linalg.matrix_exp` works
+on a matrix of twice the size.
 """
 
 from __future__ import annotations
@@ -17,51 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewriter.catalog._maps._eager import readable
-
-# Norms up to which degrees 4, 8, 12 and 18 are exact to one rounding (Bader, Blanes and Casas, table 4).
-_SINGLE = (5.12e-2, 5.80e-1, 1.46, 3.01)
-_DOUBLE = (3.40e-4, 4.99e-2, 2.996e-1, 1.09)
-
-_Rows = tuple[tuple[float, ...], ...]
-# Their polynomials: rows hold the factors of I, A, A^2, A^3 and (degree 18) A^6.
-_ROOT = math.sqrt(177)
-_T8 = (
-    (0.0, (1 + _ROOT) / 132, (1 + _ROOT) / 528),
-    ((-271 + 29 * _ROOT) / 210, 11 * (-1 + _ROOT) / 840, 11 * (-9 + _ROOT) / 3360),
-    (1.0, 1.0, (857 - 58 * _ROOT) / 630),
-)
-_T8_LAST = (89 - _ROOT) / 2240
-_T12 = (
-    (9.0198e-16, 0.46932117595418237389, -0.20099424927047284052, -0.04623946134063071740, 0.0),
-    (5.31597895759871264183, 1.19926790417132231573, 0.01179296240992997031, 0.01108844528519167989, 0.0),
-    (0.18188869982170434744, 0.05502798439925399070, 0.09351590770535414968, 0.00610700528898058230, 0.0),
-    (-2.0861320e-13, -0.13181061013830184015, -0.02027855540589259079, -0.00675951846863086359, 0.0),
-)
-_T18 = (
-    (0.0, -0.10036558103014462001, -0.00802924648241156960, -0.00089213849804572995, 0.0),
-    (
-        0.0,
-        0.39784974949964507614,
-        1.36783778460411719922,
-        0.49828962252538267755,
-        -0.00063789819459472330,
-    ),
-    (
-        -10.9676396052962062593,
-        1.68015813878906197182,
-        0.05717798464788655127,
-        -0.00698210122488052084,
-        0.00003349750170860705,
-    ),
-    (
-        -0.09043168323908105619,
-        -0.06764045190713819075,
-        0.06759613017704596460,
-        0.02955525704293155274,
-        -0.00001391802575160607,
-    ),
-    (0.0, 0.0, -0.09233646193671185927, -0.01693649390020817171, -0.00001400867981820361),
-)
+from rewriter.catalog._maps._polynomials import Rows, series_of
 
 
 def exponential(X: Tensor) -> Tensor:
@@ -94,7 +49,7 @@ def skew_exponential(A: Tensor) -> Tensor:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return torch.matrix_exp(A)
     else:
-        return _taylor(A, True) if readable(A) else torch.matrix_exp(A)
+        return _series(A, skew=True) if readable(A) else torch.matrix_exp(A)
 
 
 def matrix_exponential(A: Tensor) -> Tensor:
@@ -102,42 +57,50 @@ def matrix_exponential(A: Tensor) -> Tensor:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return torch.matrix_exp(A)
     else:
-        return _taylor(A, False) if readable(A) else torch.matrix_exp(A)
+        return _series(A, skew=False) if readable(A) else torch.matrix_exp(A)
 
 
-def _taylor(A: Tensor, skew: bool) -> Tensor:
-    theta = _DOUBLE if A.dtype in (torch.float64, torch.complex128) else _SINGLE
+def _series(A: Tensor, skew: bool) -> Tensor:
+    double = A.dtype in (torch.float64, torch.complex128)
+    series = series_of(skew, double)
     # The eigenvalues of a real skew matrix come in pairs, which halves what a sum over them says of the largest.
     pairs = 2.0 if skew and not A.is_complex() else 1.0
     A2 = _square(A, skew)
-    size = _norm(A) / pairs ** (1 / 2)
-    if skew and size > theta[0]:
-        # Powers bound the norm of a normal matrix closer: it is at most |A^p|^(1/p).
-        size = min(size, (_norm(A2) / pairs ** (1 / 2)) ** (1 / 2))
-    if size <= theta[0]:
+    # The norm of a normal matrix is at most |A^p|^(1/p), and the larger p, the closer.
+    size = _norm(A2, pairs) ** (1 / 2) if skew else _norm(A)
+    if size <= series.limits[0]:
         return _fma(_add_identity(torch.add(A, A2, alpha=1 / 2), 1.0), A2, torch.add(A / 6, A2, alpha=1 / 24))
-    if size <= theta[1]:
-        left, right, rest = _combinations(_T8, 1.0, A, A2)
+    if size <= series.limits[1]:
+        left, right, rest = _combinations(series.eight, 1.0, A, A2)
         A4 = A2 @ left
-        return _fma(rest, torch.add(A4, A2, alpha=2 / 3), torch.add(right, A4, alpha=_T8_LAST))
+        return _fma(rest, torch.add(A4, A2, alpha=2 / 3), torch.add(right, A4, alpha=series.eight_last))
     A3 = A2 @ A
     if not skew:
         # Of other matrices, two neighbouring powers bound what the series adds (Al-Mohy and Higham, 2009).
         size = min(size, max(_norm(A2) ** (1 / 2), _norm(A3) ** (1 / 3)))
-    if size <= theta[2]:
-        B1, B2, B3, B4 = _combinations(_T12, 1.0, A, A2, A3)
+    elif size > series.limits[2]:
+        size = min(size, _norm(A3, pairs) ** (1 / 3))
+    if size <= series.limits[2] or series.eighteen is None:
+        squarings = _halvings(size, series.limits[2])
+        B1, B2, B3, B4 = _combinations(series.twelve, 0.5**squarings, A, A2, A3)
         A6 = _fma(B3, B4, B4)
-        return _fma(B1, B2 + A6, A6)
-    A6 = _square(A3, skew)
-    if skew and size > theta[3]:
-        size = min(size, (_norm(A6) / pairs ** (1 / 2)) ** (1 / 6))
-    squarings = math.ceil(math.log2(size / theta[3])) if theta[3] < size < math.inf else 0
-    B1, B2, B3, B4, B5 = _combinations(_T18, 0.5**squarings, A, A2, A3, A6)
-    A9 = _fma(B4, B1, B5)
-    Q = _fma(B2, B3 + A9, A9)
+        Q = _fma(B1, B2 + A6, A6)
+    else:
+        A6 = _square(A3, skew)
+        if skew and size > series.limits[3]:
+            size = min(size, _norm(A6, pairs) ** (1 / 6))
+        squarings = _halvings(size, series.limits[3])
+        B1, B2, B3, B4, B5 = _combinations(series.eighteen, 0.5**squarings, A, A2, A3, A6)
+        A9 = _fma(B4, B1, B5)
+        Q = _fma(B2, B3 + A9, A9)
     for _ in range(squarings):
         Q = Q @ Q
     return Q
+
+
+def _halvings(size: float, limit: float) -> int:
+    """Return how often to halve a matrix of norm `size` to come below `limit`; none where it is no number."""
+    return math.ceil(math.log2(size / limit)) if limit < size < math.inf else 0
 
 
 def _square(A: Tensor, skew: bool) -> Tensor:
@@ -147,7 +110,7 @@ def _square(A: Tensor, skew: bool) -> Tensor:
     return A @ A
 
 
-def _combinations(rows: _Rows, scale: float, *powers: Tensor) -> tuple[Tensor, ...]:
+def _combinations(rows: Rows, scale: float, *powers: Tensor) -> tuple[Tensor, ...]:
     """Return one polynomial per row: its factors of I, sA, s^2 A^2, s^3 A^3, s^6 A^6, as far as given, for the scale s.
 
     One product with a small matrix of factors, where a sum for each would be several times as many operations.
@@ -161,7 +124,7 @@ def _combinations(rows: _Rows, scale: float, *powers: Tensor) -> tuple[Tensor, .
 
 
 @functools.lru_cache(maxsize=128)
-def _factors(rows: _Rows, scale: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _factors(rows: Rows, scale: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the first `count` factors of each row, each for its power of sA: made once, and copied to a GPU once."""
     scales = [scale**p for p in (0, 1, 2, 3, 6)]
     with torch.inference_mode(False):
@@ -181,10 +144,10 @@ def _fma(Z: Tensor, X: Tensor, Y: Tensor) -> Tensor:
     return torch.addmm(Z, X, Y) if X.ndim == 2 else Z + X @ Y
 
 
-def _norm(A: Tensor) -> float:
-    """Return the largest Frobenius norm of a batch."""
+def _norm(A: Tensor, pairs: float = 1.0) -> float:
+    """Return the largest Frobenius norm of a batch; of one eigenvalue out of each `pairs` equal ones."""
     norms = torch.linalg.vector_norm(A.detach(), dim=(-2, -1))
-    return float(norms if norms.ndim == 0 else norms.max())
+    return float(norms if norms.ndim == 0 else norms.max()) / math.sqrt(pairs)
 
 
 class _SkewSquare(torch.autograd.Function):

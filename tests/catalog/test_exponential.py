@@ -1,0 +1,81 @@
+"""The exponential of skew matrices, over all the polynomials it chooses from: a rotation says what it should be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewriter.catalog import Orthogonal
+
+ANGLES = [0.0, 1e-30, 1e-5, *(step / 20 for step in range(1, 131))]
+
+
+def rotation(angle: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the exponential of [[0, -t], [t, 0]], and the derivatives of its first column."""
+    X = torch.tensor([[0.0, 0.0], [angle, 0.0]], dtype=dtype, requires_grad=True)
+    Q = Orthogonal("matrix_exp", False, weight=X.detach())(X)
+    slopes = [torch.autograd.grad(entry, X, retain_graph=True)[0][1, 0] for entry in Q[:, 0]]
+    return Q.detach(), torch.stack(slopes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_angle_is_exact_to_a_few_roundings(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    for angle in ANGLES:
+        t = torch.tensor(angle, dtype=dtype).double().item()  # the one that it is given
+        Q, slopes = rotation(angle, dtype)
+        wanted = torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]], dtype=torch.float64)
+        rounding = 4 * eps * max(1.0, t)
+        assert (Q.double() - wanted).abs().max() <= rounding, angle
+        gradient = torch.tensor([-math.sin(t), math.cos(t)], dtype=torch.float64)
+        assert (slopes.double() - gradient).abs().max() <= 2 * rounding + 4 * eps, angle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_gives_the_identity_and_its_derivative(dtype: torch.dtype) -> None:
+    Q, slopes = rotation(0.0, dtype)
+    assert torch.equal(Q, torch.eye(2, dtype=dtype))
+    assert slopes.tolist() == [0.0, 1.0]
+
+
+class Products(TorchDispatchMode):
+    """Counts the products of two square matrices of one size."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.count = n, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.count += args[-1].shape == args[-2].shape == (self.n, self.n)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "norm", "products"),
+    [
+        (torch.float32, 0.05, 2),
+        (torch.float32, 1.0, 3),
+        (torch.float32, 2.7, 4),
+        (torch.float32, 5.5, 5),
+        (torch.float64, 0.09, 3),
+        (torch.float64, 0.55, 4),
+        (torch.float64, 2.0, 5),
+        (torch.float64, 4.1, 6),
+    ],
+)
+def test_products_by_norm(dtype: torch.dtype, norm: float, products: int) -> None:
+    torch.manual_seed(0)
+    n = 6
+    blocks = [torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64) * norm * scale for scale in (1.0, 0.3, 0.1)]
+    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+    X = (basis @ torch.block_diag(*blocks) @ basis.T).to(dtype)
+    step = Orthogonal("matrix_exp", False, weight=X)
+    with Products(n) as counted:
+        Q = step(X)
+    assert counted.count == products
+    assert torch.allclose(Q.double(), torch.matrix_exp(X.double()), atol=20 * torch.finfo(dtype).eps, rtol=0.0)
