@@ -74,17 +74,20 @@ class Holding:
             return self.frozen_value(site, inputs)
         if torch.compiler.is_compiling():
             return site.advance(*inputs)
-        once = self.once if self.contexts else None
-        if once is not None:
-            return once.value(site, inputs)
+        if not self.contexts:
+            kept = self.kept.get("value")  # the common case, before all that keeping a new one needs
+            if kept is not None and kept.holds(inputs):
+                return kept.value
+        elif self.once is not None:
+            return self.once.value(site, inputs)
         if self.versioned:
             return self.keep("value", site, len(site.record.chain), inputs, site.advance)
         return site.advance(*inputs)
 
     def lasting_value(self) -> Any:
         """Return the value kept from an earlier forward, of a site that reads nothing else; None where it is old."""
-        kept = None if self.frozen or self.contexts else self._held("value", ())
-        return None if kept is None else kept.value
+        kept = None if self.frozen or self.contexts else self.kept.get("value")
+        return kept.value if kept is not None and kept.holds(()) else None
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
@@ -113,8 +116,8 @@ class Holding:
             inputs: the tensors that they read beside those that are stored.
             evaluate: makes the value from `inputs`.
         """
-        kept = self._held(key, inputs)
-        if kept is not None:
+        kept = self.kept.get(key)
+        if kept is not None and kept.holds(inputs):
             return kept.value
         modules = site.steps[:count]
         tensors = [*site.originals[: sum(site.record.stored[:count])], *inputs]
@@ -136,10 +139,6 @@ class Holding:
         if sign(modules, tensors) == before and not drawn and _keepable(value):
             self.kept[key] = Kept(value, Watch(modules, tensors, holder=site), modes, inputs, tensors[:1])
         return value
-
-    def _held(self, key: str, inputs: Sequence[Tensor]) -> Kept | None:
-        kept = self.kept.get(key)
-        return kept if kept is not None and kept.holds(inputs) else None
 
     def _update(self) -> None:
         self.busy = self.versioned or self.frozen or bool(self.contexts)
