@@ -71,9 +71,12 @@ def _series(A: Tensor, skew: bool) -> Tensor:
     if size <= series.limits[0]:
         return _fma(_add_identity(torch.add(A, A2, alpha=1 / 2), 1.0), A2, torch.add(A / 6, A2, alpha=1 / 24))
     if size <= series.limits[1]:
-        left, right, rest = _combinations(series.eight, 1.0, A, A2)
+        # Each over its coefficient of A, for a sum to be one operation; the last product puts them right.
+        (_, a, _), (_, b, _), (_, c, _) = series.eight
+        left, right, rest = (_sum_over(A, A2, row) for row in series.eight)
         A4 = A2 @ left
-        return _fma(rest, torch.add(A4, A2, alpha=2 / 3), torch.add(right, A4, alpha=series.eight_last))
+        upper, lower = torch.add(A4, A2, alpha=2 / 3 / a), torch.add(right, A4, alpha=series.eight_last * a / b)
+        return _fma(rest, upper, lower, c, a * b)
     A3 = A2 @ A
     if not skew:
         # Of other matrices, two neighbouring powers bound what the series adds (Al-Mohy and Higham, 2009).
@@ -110,6 +113,12 @@ def _square(A: Tensor, skew: bool) -> Tensor:
     return A @ A
 
 
+def _sum_over(A: Tensor, A2: Tensor, row: tuple[float, ...]) -> Tensor:
+    """Return a polynomial of degree 2, divided by its coefficient of A."""
+    total = torch.add(A, A2, alpha=row[2] / row[1])
+    return _add_identity(total, row[0] / row[1]) if row[0] else total
+
+
 def _combinations(rows: Rows, scale: float, *powers: Tensor) -> tuple[Tensor, ...]:
     """Return one polynomial per row: its factors of I, sA, s^2 A^2, s^3 A^3, s^6 A^6, as far as given, for the scale s.
 
@@ -139,9 +148,11 @@ def _add_identity(sums: Tensor, factors: Tensor | float) -> Tensor:
     return sums
 
 
-def _fma(Z: Tensor, X: Tensor, Y: Tensor) -> Tensor:
-    """Return ``Z + X @ Y``."""
-    return torch.addmm(Z, X, Y) if X.ndim == 2 else Z + X @ Y
+def _fma(Z: Tensor, X: Tensor, Y: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """Return ``beta Z + alpha X @ Y``."""
+    if X.ndim == 2:
+        return torch.addmm(Z, X, Y, beta=beta, alpha=alpha)
+    return torch.add(Z if beta == 1 else beta * Z, X @ Y, alpha=alpha)
 
 
 def _norm(A: Tensor, pairs: float = 1.0) -> float:
