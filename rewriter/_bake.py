@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
@@ -18,7 +18,16 @@ from rewriter._registry import suggestion
 from rewriter.errors import PlanError
 from rewriter.passes import Rewriting, restore_pass, run_passes
 from rewriter.planning import Entry, dtype_name, refuse_strays, survey
-from rewriter.runtime import ParametrizedTensor, RewrittenModule, detach, refuse_mixed, release, site_path
+from rewriter.runtime import (
+    ParametrizedTensor,
+    RewrittenModule,
+    Session,
+    detach,
+    refuse_mixed,
+    refuse_replaced,
+    release,
+    site_path,
+)
 from rewriter.runtime._places import SESSION
 from rewriter.spec._glob import Glob
 
@@ -95,8 +104,9 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
     shorter = [without_step(site, label, keep) for site, label in labels]
     baked = [Baked(site, entries, _values(site, keep)) for site, entries in chosen.items()]
     graphs = [(path, module) for path, module in target.named_modules() if isinstance(module, RewrittenModule)]
-    for _, module in graphs:
-        _restore(module, set(chosen))
+    restored = [(module, _restored(module, set(chosen))) for _, module in graphs]
+    for module, graph in restored:
+        module.graph = graph
     uses = Counter(id(parameter) for module in target.modules() for parameter in module._parameters.values())
     for one in baked:
         _put_back(one, uses)
@@ -215,15 +225,16 @@ def _trained(site: ParametrizedTensor, before: bool) -> bool:
     return any(original.requires_grad for original in site.originals)
 
 
-def _restore(module: RewrittenModule, chosen: set[ParametrizedTensor]) -> None:
+def _restored(module: RewrittenModule, chosen: set[ParametrizedTensor]) -> fx.Graph:
+    """Return the module's graph without the evaluations of `chosen`."""
     paths = {child: site_path(child) for child in module.modules() if isinstance(child, ParametrizedTensor)}
     sites = {name: site for site in paths for name in site.record.names}
-    session = next(iter(paths)).session if paths else None
-    if session is None:
-        return
+    session = next(iter(paths)).session if paths else Session()
     rewriting = Rewriting(module, copy.deepcopy(module.graph), paths, sites, session, tuple(paths))
     run_passes(rewriting, [restore_pass(chosen & set(paths))])
-    module.graph = rewriting.graph
+    if module.was_graph:
+        refuse_replaced(module, rewriting.graph)
+    return rewriting.graph
 
 
 def _put_back(baked: Baked, uses: Mapping[int, int]) -> None:

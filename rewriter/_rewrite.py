@@ -43,6 +43,7 @@ from rewriter.runtime import (
     open_graph_owners,
     open_path,
     refuse_mixed,
+    refuse_replaced,
     site_path,
 )
 from rewriter.runtime._memory import refill, shared_storages
@@ -140,7 +141,11 @@ def rewrite(
 
         check_capture(capture)
         return rewrite_program(model, read, inplace=inplace)
-    refuse_mixed(model.modules())
+    modules = list(model.modules())
+    refuse_mixed(modules)
+    for module in modules:
+        if isinstance(module, RewrittenModule):
+            refuse_replaced(module)
     call = call_of(example_inputs, example_kwargs, dynamic_shapes)
     with torch.inference_mode(False), collector_paused():
         if read.absorb:
@@ -173,10 +178,12 @@ def _rewrite(
     if not prepared.new and not prepared.absorbed:
         return target
     session = attach_sites(prepared)
-    if prepared.capture.root == "module":
-        fresh = [site for _, site in (*prepared.new, *prepared.absorbed)]
+    fresh = [site for _, site in (*prepared.new, *prepared.absorbed)]
+    in_place = prepared.capture.root == "module"
+    if in_place:
         target = open_graph_owners(target)
-        open_path(target, (name for site in fresh for name in site.record.names), session)
+    open_path(target, (name for site in fresh for name in site.record.names), session, itself=in_place)
+    if in_place:
         if "hoist" not in without:
             hoist(fresh)
         if "fuse" not in without:

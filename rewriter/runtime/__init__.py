@@ -22,6 +22,7 @@ from rewriter.runtime._owner import (
 from rewriter.runtime._places import HANDED
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
+from rewriter.runtime._taken_in import refuse_replaced
 from rewriter.runtime._tensor import ParametrizedTensor
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "open_root",
     "plain_class",
     "refuse_mixed",
+    "refuse_replaced",
     "release",
     "right_inverse",
     "site_path",

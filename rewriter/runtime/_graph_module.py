@@ -17,6 +17,7 @@ from rewriter.runtime._owner import plain_class, sites_of
 from rewriter.runtime._places import CONTAINER, GRAPH_OF, SESSION
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
+from rewriter.runtime._tensor import ParametrizedTensor
 
 _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
 """Generated class of each graph: models with equal graphs share theirs, as models of a hand-written class do."""
@@ -54,6 +55,7 @@ class RewrittenModule(fx.GraphModule):
         self.__class__ = _own_class(origin.__name__, _Unwritten)
         if len(graph.nodes) <= WRITTEN_AT_ONCE:  # equal models are of one class from the start
             self.recompile()
+        _join(self)
 
     def recompile(self) -> Any:
         name = type(self).__name__
@@ -70,10 +72,15 @@ class RewrittenModule(fx.GraphModule):
         self.__class__ = kind
         return code
 
+    @property
+    def was_graph(self) -> bool:
+        """Whether the model that was rewritten was a GraphModule itself."""
+        return self.__dict__[GRAPH_OF] is fx.GraphModule
+
     def restored(self) -> nn.Module:
         """Return the model in the class that it had, over the same modules and tensors, without this graph's sites."""
         origin = self.__dict__[GRAPH_OF]
-        if origin is fx.GraphModule:
+        if self.was_graph:
             module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
         else:
             module = origin.__new__(origin)
@@ -195,3 +202,12 @@ def _revive(clone: RewrittenModule, state: dict[str, Any], graph: fx.Graph) -> N
     clone.__dict__["_tracer_cls"] = None
     type(clone).__name__ = state["_reparam_name"]  # a class of its own still
     clone.graph = graph
+    _join(clone)
+
+
+def _join(model: RewrittenModule) -> None:
+    """Make the model known to the session of its sites."""
+    for module in model.modules():
+        if isinstance(module, ParametrizedTensor):
+            module.session.graphs.add(model)
+            break

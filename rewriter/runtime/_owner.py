@@ -27,6 +27,7 @@ from rewriter.runtime._pretrained import is_pretrained, methods_of
 from rewriter.runtime._recurrent import list_of_weights, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
+from rewriter.runtime._taken_in import hook_methods, tell_of_setting
 from rewriter.runtime._tensor import ParametrizedTensor
 
 
@@ -107,15 +108,24 @@ def open_root(root: nn.Module, session: Session) -> None:
     _adopt(root, tuple(sites_of(root)), session)
 
 
-def open_path(root: nn.Module, names: Iterable[str], session: Session) -> None:
-    """Open `root` and every module on the way to the tensors called `names`, so that each can be called on its own."""
-    paths = {""}
+def open_path(root: nn.Module, names: Iterable[str], session: Session, itself: bool) -> None:
+    """Open every module on the way to the owners of the tensors called `names`, so that each can be called on its own.
+
+    Arguments:
+        root: the model.
+        names: of tensors of the model.
+        session: of the model.
+        itself: open `root` too.
+    """
+    paths: set[str] = set()
     for name in names:
         path = name.rpartition(".")[0]
-        while path not in paths:
-            paths.add(path)
+        while path:
             path = path.rpartition(".")[0]
-    for path in paths:
+            if path in paths:
+                break
+            paths.add(path)
+    for path in paths if itself else paths - {""}:
         module = root.get_submodule(path)
         if SESSION not in module.__dict__ and _is_callable(module):
             open_root(module, session)
@@ -272,6 +282,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
                 if running is not None:
                     running.forget(site)
         else:
+            tell_of_setting(self, name, value)
             plain.__setattr__(self, name, value)
 
     def delete(self: Any, name: str) -> None:
@@ -309,6 +320,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         "register_parameter": register_parameter,
         "register_buffer": register_buffer,
         "get_parameter": get_parameter,
+        **hook_methods(plain),
         "forward": functools.wraps(plain.forward)(_specialised(plain, tensors, forward)),
     }
     body.update({tensor: _value_property(tensor) for tensor in tensors})

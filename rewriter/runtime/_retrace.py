@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from rewriter.runtime._batch import BatchedEvaluation
+from rewriter.runtime._taken_in import refuse_replaced
 from rewriter.runtime._tensor import ParametrizedTensor
 
 
@@ -26,7 +27,11 @@ def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         tracer = _tracer_of((args, kwargs)) if is_fx_symbolic_tracing() else None
         if tracer is None:
-            return forward(self, *args, **kwargs)
+            try:
+                return forward(self, *args, **kwargs)
+            except AttributeError:
+                refuse_replaced(self)
+                raise
         given = inspect.signature(forward).bind(self, *args, **kwargs)
         given.apply_defaults()
         return _Copy(self, tracer, list(given.arguments.values())[1:]).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -172,6 +173,8 @@ class Session:
 
     def __init__(self) -> None:
         self.running = _Running()
+        self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        """The models of this session that run a graph."""
         self._repeated: dict[tuple[int, bool], Frame] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:

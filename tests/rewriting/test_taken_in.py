@@ -1,0 +1,197 @@
+"""What is done later to modules whose forward is part of a graph: told where it would have no effect."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter import bake, rewrite
+from rewriter.errors import RewriterError
+
+SPEC = {"reparam": 1, "rules": [{"name": "w", "select": "**.{linear,conv}.weight", "chain": ["orthogonal"]}]}
+REGISTERED = [
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+    "register_backward_hook",
+]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x)) * self.scale
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 2, 3, padding=1)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.conv(x)[:, 0]))
+
+
+x = torch.randn(5, 2, 6)
+
+
+@pytest.fixture(autouse=True)
+def _loud() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("register", REGISTERED)
+@pytest.mark.parametrize("path", ["conv", "blocks", "blocks.0", "blocks.1.linear"])
+def test_a_hook_that_would_never_run_is_told(path: str, register: str) -> None:
+    module = rewrite(Net(), SPEC, capture="graph").get_submodule(path)
+    with pytest.warns(UserWarning, match=f"this hook of {path} will not run.*capture='module'") as told:
+        getattr(module, register)(lambda *_: None)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("path", ["", "head", "blocks.0.norm"])
+def test_hooks_of_what_the_graph_calls_run(path: str) -> None:
+    model = rewrite(Net(), SPEC, capture="graph")
+    seen: list[str] = []
+    model.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
+    model(x)
+    assert seen == [path]
+
+
+@pytest.mark.parametrize("path", ["conv", "blocks.0", "blocks.1.linear"])
+def test_hooks_run_where_the_model_keeps_its_class(path: str) -> None:
+    model = rewrite(Net(), SPEC, capture="module")
+    seen: list[str] = []
+    model.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
+    model(x)
+    assert seen == [path]
+
+
+def test_a_module_with_hooks_from_before_takes_more() -> None:
+    plain = Net()
+    seen: list[int] = []
+    plain.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    model: Any = rewrite(plain, SPEC, capture="graph")
+    for path in ("blocks.0", "blocks.0.linear"):
+        model.get_submodule(path).register_forward_hook(lambda *_: seen.append(2))
+    model(x)
+    assert seen == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "carry",
+    [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deep", "shallow", "pickle"],
+)
+def test_copies_tell_as_well(carry: Any) -> None:
+    model = carry(rewrite(Net(), SPEC, capture="graph"))
+    with pytest.warns(UserWarning, match="this hook of blocks.1 will not run"):
+        model.blocks[1].register_forward_hook(lambda *_: None)
+
+
+def test_a_model_that_is_gone_tells_nothing() -> None:
+    model: Any = rewrite(Net(), SPEC, capture="graph")
+    baked: Any = bake(model)
+    kinds = [type(module) for module in baked.modules()]
+    assert kinds == [type(module) for module in Net().modules()]
+    baked.conv.register_forward_hook(lambda *_: None)
+
+
+def test_a_setting_that_the_graph_has_taken_is_told() -> None:
+    model: Any = rewrite(Net(), SPEC, capture="graph")
+    with pytest.warns(UserWarning, match="setting conv.stride has no effect") as told:
+        model.conv.stride = (2,)
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="setting blocks.0.forward has no effect"):
+        model.blocks[0].forward = lambda x: x
+
+
+def test_other_attributes_are_set_in_silence() -> None:
+    model: Any = rewrite(Net(), SPEC, capture="graph")
+    model.conv.stride = (1,)  # as it is
+    model.conv.note = "of no forward"
+    model.conv.training = False
+    model.conv._note = 1
+    model.blocks[0].scale = 3.0  # of a class that nobody knows
+    model.head.out_features = 3
+    model.eval().train()
+    model.to(torch.float64)
+    kept: Any = rewrite(Net(), SPEC, capture="module")
+    kept.conv.stride = (2,)
+    assert kept.conv(x).shape[-1] == 3
+
+
+@pytest.mark.parametrize("path", ["conv", "blocks.1.linear", "blocks.0"])
+def test_a_module_put_in_the_place_of_another_is_named(path: str) -> None:
+    model: Any = rewrite(Net(), SPEC, capture="graph")
+    parent, _, name = path.rpartition(".")
+    fresh = {"conv": nn.Conv1d(2, 2, 1), "blocks.1.linear": nn.Linear(6, 6), "blocks.0": Block()}[path]
+    setattr(model.get_submodule(parent), name, fresh)
+    named = f"{path}.linear" if path == "blocks.0" else path
+    for use in (lambda: model(x), lambda: rewrite(model, SPEC)):
+        with pytest.raises(RewriterError, match=f"{named} was replaced or removed .*computes the weight.*bake\\(\\)"):
+            use()
+    taken = bake(model)
+    taken(x).sum().backward()
+    assert next(taken.get_submodule(path).parameters()).grad is not None
+    rewrite(taken, SPEC, capture="graph")(x)
+
+
+def test_a_graph_that_read_the_tensor_of_another_module_is_not_baked() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.linear.weight
+
+    model: Any = rewrite(torch.fx.symbolic_trace(Reads()), SPEC)
+    model.linear = nn.Linear(6, 6)
+    with pytest.raises(RewriterError, match="linear was replaced"):
+        bake(model)
+
+
+def test_an_error_of_the_model_itself_stays() -> None:
+    class Wrong(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nothing  # type: ignore[attr-defined, no-any-return]
+
+    plain = Net()
+    plain.head = Wrong(6, 3)
+    with pytest.raises(AttributeError, match="nothing"):
+        rewrite(plain, SPEC, capture="module")(x)
+    graph: Any = rewrite(Net(), SPEC, capture="graph")
+    graph.head = Wrong(6, 3)
+    with pytest.raises(AttributeError, match="nothing"):
+        graph(x)
+
+
+def test_a_part_of_the_model_called_by_itself_is_one_forward() -> None:
+    class Twice(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.linear(x))
+
+    model: Any = rewrite(nn.Sequential(Twice()), SPEC, capture="graph")
+    seen: list[int] = []
+    part = model.get_submodule("0")
+    part.linear.parametrizations.weight.steps[0].register_forward_hook(lambda *_: seen.append(1))
+    part(torch.randn(2, 6))
+    assert seen == [1]
