@@ -12,9 +12,9 @@ from rewriter.passes._costs import pays
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._batch import BatchedEvaluation, evaluate_together, likeness, stacked
+from rewriter.runtime._places import BATCHES
 from rewriter.runtime._signature import declares
 
-HOME = "batched_evaluations"
 PROBES = 8
 """How many sites of a group are compared with what they give alone."""
 NEIGHBOURS = 64
@@ -31,10 +31,10 @@ def batch_evaluations(rewriting: Rewriting) -> bool:
         groups.setdefault((site.record.identity, likeness(site)), []).append(site)
     chosen = [group for group in groups.values() if len(group) > 1 and _wanted(group) and _equal(group)]
     if chosen:
-        rewriting.root.add_module(HOME, nn.ModuleList(map(BatchedEvaluation, chosen)))
+        rewriting.root.add_module(BATCHES, nn.ModuleList(map(BatchedEvaluation, chosen)))
     for index, group in enumerate(chosen):
         with rewriting.graph.inserting_before(nodes[group[0]]):
-            batch = rewriting.graph.create_node("call_module", f"{HOME}.{index}")
+            batch = rewriting.graph.create_node("call_module", f"{BATCHES}.{index}")
         batch.meta[META] = {"member": True}
         for slot, site in enumerate(group):
             nodes[site].kwargs = {**nodes[site].kwargs, "batch": batch, "slot": slot}
@@ -49,13 +49,13 @@ def dissolve_batches(rewriting: Rewriting) -> bool:
             node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("batch", "slot")}
         rewriting.graph.erase_node(batch)
     if batches:
-        del rewriting.root._modules[HOME]
+        del rewriting.root._modules[BATCHES]
     return bool(batches)
 
 
 def is_batch(root: nn.Module, node: fx.Node) -> bool:
     """Whether a node evaluates several sites at once."""
-    if HOME not in root._modules or node.op != "call_module" or not str(node.target).startswith(f"{HOME}."):
+    if BATCHES not in root._modules or node.op != "call_module" or not str(node.target).startswith(f"{BATCHES}."):
         return False
     return isinstance(root.get_submodule(str(node.target)), BatchedEvaluation)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, overload
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
@@ -14,7 +16,7 @@ from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._owner import plain_class, sites_of
-from rewriter.runtime._places import CONTAINER, GRAPH_OF, SESSION
+from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -52,7 +54,7 @@ class RewrittenModule(fx.GraphModule):
             del self.__dict__[name]
         self.__dict__["_graph"] = graph
         graph.owning_module = self
-        self.__class__ = _own_class(origin.__name__, _Unwritten)
+        self.__class__ = _own_class(origin.__name__, _UnwrittenSequential if self._is_sequential() else _Unwritten)
         if len(graph.nodes) <= WRITTEN_AT_ONCE:  # equal models are of one class from the start
             self.recompile()
         _join(self)
@@ -61,7 +63,7 @@ class RewrittenModule(fx.GraphModule):
         name = type(self).__name__
         # torch.fx writes `forward` into the class, which other models may have too. The model keeps its class until
         # the new one is complete, since another thread may call it.
-        kind = _own_class(name)
+        kind = _own_class(name, RewrittenSequential if self._is_sequential() else RewrittenModule)
         writer = object.__new__(kind)
         writer.__dict__ = self.__dict__
         code = fx.GraphModule.recompile(writer)
@@ -71,6 +73,9 @@ class RewrittenModule(fx.GraphModule):
             kind = _classes.setdefault((name, code.src, functions), kind)
         self.__class__ = kind
         return code
+
+    def _is_sequential(self) -> bool:
+        return issubclass(self.__dict__.get(GRAPH_OF, nn.Module), nn.Sequential)
 
     @property
     def was_graph(self) -> bool:
@@ -154,6 +159,40 @@ class RewrittenModule(fx.GraphModule):
         return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
 
 
+class RewrittenSequential(RewrittenModule):
+    """The graph of an `nn.Sequential`, whose layers are found by their place as they were."""
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._layers().values())
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> nn.Sequential: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict([*self._layers().items()][index]))
+        return self._layers()[self._key(index)]
+
+    def __setitem__(self, index: int, layer: nn.Module) -> None:
+        setattr(self, self._key(index), layer)
+
+    def _key(self, index: int) -> str:
+        keys = [*self._layers()]
+        if not -len(keys) <= index < len(keys):
+            raise IndexError(f"layer {index} of {len(keys)}")
+        return keys[index]
+
+    def _layers(self) -> dict[str, nn.Module]:
+        """Return the layers by name, without what evaluates several tensors at once."""
+        return {name: layer for name, layer in self._modules.items() if layer is not None and name != BATCHES}
+
+
 class _Unwritten(RewrittenModule, _LazyGraphModule):
     """A rewritten model whose code nobody has asked for: whoever does makes it a RewrittenModule like any other.
 
@@ -175,6 +214,10 @@ class _Unwritten(RewrittenModule, _LazyGraphModule):
 
     def real_recompile(self) -> None:
         self.written()
+
+
+class _UnwrittenSequential(RewrittenSequential, _Unwritten):
+    """The same of an `nn.Sequential`."""
 
 
 @loadable(builds=[Shell])
