@@ -43,7 +43,7 @@ def _telling(register: Callable[..., Any]) -> Callable[..., Any]:
         path = _taken_in_as(self)
         if path is not None:
             warnings.warn(
-                f"this hook of {path} will not run: its forward is part of the graph that the model was rewritten to, "
+                f"this hook of module {path} will not run: its forward is part of the graph that the model was rewritten to, "
                 f"which does not call the module. Register hooks {_WAY_OUT}",
                 stacklevel=2,
             )

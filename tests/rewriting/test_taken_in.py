@@ -61,7 +61,7 @@ def _loud() -> Iterator[None]:
 @pytest.mark.parametrize("path", ["conv", "blocks", "blocks.0", "blocks.1.linear"])
 def test_a_hook_that_would_never_run_is_told(path: str, register: str) -> None:
     module = rewrite(Net(), SPEC, capture="graph").get_submodule(path)
-    with pytest.warns(UserWarning, match=f"this hook of {path} will not run.*capture='module'") as told:
+    with pytest.warns(UserWarning, match=f"this hook of module {path} will not run.*capture='module'") as told:
         getattr(module, register)(lambda *_: None)
     assert told[0].filename == __file__
 
@@ -102,7 +102,7 @@ def test_a_module_with_hooks_from_before_takes_more() -> None:
 )
 def test_copies_tell_as_well(carry: Any) -> None:
     model = carry(rewrite(Net(), SPEC, capture="graph"))
-    with pytest.warns(UserWarning, match="this hook of blocks.1 will not run"):
+    with pytest.warns(UserWarning, match="this hook of module blocks.1 will not run"):
         model.blocks[1].register_forward_hook(lambda *_: None)
 
 
