@@ -17,6 +17,7 @@ from rewriter.io._names import loadable
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._owner import plain_class, sites_of
 from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION
+from rewriter.runtime._plain_state import explained
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -114,6 +115,8 @@ class RewrittenModule(fx.GraphModule):
                     "bake() gives the class back, and rewrite(…, capture='module') keeps it"
                 ) from None
             raise
+
+    load_state_dict = explained(fx.GraphModule.load_state_dict)
 
     def __prepare_scriptable__(self) -> fx.GraphModule:
         from rewriter.passes import scriptable

@@ -23,6 +23,7 @@ from rewriter.runtime._checkpoint import saving_hooks
 from rewriter.runtime._linear import linear_forward
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._places import CONTAINER, HANDED, SESSION
+from rewriter.runtime._plain_state import explained
 from rewriter.runtime._pretrained import is_pretrained, methods_of
 from rewriter.runtime._recurrent import list_of_weights, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
@@ -320,6 +321,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         "register_parameter": register_parameter,
         "register_buffer": register_buffer,
         "get_parameter": get_parameter,
+        "load_state_dict": explained(plain.load_state_dict),
         **hook_methods(plain),
         "forward": functools.wraps(plain.forward)(_specialised(plain, tensors, forward)),
     }

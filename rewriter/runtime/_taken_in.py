@@ -43,8 +43,8 @@ def _telling(register: Callable[..., Any]) -> Callable[..., Any]:
         path = _taken_in_as(self)
         if path is not None:
             warnings.warn(
-                f"this hook of module {path} will not run: its forward is part of the graph that the model was rewritten to, "
-                f"which does not call the module. Register hooks {_WAY_OUT}",
+                f"this hook of module {path} will not run: its forward is part of the graph that the model was "
+                f"rewritten to, which does not call the module. Register hooks {_WAY_OUT}",
                 stacklevel=2,
             )
         return register(self, *args, **kwargs)

@@ -30,3 +30,18 @@ def test_singular_vectors_that_are_loaded_stay_as_they_are(rule: Callable[..., d
     state = {name: torch.randn_like(value) for name, value in new.state_dict().items()}
     new.load_state_dict(state)
     assert all(torch.equal(new.state_dict()[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("capture", ["graph", "module"])
+def test_the_state_of_the_plain_model_is_told_apart(rule: Callable[..., dict[str, Any]], capture: str) -> None:
+    plain = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    new = rewrite(plain, rule("1.weight", "orthogonal"), capture=capture)
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*Unexpected key.*1\.weight is computed here.*set_value"):
+        new.load_state_dict(plain.state_dict())
+    found = new.load_state_dict({"1.weight": before["1.parametrizations.weight.original"]}, strict=False)
+    assert found.unexpected_keys == ["1.weight"]
+    with pytest.raises(RuntimeError) as other:
+        new.load_state_dict({**before, "0.weight": torch.ones(2)})
+    assert "computed here" not in str(other.value)
+    assert new.load_state_dict(before, assign=True).missing_keys == []
