@@ -60,6 +60,7 @@ class Products(TorchDispatchMode):
     [
         (torch.float32, 0.05, 2),
         (torch.float32, 1.0, 3),
+        (torch.float32, 1.09, 3),
         (torch.float32, 2.7, 4),
         (torch.float32, 5.5, 5),
         (torch.float64, 0.09, 3),
@@ -79,3 +80,35 @@ def test_products_by_norm(dtype: torch.dtype, norm: float, products: int) -> Non
         Q = step(X)
     assert counted.count == products
     assert torch.allclose(Q.double(), torch.matrix_exp(X.double()), atol=20 * torch.finfo(dtype).eps, rtol=0.0)
+
+
+@pytest.mark.parametrize("spectrum", ["one pair", "equal", "spread", "zero"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 70])
+@pytest.mark.parametrize("norm", [0.04, 1.05, 2.75, 20.0])
+def test_every_spectrum_is_within_a_few_roundings(spectrum: str, n: int, norm: float) -> None:
+    torch.manual_seed(n)
+    count = n // 2
+    sizes = {
+        "one pair": torch.eye(max(count, 1), dtype=torch.float64)[0] * norm,
+        "equal": torch.full((max(count, 1),), norm, dtype=torch.float64),
+        "spread": torch.linspace(0, norm, max(count, 1), dtype=torch.float64),
+        "zero": torch.zeros(max(count, 1), dtype=torch.float64),
+    }[spectrum][:count]
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    A = torch.block_diag(*(size * turn for size in sizes), torch.zeros(n % 2, n % 2, dtype=torch.float64))
+    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+    A = basis @ A @ basis.T
+    for X in (A.float(), torch.stack([A.float() / 7, A.float()])):
+        Q = Orthogonal("matrix_exp", False, weight=X)(X)
+        exact = torch.matrix_exp((X.tril() - X.tril().mT).double())
+        assert (Q.double() - exact).abs().max() <= 8 * torch.finfo(torch.float32).eps * max(1.0, norm) * max(
+            n, 4
+        ) ** 0.5
+
+
+def test_large_matrices_take_no_more_products_than_their_norm_needs() -> None:
+    X = 1.05 * torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]])] * 35)
+    step = Orthogonal("matrix_exp", False, weight=X)
+    with Products(70) as counted:
+        step(X)
+    assert counted.count == 3

@@ -18,6 +18,9 @@ from torch.nn import functional
 from rewriter.catalog._maps._eager import readable
 from rewriter.catalog._maps._polynomials import Rows, series_of
 
+LARGE = 64 * 64
+"""Below, a product takes less time than telling more closely how many are needed."""
+
 
 def exponential(X: Tensor) -> Tensor:
     """Return the first k columns of ``exp(A)``, for the skew A whose first k columns' lower triangle is that of X.
@@ -68,6 +71,8 @@ def _series(A: Tensor, skew: bool) -> Tensor:
     A2 = _square(A, skew)
     # The norm of a normal matrix is at most |A^p|^(1/p), and the larger p, the closer.
     size = _norm(A2, pairs) ** (1 / 2) if skew else _norm(A)
+    if skew and size > series.limits[1] and A.numel() >= LARGE:
+        size = min(size, _largest(A2, pairs) ** (1 / 2))
     if size <= series.limits[0]:
         return _fma(_add_identity(torch.add(A, A2, alpha=1 / 2), 1.0), A2, torch.add(A / 6, A2, alpha=1 / 24))
     if size <= series.limits[1]:
@@ -159,6 +164,19 @@ def _norm(A: Tensor, pairs: float = 1.0) -> float:
     """Return the largest Frobenius norm of a batch; of one eigenvalue out of each `pairs` equal ones."""
     norms = torch.linalg.vector_norm(A.detach(), dim=(-2, -1))
     return float(norms if norms.ndim == 0 else norms.max()) / math.sqrt(pairs)
+
+
+def _largest(A2: Tensor, pairs: float) -> float:
+    """Return a bound on the eigenvalues of -A2, of the batch's largest, where A2 is the square of a skew matrix.
+
+    Of n numbers none lies further above the mean than their variance allows, and two equal ones lie closer (Samuelson,
+    "How deviant can you be?", 1968).
+    """
+    n, squares = A2.size(-1), A2.detach()
+    mean = squares.diagonal(dim1=-2, dim2=-1).sum(-1).real / -n
+    rms = torch.linalg.vector_norm(squares, dim=(-2, -1)) / math.sqrt(n)
+    bound = mean + ((rms - mean).clamp_min(0.0) * max(n / pairs - 1, 0.0)).sqrt() * (rms + mean).sqrt()
+    return float(bound if bound.ndim == 0 else bound.max())
 
 
 class _SkewSquare(torch.autograd.Function):
