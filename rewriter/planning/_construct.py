@@ -34,7 +34,7 @@ def layout_of_claim(claim: Claim) -> Layout:
     rule = claim.rule
     try:
         per = None if rule.per is None else (rule.per.dim, rule.per.chunks)
-        return layout_of(tuple(value_of(claim.entries[0]).shape), per, rule.reshape)
+        return layout_of(claim.entries[0].infos[0].shape, per, rule.reshape)
     except ValueError as problem:
         raise BuildError(str(problem)) from problem
 

@@ -35,6 +35,12 @@ class Fitted(NamedTuple):
     originals: list[Tensor]
 
 
+class _Member(NamedTuple):
+    claim: Claim
+    step: nn.Module
+    value: Tensor
+
+
 def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
     """Construct and fit the chains of a rule's claims that can be fitted as one, by the `id` of the claim.
 
@@ -48,7 +54,7 @@ def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
     if len(claims) < FEWEST or not _can_stack(rule):
         return {}
     drawn = torch.get_rng_state()
-    groups: dict[object, list[tuple[Claim, nn.Module]]] = {}
+    groups: dict[object, list[_Member]] = {}
     for claim in claims:
         value = value_of(claim.entries[0])
         if value.is_meta or value.numel() > LARGEST or type(value) is not Tensor or value.layout != torch.strided:
@@ -58,7 +64,7 @@ def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
         except BuildError:
             break
         form = (value.shape, value.dtype, value.device, likeness_of_step(step))
-        groups.setdefault(form, []).append((claim, step))
+        groups.setdefault(form, []).append(_Member(claim, step, value))
     found: dict[int, Fitted] = {}
     for group in groups.values():
         if len(group) >= FEWEST:
@@ -89,9 +95,9 @@ def _can_stack(rule: Rule) -> bool:
     )
 
 
-def _fitted(rule: Rule, group: Sequence[tuple[Claim, nn.Module]]) -> Mapping[int, Fitted]:
-    steps = [step for _, step in group]
-    value = torch.stack([value_of(claim.entries[0]) for claim, _ in group])
+def _fitted(rule: Rule, group: Sequence[_Member]) -> Mapping[int, Fitted]:
+    steps = [member.step for member in group]
+    value = torch.stack([member.value for member in group])
     if not sums_to_a_number(value):
         return {}
     try:
@@ -100,7 +106,7 @@ def _fitted(rule: Rule, group: Sequence[tuple[Claim, nn.Module]]) -> Mapping[int
             if any(type(part) is not Tensor or part.shape[:1] != value.shape[:1] for part in parts):
                 return {}
             for index in range(0, len(group), -(-len(group) // PROBES)):
-                if not _same_alone(rule, group[index][0], whole, [part[index] for part in parts], index):
+                if not _same_alone(rule, group[index].claim, whole, [part[index] for part in parts], index):
                     return {}
     except Exception:  # each by itself shows which one it is
         return {}
@@ -111,8 +117,8 @@ def _fitted(rule: Rule, group: Sequence[tuple[Claim, nn.Module]]) -> Mapping[int
     # Memory of its own for each: a tensor is saved with all the memory that it lies in.
     rows = zip(*(part.unbind(0) for part in parts), strict=True)
     return {
-        id(claim): Fitted([step], [part.clone(memory_format=torch.contiguous_format) for part in row])
-        for (claim, step), row in zip(group, rows, strict=True)
+        id(member.claim): Fitted([member.step], [part.clone(memory_format=torch.contiguous_format) for part in row])
+        for member, row in zip(group, rows, strict=True)
     }
 
 
