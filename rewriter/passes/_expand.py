@@ -24,7 +24,7 @@ def expand_calls(rewriting: Rewriting) -> bool:
 def _expansion(rewriting: Rewriting, node: fx.Node) -> Expanded | None:
     if node.op != "call_module" or node.target not in rewriting.holders:
         return None
-    return expansion_of(rewriting.root.get_submodule(node.target))
+    return expansion_of(rewriting.module(node.target))
 
 
 def _expand(rewriting: Rewriting, node: fx.Node, expanded: Expanded) -> list[fx.Node]:
@@ -32,7 +32,7 @@ def _expand(rewriting: Rewriting, node: fx.Node, expanded: Expanded) -> list[fx.
     unhand(node)
     graph, follower, users = rewriting.graph, node.next, list(node.users)
     parts = Parts(graph, str(node.target))
-    given = bind_call(rewriting.root.get_submodule(str(node.target)), node.args, node.kwargs)
+    given = bind_call(rewriting.module(node.target), node.args, node.kwargs)
     node.meta[META] = call_note(node, given)
     node.op, node.target = "call_function", expanded.entry
     node.args, node.kwargs = (*given, *expanded.settings), {}

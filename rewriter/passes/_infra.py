@@ -39,6 +39,7 @@ class Rewriting:
     session: Session
     order: Sequence[ParametrizedTensor] = ()
     holders: frozenset[str] = field(init=False)
+    _modules: dict[str, nn.Module] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         holders: set[str] = set()
@@ -48,6 +49,13 @@ class Rewriting:
                 holders.add(path)
                 path = path.rpartition(".")[0]
         self.holders = frozenset(holders)
+
+    def module(self, path: object) -> nn.Module:
+        """Return a module of the model that was there before the passes, looked up once."""
+        found = self._modules.get(str(path))
+        if found is None:
+            found = self._modules[str(path)] = self.root.get_submodule(str(path))
+        return found
 
 
 @dataclass(frozen=True)

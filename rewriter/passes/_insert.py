@@ -74,7 +74,7 @@ def _hand_values(rewriting: Rewriting) -> None:
     for node in list(rewriting.graph.nodes):
         if node.op != "call_module" or node.target not in rewriting.holders or note(node).get("site"):
             continue
-        module = rewriting.root.get_submodule(str(node.target))
+        module = rewriting.module(node.target)
         if SESSION not in module.__dict__:
             open_root(module, rewriting.session)
         with rewriting.graph.inserting_before(node):

@@ -17,7 +17,7 @@ def open_leaves(rewriting: Rewriting) -> bool:
     reads: dict[str, fx.Node] = {}
     for node in list(rewriting.graph.nodes):
         if node.op == "call_module" and node.target in rewriting.holders:
-            module = rewriting.root.get_submodule(node.target)
+            module = rewriting.module(node.target)
             function = _opened(module)
             if function is not None:
                 _open(rewriting, node, module, function, reads)
@@ -59,7 +59,7 @@ def _read(rewriting: Rewriting, module: nn.Module, path: str, name: str, reads: 
         return reads[target]
     if target not in rewriting.sites:
         submodule, _, tensor = name.rpartition(".")
-        owner = module.get_submodule(submodule)
+        owner = module.get_submodule(submodule) if submodule else module
         slots = next(s for s in (owner._parameters, owner._buffers, owner.__dict__) if tensor in s)
         if slots[tensor] is None:
             return None
@@ -71,7 +71,7 @@ def _read(rewriting: Rewriting, module: nn.Module, path: str, name: str, reads: 
 def _nothing_left_to_open(rewriting: Rewriting) -> None:
     for node in rewriting.graph.nodes:
         if node.op == "call_module" and node.target in rewriting.holders:
-            module = rewriting.root.get_submodule(node.target)
+            module = rewriting.module(node.target)
             if _opened(module) is not None:
                 raise PassError(f"{node.target} is still called as a module")
 

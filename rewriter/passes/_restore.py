@@ -60,7 +60,7 @@ def _take_back_values(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> N
     for node in list(rewriting.graph.nodes):
         if not note(node).get("handed"):
             continue
-        left = [site for site in handed_sites(rewriting.root.get_submodule(str(node.target))) if site not in baked]
+        left = [site for site in handed_sites(rewriting.module(node.target)) if site not in baked]
         values = [value for value in node.kwargs[HANDED] if isinstance(value, fx.Node)]
         kwargs = {name: value for name, value in node.kwargs.items() if name != HANDED}
         if left:

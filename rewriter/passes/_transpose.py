@@ -108,7 +108,7 @@ def _nothing_written_between(rewriting: Rewriting, first: fx.Node, last: fx.Node
 
 def _writes_nothing(rewriting: Rewriting, node: fx.Node) -> bool:
     if node.op == "call_module":
-        module = rewriting.root.get_submodule(str(node.target))
+        module = rewriting.module(node.target)
         return type(module) is nn.Linear and is_torch_leaf(module) and not has_hooks(module)
     return node.op == "get_attr" or (node.op == "call_function" and node.target in _HARMLESS)
 
