@@ -38,15 +38,16 @@ def _reflect(X: Tensor, trailing: Tensor, last: bool) -> Tensor:
     n, b = X.size(-2), X.size(-1)
     eye = torch.eye(n, b, dtype=X.dtype, device=X.device)
     V = X.tril(-1) + eye
-    # solve_triangular reads the upper triangle only, so what lies below needs no clearing.
-    T = (V.mT @ V) * (1 - eye[:b] / 2)
+    # solve_triangular reads the upper triangle only, so what lies below needs no clearing. This is -T, so that what
+    # comes of it is added and not subtracted, in one operation where there is one.
+    T = (V.mT @ V) * (0.5 * eye[:b] - 1.0)
     top = V[..., :b, :].mT
     if last:
-        Q: Tensor = eye - V @ torch.linalg.solve_triangular(T, top, upper=True)
-        return Q
+        S = torch.linalg.solve_triangular(T, top, upper=True)
+        return torch.addmm(eye, V, S) if V.ndim == 2 else eye + V @ S
     right = torch.cat([top, V[..., b:, :].mT @ trailing], dim=-1)
     moved = V @ torch.linalg.solve_triangular(T, right, upper=True)
-    return torch.cat([eye - moved[..., :b], functional.pad(trailing, [0, 0, b, 0]) - moved[..., b:]], dim=-1)
+    return torch.cat([eye + moved[..., :b], functional.pad(trailing, [0, 0, b, 0]) + moved[..., b:]], dim=-1)
 
 
 @torch.no_grad()
