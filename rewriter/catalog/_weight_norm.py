@@ -45,14 +45,15 @@ class WeightNorm(nn.Module):
         self.dim = dim
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        V, G = widen(v), widen(g)
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._value(G, V).to(v.dtype)
+            return self._value(widen(g), widen(v)).to(v.dtype)
         else:
-            value = scaled_slices(G, V, self.dim)
-            if value is None:
-                value = self._value(G, V)
-            return value if V is v else value.to(v.dtype)
+            value = scaled_slices(g, v, self.dim)
+            if value is not None:
+                return value
+            G, V = widen(g), widen(v)
+            value = None if V is v else scaled_slices(G, V, self.dim)
+            return (self._value(G, V) if value is None else value).to(v.dtype)
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return g, the norms of the slices, and v, the tensor itself (ones in slices that are zero)."""

@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def readable(X: Tensor) -> bool:
@@ -14,13 +20,13 @@ def readable(X: Tensor) -> bool:
     made for a fake tensor or inside ``torch.func`` transforms.
     """
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        is_compiling()
+        or _tracing_state() is not None
         or isinstance(X, FakeTensor)
         or X.is_meta
         or torch._C._functorch.is_functorch_wrapped_tensor(X)
         or X.numel() == 0
-        or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
+        or (_dispatch_modes() > 0 and _is_recorded())
     )
 
 
@@ -29,6 +35,20 @@ def _is_recorded() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
+
+
+def executed_now() -> bool:
+    """Return whether operations on plain tensors are executed as they are called, and by nobody else's rules.
+
+    Then a number of a tensor on the CPU may be read, which waits for nothing; and no forward-mode derivative is wanted.
+    """
+    return not (
+        is_compiling()
+        or _interpreter() is not None
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or (_dispatch_modes() > 0 and _is_recorded())
+    )
 
 
 def at_hand(X: Tensor) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+from torch import Tensor, nn
 
-from rewriter.catalog._maps._eager import at_hand
+from rewriter.catalog._maps._eager import executed_now
+
+_KINDS = frozenset({Tensor, nn.Parameter})
+_DTYPES = frozenset({torch.float32, torch.float64})
 
 
 def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
@@ -17,20 +19,16 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
     They exist for real tensors and have no forward-mode derivative. They are fast for the first dimension and for
     matrices; other dimensions are moved to the front.
     """
-    if not (
-        at_hand(v)
-        and v.dtype == g.dtype
-        and v.is_floating_point()
-        and v.is_contiguous()
-        and g.is_contiguous()
-        and forward_ad._current_level < 0
-    ):
+    # The common case comes first, and every question costs: between the kernels of a training step all of this is cold.
+    if type(v) not in _KINDS or type(g) not in _KINDS or v.dtype is not g.dtype or v.dtype not in _DTYPES:
         return None
-    if dim is None:
-        return None if g.numel() != 1 else _scaled(g.view(1, 1), v.view(1, -1), 0).view(v.shape)
+    if not (v.is_cpu and v.is_contiguous() and g.is_contiguous() and executed_now()):
+        return None
     ndim = v.dim()
+    if dim is None:
+        return None if g.numel() != 1 or not v.numel() else _scaled(g.view(1, 1), v.view(1, -1), 0).view(v.shape)
     dim %= ndim
-    if ndim < 2 or g.dim() != ndim or not g.numel() == g.size(dim) == v.size(dim):
+    if ndim < 2 or g.dim() != ndim or not v.numel() or not g.numel() == g.size(dim) == v.size(dim):
         return None
     if dim == 0 or (dim == 1 and ndim == 2):
         return _scaled(g, v, dim)
@@ -40,12 +38,13 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
 
 def _scaled(g: Tensor, v: Tensor, dim: int) -> Tensor:
     value, norm = torch._weight_norm_interface(v, g, dim)
-    if norm.detach().min().item() == 0:  # the kernel has divided by it
-        zero = norm.detach() == 0
+    if norm.min().item() == 0:  # the kernel has divided by it
+        zero = norm == 0
         norm = _norm(v.masked_fill(zero, 1.0), dim)
         return v * torch.where(zero, g, g / norm)
-    if value.grad_fn is not None:
-        value.grad_fn.register_hook(_corrected(g, v, dim))
+    node = value.grad_fn
+    if node is not None:
+        node.register_hook(_corrected(g, v, dim))
     return value
 
 
