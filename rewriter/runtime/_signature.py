@@ -125,6 +125,11 @@ def snapshot(value: Any) -> Any:
     return copy.deepcopy(value) if type(value) in _CONTAINERS and _lasting(value) else value
 
 
+def changes_in_place(value: Any) -> bool:
+    """Whether a setting can become another without being another object."""
+    return type(value) in _CONTAINERS and not (type(value) is tuple and _CONTAINERS.isdisjoint(map(type, value)))
+
+
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """Return what a module holds beside tensors of its own, submodules and torch's bookkeeping."""
     return {name: value for name, value in module.__dict__.items() if name not in _BOOKKEEPING}

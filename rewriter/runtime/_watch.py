@@ -5,20 +5,24 @@ A `Signature` writes everything down; a `Watch` has looked once at where everyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
 
-from rewriter.runtime._signature import same_objects, same_setting, settings_of, snapshot
+from rewriter.runtime._signature import changes_in_place, same_objects, same_setting, settings_of, snapshot
 
-_MISSING = object()
-_PLACES = ("_parameters", "_buffers", "_modules")
+_END = object()
+_flat = chain.from_iterable
 
 
 class Watch:
     """Modules and tensors as they were at one moment, held so that no other object can take their place.
+
+    Between the layers of a forward all that is looked at lies in cold memory. So the objects that modules hold are
+    compared in one row, and nothing is looked up by its name.
 
     Arguments:
         modules: whose tensors, settings and modes are watched.
@@ -36,39 +40,28 @@ class Watch:
     ) -> None:
         self.modules = tuple(modules)
         self.given = tuple(tensors)
-        self.states: list[tuple[Any, ...]] = []
+        self.places: list[dict[str, Any]] = []
+        self.empty: list[dict[Any, Any]] = []
+        self.containers: list[tuple[dict[str, Any], str, Any]] = []
         watched = list(tensors)
         if holder is not None:  # of which nothing else counts; and it may itself hold this watch
-            state = {name: getattr(holder, name) for name in _PLACES}
-            self.states.append((state, None, None, (), _places(holder)))
+            self._add_places(holder)
         for module in modules:
             self._add(module, watched)
+        # The end is compared too: what is added anywhere moves it.
+        self.rows = [*(place.values() for place in self.places), (_END,)]
+        self.held = [*_flat(self.rows)]
         self.forms = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in watched]
         self.tensors = [_content(tensor) for tensor in watched] if content else []
 
     def unchanged(self) -> bool:
         """Whether all is as it was, and still in its holder: in one go, since this is asked at every forward."""
-        for state, training, size, settings, places in self.states:
-            if training is not None:
-                if state["training"] is not training or len(state) != size:
-                    return False
-                if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                    return False
-            for name, value in settings:
-                now = state.get(name, _MISSING)
-                if now is not value and not same_setting(now, value):
-                    return False
-            for name, count, items in places:
-                place = state[name]
-                if len(place) != count:
-                    return False
-                for key, value in items:
-                    if place.get(key) is not value:
-                        return False
-        for tensor, marks, address_of, address, strides_of, strides, _ in self.tensors:
-            if _marks(tensor) != marks or address_of() != address or strides_of() != strides:
+        if any(self.empty) or not all(map(is_, _flat(self.rows), self.held)):
+            return False
+        for tensor, marks, address_of, address, is_like, former in self.tensors:
+            if _marks(tensor) != marks or address_of() != address or not is_like(former):
                 return False
-        return True
+        return all(same_setting(state[name], value) for state, name, value in self.containers)
 
     def same_forms(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same objects, unchanged, with tensors of the same forms."""
@@ -81,34 +74,37 @@ class Watch:
 
     def _add(self, module: nn.Module, watched: list[Tensor]) -> None:
         state = module.__dict__
-        settings = settings_of(module)
-        watched += [value for value in settings.values() if isinstance(value, Tensor)]
+        self.places.append(state)
+        self.empty += (state["_forward_hooks"], state["_forward_pre_hooks"])
+        for name, value in settings_of(module).items():
+            if isinstance(value, Tensor):
+                watched.append(value)
+            elif changes_in_place(value):
+                self.containers.append((state, name, snapshot(value)))
         for name in ("_parameters", "_buffers"):
             watched += [tensor for tensor in state[name].values() if tensor is not None]
-        compared = [(name, snapshot(value)) for name, value in settings.items()]
-        self.states.append((state, state["training"], len(state), compared, _places(module)))
+        self._add_places(module)
         for child in module._modules.values():
             if child is not None:
                 self._add(child, watched)
 
-
-def _places(module: nn.Module) -> list[tuple[str, int, list[tuple[str, Any]]]]:
-    """Return which objects a module holds, by kind."""
-    held = [(name, list(getattr(module, name).items())) for name in _PLACES]
-    return [(name, len(items), items) for name, items in held]
+    def _add_places(self, module: nn.Module) -> None:
+        for place in (module._parameters, module._buffers, module._modules):
+            (self.places if place else self.empty).append(place)
 
 
-# One call for what would be four look-ups: this is done for every tensor in every forward.
-_marks = attrgetter("_version", "requires_grad", "dtype", "shape")
+# One call for what would be three look-ups: this is done for every tensor in every forward.
+_marks = attrgetter("_version", "requires_grad", "dtype")
+_TOLD = frozenset({"cpu", "cuda", "mps"})
+"""Kinds of devices for whose tensors torch tells in one call whether two of them are the same memory in one form."""
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:
-    return (
-        tensor,
-        _marks(tensor),
-        tensor.data_ptr,
-        tensor.data_ptr(),
-        tensor.stride,
-        tensor.stride(),
-        tensor.untyped_storage(),
-    )
+    """Return all that `unchanged` compares of a tensor, and an alias that keeps its storage and the form it has now."""
+    former = tensor.detach()
+    is_like = tensor.is_set_to if tensor.device.type in _TOLD else _compared(tensor)
+    return (tensor, _marks(tensor), tensor.data_ptr, tensor.data_ptr(), is_like, former)
+
+
+def _compared(tensor: Tensor) -> Callable[[Tensor], bool]:
+    return lambda former: tensor.shape == former.shape and tensor.stride() == former.stride()
