@@ -74,20 +74,23 @@ class Holding:
             return self.frozen_value(site, inputs)
         if torch.compiler.is_compiling():
             return site.advance(*inputs)
-        if not self.contexts:
-            kept = self.kept.get("value")  # the common case, before all that keeping a new one needs
-            if kept is not None and kept.holds(inputs):
-                return kept.value
-        elif self.once is not None:
-            return self.once.value(site, inputs)
+        once = self.once
+        if once is not None:
+            return once.value(site, inputs)
         if self.versioned:
             return self.keep("value", site, len(site.record.chain), inputs, site.advance)
         return site.advance(*inputs)
 
-    def lasting_value(self) -> Any:
-        """Return the value kept from an earlier forward, of a site that reads nothing else; None where it is old."""
-        kept = None if self.frozen or self.contexts else self.kept.get("value")
-        return kept.value if kept is not None and kept.holds(()) else None
+    def kept_value(self, inputs: Sequence[Tensor]) -> Any:
+        """Return the value kept from an earlier forward, where nothing is `transformed`; else ``None``.
+
+        Arguments:
+            inputs: the tensors that the site reads beside its own.
+        """
+        if self.frozen or self.contexts:
+            return None
+        kept = self.kept.get("value")
+        return kept.value if kept is not None and kept.holds(inputs) else None
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
@@ -116,12 +119,14 @@ class Holding:
             inputs: the tensors that they read beside those that are stored.
             evaluate: makes the value from `inputs`.
         """
+        if transformed():
+            return evaluate(*inputs)
         kept = self.kept.get(key)
         if kept is not None and kept.holds(inputs):
             return kept.value
         modules = site.steps[:count]
         tensors = [*site.originals[: sum(site.record.stored[:count])], *inputs]
-        if transformed() or _capturing(tensors):
+        if _capturing(tensors):
             return evaluate(*inputs)
         self.kept.pop(key, None)
         before = sign(modules, tensors)
@@ -168,7 +173,7 @@ class Kept:
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
         grad, inference, cast, stream = self.modes
-        if transformed() or torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
+        if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
             return False
         if (cast or stream or torch._C._is_any_autocast_enabled()) and self.modes != _modes(self.first):
             return False

@@ -94,10 +94,12 @@ def linear_forward(
         transposed = frame.transposed.get(site)
         if transposed is not None:
             return times_transposed(*args, transposed, bias)
-        again = site in frame.values
-        weight = self.weight
-        if again:
-            frame.transpose(site)  # for the next time
+        weight = frame.first_value(site)
+        if weight is None:
+            again = site in frame.values
+            weight = self.weight
+            if again:
+                frame.transpose(site)  # for the next time
         return functional.linear(*args, weight, bias)
 
     return linear

@@ -19,13 +19,13 @@ from torch.jit import ScriptModule
 
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._names import loadable
-from rewriter.runtime._checkpoint import saving_hooks
+from rewriter.runtime._checkpoint import graph_task, saving_hooks
 from rewriter.runtime._linear import linear_forward
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._places import CONTAINER, HANDED, SESSION
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._pretrained import is_pretrained, methods_of
-from rewriter.runtime._recurrent import list_of_weights, one_list_a_call
+from rewriter.runtime._recurrent import list_of_weights, lstm_call, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._taken_in import hook_methods, tell_of_setting
@@ -240,15 +240,25 @@ def _subclass(plain: Any, body: dict[str, Any]) -> Any:
 def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     recurrent = issubclass(plain, nn.RNNBase)
     run = one_list_a_call(plain.forward, SESSION) if recurrent else plain.forward
+    if plain.forward is nn.LSTM.forward:
+        run = lstm_call(run, SESSION)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.
         session: Session | None = self.__dict__.get(SESSION)
-        if session is not None and session.running.frame is not None and (is_compiling() or not saving_hooks(True)):
-            if not kwargs:
-                return run(self, *args)
-            if HANDED not in kwargs:
-                return run(self, *args, **kwargs)
+        if session is not None and HANDED not in kwargs and (is_compiling() or not saving_hooks(True)):
+            running = session.running
+            if running.frame is not None:
+                return run(self, *args, **kwargs) if kwargs else run(self, *args)
+            if not is_compiling() and graph_task() is None:  # a forward of which no region runs again
+                running.frame = begun = Frame()
+                try:
+                    result = run(self, *args, **kwargs)
+                finally:
+                    running.frame = None
+                if begun.versions:
+                    begun.check_writes()
+                return result
         handed = kwargs.pop(HANDED, None)
         if session is None:  # a copy made by the class's own means
             session = _shared_session(self)
@@ -331,7 +341,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     if is_pretrained(plain):
         body.update(methods_of(plain))
     if recurrent:
-        body.update(list_of_weights(SESSION, sites_of))
+        body.update(list_of_weights(SESSION, CONTAINER))
     return body
 
 
@@ -363,21 +373,22 @@ def _value_property(tensor: str) -> property:
     def read(self: Any) -> Any:
         # A forward may come here at every time step: the common case is three look-ups.
         site = self._modules[CONTAINER]._modules.get(tensor)
-        if site is not None:
-            frame = site.session.running.frame
-            if frame is not None:
-                value = frame.known.get(site)
-                if value is not None:
-                    return value
-                if is_compiling() or not saving_hooks(True):
-                    value = frame.passing.get(site)
-                    if value is None and site.holding.versioned:
-                        value = frame.lasting_value(site)
-                if value is not None:
-                    return value
-        else:  # one site computes several tensors and has the name of another
-            site = sites_of(self)[tensor]
         try:
+            if site is not None:
+                frame = site.session.running.frame
+                if frame is not None:
+                    value = frame.known.get(site)
+                    if value is None:
+                        if is_compiling():
+                            value = frame.passing.get(site)
+                        elif not saving_hooks(True):
+                            value = frame.passing.get(site)
+                            if value is None:
+                                value = frame.first_value(site)
+                    if value is not None:
+                        return value
+            else:  # one site computes several tensors and has the name of another
+                site = sites_of(self)[tensor]
             return site.current_member(tensor)
         except AttributeError as problem:  # which Python would take to mean that there is no such attribute
             raise RewriterError(f"computing {tensor} of {type(self).__name__} failed: {problem}") from problem

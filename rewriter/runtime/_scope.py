@@ -16,6 +16,7 @@ from rewriter.errors import RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, region_of_backward, region_of_forward
 from rewriter.runtime._lost_writes import warn_of_write
+from rewriter.runtime._signature import transformed
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
 
@@ -56,26 +57,30 @@ class Frame:
                 checked = not is_compiling() and hooks_are_on() and key.repeatable
                 (self.known if checked else self.passing)[key] = value
             return value
-        value = evaluate() if is_compiling() else self._evaluate(key, evaluate)
-        self.values[key] = value
+        value = self.values[key] = evaluate() if is_compiling() else self._evaluate(key, evaluate)
         if not is_compiling():
             self.versions[key] = _version(value)
         return value
 
-    def lasting_value(self, key: Any) -> Tensor | None:
-        """Return the value that `key` has kept from an earlier forward, for this one too; None where it has none.
+    def first_value(self, key: Any) -> Tensor | None:
+        """Return what `value` does, for a first read under the frame's modes that no region may run again.
 
-        For the first read outside of regions that may run again: it goes past all that a new value has to heed.
+        Nearly all reads are the first, and all but a few of those are of this kind: it goes past what the others have
+        to heed. ``None`` where this one is another, or `key` computes several tensors.
         """
-        if is_compiling() or not key.lasting or key in self.values:
+        if key in self.values or key.record.cache == "never" or len(key.record.members) > 1:
             return None
         if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
             return None
-        value = key.holding.lasting_value()
-        if type(value) is not Tensor:
-            return None
-        self.values[key] = self.passing[key] = value
-        return value
+        if key.holding.versioned and key.lasting and not transformed():
+            value = key.holding.kept_value(())
+            if type(value) is Tensor:
+                self.values[key] = self.passing[key] = value
+                return value
+        value = self.values[key] = key(*key.read_inputs()) if key._places else key()
+        if not value.is_inference():
+            self.versions[key] = value._version
+        return value  # type: ignore[no-any-return]
 
     def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
         if hooks_are_on() or (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) != (
@@ -116,7 +121,8 @@ class Frame:
     def check_writes(self) -> None:
         """Refuse what the forward wrote into buffers that are computed, and warn of what it wrote into weights."""
         for key, version in self.versions.items():
-            if _version(self.values[key]) == version:
+            value = self.values[key]
+            if (value._version if type(value) is Tensor else _version(value)) == version:
                 continue
             record = key.record
             if key.stands_for_buffer:
@@ -136,7 +142,14 @@ class Frame:
         return _Again(self, region) if region in self.drawn.values() else self
 
 
-class _Again(Frame):
+class _Second(Frame):
+    """A frame of what runs again, in which no read is a first one."""
+
+    def first_value(self, key: Any) -> None:
+        return None
+
+
+class _Again(_Second):
     def __init__(self, frame: Frame, region: Region) -> None:
         super().__init__({key: value for key, value in frame.values.items() if frame.drawn.get(key) is not region})
         self.frame = frame
@@ -146,7 +159,7 @@ class _Again(Frame):
         return self.frame.values.get(key, value)
 
 
-class _Repeated(Frame):
+class _Repeated(_Second):
     """The frame of what a backward runs again without saying which forward it belonged to."""
 
     def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:

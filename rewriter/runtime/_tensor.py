@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
 from rewriter.runtime._signature import declares
 from rewriter.runtime._steps import apply_chain, apply_steps
-from rewriter.runtime._tracers import others_trace
+from rewriter.runtime._tracers import ordinary, others_trace
 
 
 class ParametrizedTensor(nn.Module):
@@ -98,19 +98,38 @@ class ParametrizedTensor(nn.Module):
         Raises:
             CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
+        if batch is None and ordinary():
+            if self.holding.busy:
+                kept = self.holding.kept_value(inputs)
+                if kept is not None:
+                    return kept
+            elif self.record.simple and self.record.memory == "keep" and not self.hoisted and not self.fused:
+                stored, names = self._parameters, self.original_names
+                if len(stored) == len(names):  # none of them is a buffer, and this is no replica
+                    return self._run(map(stored.__getitem__, names))
+        value = self._value(inputs) if batch is None else batch[slot]
+        return _autocast(value) if cast and autocast_anywhere() else value
+
+    def _value(self, inputs: Sequence[Tensor]) -> Any:
         if others_trace():
             raise CaptureError(
                 f"torch.fx would record the value of {self.record.name} as a constant, which nothing trains: rewrite "
                 "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
                 "rewritten or after bake()"
             )
-        if batch is not None:
-            value = batch[slot]
-        elif self.holding.busy:
-            value = self.holding.value(self, inputs)
-        else:
-            value = self.advance(*inputs)
-        return _autocast(value) if cast and autocast_anywhere() else value
+        return self.holding.value(self, inputs) if self.holding.busy else self.advance(*inputs)
+
+    def _run(self, originals: Iterable[Any]) -> Any:
+        """Run a chain in which every step reads what the one before it gave: most chains, in most forwards."""
+        steps = iter(self._modules.values())
+        try:
+            value = next(steps)(*originals)  # type: ignore[misc]
+            for step in steps:
+                value = step(value)  # type: ignore[misc]
+        except Exception as problem:
+            self._note(problem)
+            raise
+        return value
 
     def advance(self, *inputs: Tensor) -> Any:
         """Evaluate for a new forward: a state advances, unless it did so for this forward already."""

@@ -1,14 +1,24 @@
-"""Whether torch.fx is tracing, and on whose behalf."""
+"""What else than plain execution may be going on, and on whose behalf torch.fx is tracing."""
 
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from rewriter.runtime._signature import transformed
 
 own: set[object] = set()
 """The tracers of this package that are at work: they know what a computed tensor is."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_graph_task = torch._C._current_graph_task_id
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def ordinary() -> bool:
+    """Whether what is called now is executed as it is written, and no backward runs: as nearly always."""
+    return not (is_compiling() or _autocast() or _graph_task() != -1 or transformed() or is_fx_symbolic_tracing())
 
 
 def others_trace() -> bool:

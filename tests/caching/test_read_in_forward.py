@@ -177,3 +177,34 @@ def test_an_lstm_in_a_checkpointed_region_has_the_gradients_of_the_plain_one(
         stored = model.get_submodule(f"lstm.parametrizations.{name}").original
         torch.testing.assert_close(stored.grad, 2 * getattr(plain.lstm, name).grad)
     assert reentrant or Counting.calls == [True, True]
+
+
+class Reads(nn.Module):
+    """Reads two tensors of its own, in one order or the other."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias if self.first == "weight" else self.bias + x * self.weight
+
+
+class Doubles(nn.Module):
+    """Computes two tensors."""
+
+    def forward(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * weight, 2 * bias
+
+
+@pytest.mark.parametrize("cache", ["forward", "never", "version"])
+@pytest.mark.parametrize("first", ["weight", "bias"])
+def test_of_tensors_that_are_computed_together_each_reads_as_itself(first: str, cache: str) -> None:
+    plain = Reads(first)
+    rule = {"name": "r", "select": "0", "joint": ["weight", "bias"], "chain": [Doubles()], "init": "raw"}
+    model = rewrite(nn.Sequential(plain), {"reparam": 1, "rules": [{**rule, "cache": cache}]}, capture="module")
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), x * 2 * plain.weight + 2 * plain.bias)

@@ -85,7 +85,10 @@ def lstm(
     rows = layers * (2 if bidirectional else 1)
     visible = proj_size if proj_size > 0 else hidden_size
     h0 = _state(None if hx is None else hx[0], x, [rows, x.size(batch_dim), visible], batched)
-    c0 = _state(None if hx is None else hx[1], x, [rows, x.size(batch_dim), hidden_size], batched)
+    if hx is None and visible == hidden_size:
+        c0 = h0  # zeros as well, and nothing writes to them
+    else:
+        c0 = _state(None if hx is None else hx[1], x, [rows, x.size(batch_dim), hidden_size], batched)
     found = _VF.lstm(x, [h0, c0], weights, bias, layers, dropout, training, bidirectional, batch_first)
     output, h, c = found[0], found[1], found[2]
     if batched:
