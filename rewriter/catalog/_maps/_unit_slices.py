@@ -24,11 +24,14 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
         return None
     if not (v.is_cpu and v.is_contiguous() and g.is_contiguous() and executed_now()):
         return None
-    ndim = v.dim()
+    norms, sizes = g.shape, v.shape
+    if 0 in sizes:
+        return None
     if dim is None:
-        return None if g.numel() != 1 or not v.numel() else _scaled(g.view(1, 1), v.view(1, -1), 0).view(v.shape)
+        return _scaled(g.view(1, 1), v.view(1, -1), 0).view(sizes) if g.numel() == 1 else None
+    ndim = len(sizes)
     dim %= ndim
-    if ndim < 2 or g.dim() != ndim or not v.numel() or not g.numel() == g.size(dim) == v.size(dim):
+    if ndim < 2 or len(norms) != ndim or not g.numel() == norms[dim] == sizes[dim]:
         return None
     if dim == 0 or (dim == 1 and ndim == 2):
         return _scaled(g, v, dim)
@@ -52,8 +55,10 @@ def _corrected(g: Tensor, v: Tensor, dim: int) -> Callable[..., Sequence[Tensor 
     """Return a hook that makes the gradients differentiable: torch takes the norms in them for constants."""
 
     def hook(gradients: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
+        if not torch.is_grad_enabled():
+            return None
         gradient = outputs[0]
-        if not torch.is_grad_enabled() or gradient is None:
+        if gradient is None:
             return None
         norm = _norm(v, dim)
         along = (gradient * v).sum([index for index in range(v.dim()) if index != dim], keepdim=True) / norm
