@@ -78,25 +78,27 @@ def interleaved(
         device: where they run; an accelerator is waited for.
         prepare: makes, untimed, what each call is given; without it contenders are called with nothing.
         warm_up: rounds that do not count.
-        shortest: seconds; what is faster is called so often that a sample takes about as long, after one call that
-            does not count: what ran before has put other things in the processor's caches.
+        shortest: seconds; what is faster is called so often that a sample takes about as long. Up to ten times as
+            long, the samples follow a call that does not count: what ran before has put other things in the
+            processor's caches, while training and serving call one model again and again.
         collecting: leave Python's garbage collector on, for work of which it is a part.
     """
     names, order = list(contenders), random.Random(0)
-    repeats = dict.fromkeys(names, 1)
+    repeats, settling = dict.fromkeys(names, 1), dict.fromkeys(names, False)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for index in range(-warm_up, rounds):
         order.shuffle(names)
         gc.collect()
         for name in names:
             arguments = [()] * repeats[name] if prepare is None else [(prepare(),)]
-            if repeats[name] > 1:
+            if settling[name]:
                 contenders[name]()
             taken = _sample(contenders[name], arguments, device, collecting)
             if index >= 0:
                 samples[name].append(taken)
             elif prepare is None:
                 repeats[name] = max(1, math.ceil(shortest / taken))
+                settling[name] = taken < 10 * shortest
     return Timings(samples)
 
 
