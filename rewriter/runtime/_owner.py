@@ -25,7 +25,7 @@ from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._places import CONTAINER, HANDED, SESSION
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._pretrained import is_pretrained, methods_of
-from rewriter.runtime._recurrent import list_of_weights, lstm_call, one_list_a_call
+from rewriter.runtime._recurrent import LIST_OF_WEIGHTS, lstm_call, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._taken_in import hook_methods, tell_of_setting
@@ -239,9 +239,9 @@ def _subclass(plain: Any, body: dict[str, Any]) -> Any:
 
 def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     recurrent = issubclass(plain, nn.RNNBase)
-    run = one_list_a_call(plain.forward, SESSION) if recurrent else plain.forward
+    run = one_list_a_call(plain.forward) if recurrent else plain.forward
     if plain.forward is nn.LSTM.forward:
-        run = lstm_call(run, SESSION)
+        run = lstm_call(run)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.
@@ -341,7 +341,7 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     if is_pretrained(plain):
         body.update(methods_of(plain))
     if recurrent:
-        body.update(list_of_weights(SESSION, CONTAINER))
+        body.update(LIST_OF_WEIGHTS)
     return body
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,22 +10,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from rewriter.runtime._checkpoint import saving_hooks
-from rewriter.runtime._scope import Session
-from rewriter.runtime._tensor import ParametrizedTensor
-
-Sites = Callable[[Any], Mapping[str, ParametrizedTensor]]
+from rewriter.runtime._places import CONTAINER, SESSION
+from rewriter.runtime._scope import Frame, Session
 
 
-def one_list_a_call(forward: Callable[..., Any], session_slot: str) -> Callable[..., Any]:
-    """Return the forward of an RNNBase, which asks for its list of weights more than once, as one use of them.
-
-    Arguments:
-        forward: the layer's own.
-        session_slot: where an owner keeps its session.
-    """
+def one_list_a_call(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of an RNNBase, which asks for its list of weights more than once, as one use of them."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        frame = None if is_compiling() else self.__dict__[session_slot].running.frame
+        frame = None if is_compiling() else self.__dict__[SESSION].running.frame
         if frame is None:
             return forward(self, *args, **kwargs)
         frame.uses[self] = None
@@ -37,23 +30,23 @@ def one_list_a_call(forward: Callable[..., Any], session_slot: str) -> Callable[
     return call
 
 
-def lstm_call(forward: Callable[..., Any], session_slot: str) -> Callable[..., Any]:
+def lstm_call(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of an LSTM that makes the usual call itself: a batch of sequences that start from zeros.
 
     torch makes the zeros twice, and looks at everything that they and the weights might be.
 
     Arguments:
         forward: for all other calls.
-        session_slot: where an owner keeps its session.
     """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         if type(x) is not Tensor or x.dim() != 3 or x.size(2) != self.input_size or self.proj_size:
             return forward(self, *args, **kwargs)
-        if is_compiling() or self.__dict__[session_slot].running.frame is None:
+        frame = None if is_compiling() or saving_hooks(True) else self.__dict__[SESSION].running.frame
+        if frame is None:
             return forward(self, *args, **kwargs)
-        weights = self._flat_weights
+        weights: list[Any] = _weights(self, frame)
         if weights[0].dtype is not x.dtype and not torch._C._is_any_autocast_enabled():
             return forward(self, x)  # which says what is wrong
         rows, batch = self.num_layers * (2 if self.bidirectional else 1), x.size(0 if self.batch_first else 1)
@@ -65,34 +58,27 @@ def lstm_call(forward: Callable[..., Any], session_slot: str) -> Callable[..., A
     return call
 
 
-def list_of_weights(session_slot: str, container: str) -> dict[str, Any]:
-    """Return what a class of owners has for the list of its weights, which RNNBase would keep up to date itself.
+def _read(self: Any) -> list[Tensor | None]:
+    session: Session | None = self.__dict__.get(SESSION)
+    frame = None if session is None or is_compiling() or saving_hooks(True) else session.running.frame
+    if frame is None:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+    return _weights(self, frame)
 
-    Arguments:
-        session_slot: where an owner keeps its session.
-        container: the submodule that holds an owner's sites.
-    """
 
-    def read(self: Any) -> list[Tensor | None]:
-        session: Session | None = self.__dict__.get(session_slot)
-        frame = None if session is None or is_compiling() or saving_hooks(True) else session.running.frame
-        if frame is None:
-            return [getattr(self, name, None) for name in self._flat_weights_names]
-        weights = frame.lists.get(self) or frame.uses.get(self)
-        if weights is None:
-            stored = self._parameters
-            weights = [
-                getattr(self, name, None) if stored.get(name) is None else stored[name]
-                for name in self._flat_weights_names
-            ]
-            # What is assigned to a tensor is written to the list, for the rest of the forward or of the call.
-            if frame.values.keys() >= set(self._modules[container]._modules.values()):  # none has the policy never
-                frame.lists[self] = weights
-            elif self in frame.uses:
-                frame.uses[self] = weights
-        return weights
-
-    return {"_flat_weights": property(read, _ignore), "_update_flat_weights": _nothing_to_update}
+def _weights(owner: Any, frame: Frame) -> list[Tensor | None]:
+    """Return the weights of `owner` for the rest of the forward, or of the call."""
+    weights = frame.lists.get(owner) or frame.uses.get(owner)
+    if weights is None:
+        stored = owner._parameters
+        names = owner._flat_weights_names
+        weights = [getattr(owner, name, None) if stored.get(name) is None else stored[name] for name in names]
+        # What is assigned to a tensor is written to the list.
+        if frame.values.keys() >= set(owner._modules[CONTAINER]._modules.values()):  # none has the policy never
+            frame.lists[owner] = weights
+        elif owner in frame.uses:
+            frame.uses[owner] = weights
+    return weights
 
 
 def _ignore(self: Any, weights: list[Tensor | None]) -> None:
@@ -101,3 +87,7 @@ def _ignore(self: Any, weights: list[Tensor | None]) -> None:
 
 def _nothing_to_update(self: Any) -> None:
     """RNNBase makes its list anew whenever a weight is another tensor than before, which computed ones always are."""
+
+
+LIST_OF_WEIGHTS = {"_flat_weights": property(_read, _ignore), "_update_flat_weights": _nothing_to_update}
+"""What a class of owners has for the list of its weights, which RNNBase would keep up to date itself."""

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch.compiler import is_compiling
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-
-from rewriter.runtime._signature import transformed
 
 own: set[object] = set()
 """The tracers of this package that are at work: they know what a computed tensor is."""
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
 _graph_task = torch._C._current_graph_task_id
 _autocast = torch._C._is_any_autocast_enabled
 
 
 def ordinary() -> bool:
     """Whether what is called now is executed as it is written, and no backward runs: as nearly always."""
-    return not (is_compiling() or _autocast() or _graph_task() != -1 or transformed() or is_fx_symbolic_tracing())
+    return not (
+        is_dynamo_compiling()  # what else `is_compiling` tells of is done under modes
+        or _autocast()
+        or _graph_task() != -1
+        or _dispatch_modes() > 0
+        or _interpreter() is not None
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or is_fx_symbolic_tracing()
+    )
 
 
 def others_trace() -> bool:

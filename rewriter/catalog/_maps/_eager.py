@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -43,7 +43,7 @@ def executed_now() -> bool:
     Then a number of a tensor on the CPU may be read, which waits for nothing; and no forward-mode derivative is wanted.
     """
     return not (
-        is_compiling()
+        is_dynamo_compiling()  # other compilers have fake tensors, or modes on
         or _interpreter() is not None
         or _tracing_state() is not None
         or forward_ad._current_level >= 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,25 +48,23 @@ def _scaled(g: Tensor, v: Tensor, dim: int) -> Tensor:
         return v * torch.where(zero, g, g / norm)
     node = value.grad_fn
     if node is not None:
-        node.register_hook(_corrected(g, v, dim))
+        node.register_hook(partial(_corrected, g, v, dim))
     return value
 
 
-def _corrected(g: Tensor, v: Tensor, dim: int) -> Callable[..., Sequence[Tensor | None] | None]:
-    """Return a hook that makes the gradients differentiable: torch takes the norms in them for constants."""
-
-    def hook(gradients: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
-        if not torch.is_grad_enabled():
-            return None
-        gradient = outputs[0]
-        if gradient is None:
-            return None
-        norm = _norm(v, dim)
-        along = (gradient * v).sum([index for index in range(v.dim()) if index != dim], keepdim=True) / norm
-        exact = ((g / norm) * (gradient - v * (along / norm)), along)
-        return tuple(None if given is None else new for given, new in zip(gradients, exact, strict=True))
-
-    return hook
+def _corrected(
+    g: Tensor, v: Tensor, dim: int, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
+) -> Sequence[Tensor | None] | None:
+    """Return differentiable gradients, if they are to be: torch takes the norms in them for constants."""
+    if not torch.is_grad_enabled():
+        return None
+    gradient = outputs[0]
+    if gradient is None:
+        return None
+    norm = _norm(v, dim)
+    along = (gradient * v).sum([index for index in range(v.dim()) if index != dim], keepdim=True) / norm
+    exact = ((g / norm) * (gradient - v * (along / norm)), along)
+    return tuple(None if given is None else new for given, new in zip(gradients, exact, strict=True))
 
 
 def _norm(v: Tensor, dim: int) -> Tensor:
