@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter._absorb import Taken, take_over, taken_over
+from rewriter._attach import attach_sites, keep_parameters, take_off
 from rewriter._copy import copied
 from rewriter._given import check_capture_name, check_model
 from rewriter._pause import collector_paused
@@ -21,9 +22,7 @@ from rewriter.passes import (
     cache_pass,
     cast_pass,
     expand_pass,
-    fuse,
     fuse_pass,
-    hoist,
     hoist_pass,
     insert_pass,
     open_pass,
@@ -34,19 +33,16 @@ from rewriter.passes import (
     verify_against,
 )
 from rewriter.planning._prepare import Prepared, prepare
-from rewriter.planning._survey import Entry
 from rewriter.runtime import (
-    ParametrizedTensor,
     RewrittenModule,
     Session,
-    attach,
     open_graph_owners,
     open_path,
     refuse_mixed,
     refuse_replaced,
     site_path,
 )
-from rewriter.runtime._memory import refill, shared_storages
+from rewriter.runtime._places import SESSION
 from rewriter.spec import Spec, load_spec
 
 _OPTIONAL = {
@@ -149,20 +145,20 @@ def rewrite(
     call = call_of(example_inputs, example_kwargs, dynamic_shapes)
     with torch.inference_mode(False), collector_paused():
         if read.absorb:
-            target, taken = _taken(model, read, capture, inplace, call)
+            target, taken = _taken(model, read, capture, without, inplace, call)
         else:
             target, taken = model if inplace else copied(model), []
         return _rewrite(target, read, capture, without, taken, call)
 
 
 def _taken(
-    model: nn.Module, spec: Spec, capture: str, inplace: bool, call: Call | None
+    model: nn.Module, spec: Spec, capture: str, without: Collection[str], inplace: bool, call: Call | None
 ) -> tuple[nn.Module, list[Taken]]:
     if not inplace:
         return taken_over(model)
     # What does not fit shows on a copy, while the model is still as it was.
     copy, taken = taken_over(model)
-    prepare(copy, spec, capture, taken=taken, call=call)
+    prepare(copy, spec, capture, taken=taken, call=call, without=without)
     return take_over(model)
 
 
@@ -174,79 +170,27 @@ def _rewrite(
     taken: Sequence[Taken],
     call: Call | None,
 ) -> nn.Module:
-    prepared = prepare(target, spec, capture, taken=taken, call=call)
+    prepared = prepare(target, spec, capture, taken=taken, call=call, without=without)
     if not prepared.new and not prepared.absorbed:
         return target
+    closed = [module for module in target.modules() if SESSION not in module.__dict__]
     session = attach_sites(prepared)
+    try:
+        result = _rewrite_attached(target, prepared, session, without)
+    except BaseException:
+        take_off(prepared, closed)
+        raise
+    keep_parameters(prepared)
+    return result
+
+
+def _rewrite_attached(target: nn.Module, prepared: Prepared, session: Session, without: Collection[str]) -> nn.Module:
     fresh = [site for _, site in (*prepared.new, *prepared.absorbed)]
     in_place = prepared.capture.root == "module"
     if in_place:
         target = open_graph_owners(target)
     open_path(target, (name for site in fresh for name in site.record.names), session, itself=in_place)
-    if in_place:
-        if "hoist" not in without:
-            hoist(fresh)
-        if "fuse" not in without:
-            fuse(fresh)
-        return target
-    return _rewrite_graph(target, prepared, session, without)
-
-
-def attach_sites(prepared: Prepared) -> Session:
-    """Put the sites that were built into the model's modules; from here on the model is another one."""
-    session = prepared.standing[0].session if prepared.standing else Session()
-    order = {id(entry): index for index, entry in enumerate(prepared.entries)}
-    made = [*((claim.entries, site) for claim, site in prepared.new)]
-    shared = shared_storages(entry.tensor for entry in prepared.entries if entry.tensor is not None)
-    for entries, site in made:
-        _keep_parameters(entries, site, shared)
-    made += [([entry], site) for entry, site in prepared.absorbed]
-    for entries, site in sorted(made, key=lambda pair: order[id(pair[0][0])]):
-        _attach(entries, site, session)
-    _connect(prepared)
-    return session
-
-
-def _attach(entries: Sequence[Entry], site: ParametrizedTensor, session: Session) -> None:
-    site.__dict__["session"] = session
-    places: dict[int, tuple[nn.Module, list[str]]] = {}
-    for entry in entries:
-        for owner, tensor in entry.owners:
-            places.setdefault(id(owner), (owner, []))[1].append(tensor)
-    for owner, tensors in places.values():
-        groups = [tensors] if len(entries) > 1 else [[tensor] for tensor in tensors]
-        for group in groups:
-            attach(owner, group, site)
-
-
-def _keep_parameters(entries: Sequence[Entry], site: ParametrizedTensor, shared: frozenset[int]) -> None:
-    """Store the originals in the model's own Parameter objects where the shapes allow it."""
-    free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
-    for name, original in zip(site.original_names, site.originals, strict=True):
-        for index, parameter in enumerate(free):
-            if isinstance(original, nn.Parameter) and _same_form(parameter, original):
-                refill(parameter, original.data, shared)
-                parameter.requires_grad = original.requires_grad
-                site._parameters[name] = parameter
-                del free[index]
-                break
-
-
-def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
-    same = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-    return same and not one.is_inference()  # it could never be trained
-
-
-def _connect(prepared: Prepared) -> None:
-    """Tell each site that reads other tensors where they are."""
-    entries = {name: entry for entry in prepared.entries for name in entry.names}
-    for _, site in prepared.new:
-        if site.record.reads:
-            site.place_inputs([_place(entries[name]) for name in site.record.reads])
-
-
-def _place(entry: Entry) -> tuple[nn.Module, str]:
-    return entry.owners[0]
+    return target if in_place else _rewrite_graph(target, prepared, session, without)
 
 
 def rewriting_of(root: nn.Module, prepared: Prepared, session: Session) -> Rewriting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,9 @@ def batch_evaluations(rewriting: Rewriting) -> bool:
     """Give the evaluations of every group of equal sites one node that does their work."""
     dissolve_batches(rewriting)
     evaluations = evaluations_of(rewriting).items()
-    nodes = {site: found[0] for site, found in evaluations if len(found) == 1 and can_batch(site)}
-    groups: dict[object, list[ParametrizedTensor]] = {}
-    for site in sorted(nodes, key=nodes.__getitem__):
-        groups.setdefault((site.record.identity, likeness(site)), []).append(site)
-    chosen = [group for group in groups.values() if len(group) > 1 and _wanted(group) and _equal(group)]
+    nodes = {site: found[0] for site, found in evaluations if len(found) == 1}
+    groups = groups_to_batch(sorted(nodes, key=nodes.__getitem__))
+    chosen = [group for group in groups if _wanted(group) and _equal(group)]
     if chosen:
         rewriting.root.add_module(BATCHES, nn.ModuleList(map(BatchedEvaluation, chosen)))
     for index, group in enumerate(chosen):
@@ -62,24 +60,36 @@ def is_batch(root: nn.Module, node: fx.Node) -> bool:
 
 def can_batch(site: ParametrizedTensor) -> bool:
     """Whether the site's chain is a function of one stored tensor that broadcasts over leading dimensions."""
+    return site.record.batch != "never" and not why_alone(site)
+
+
+def why_alone(site: ParametrizedTensor) -> str:
+    """Return why the site's value cannot come out of a batch; nothing where it can."""
     record = site.record
-    return (
-        record.cache == "forward"
-        and record.memory == "keep"
-        and record.batch != "never"
-        and not site.hoisted
-        and len(record.members) == 1
-        and len(site.original_names) == 1
-        and all(map(_broadcasts, site.steps))
-        and not record.reads
-    )
+    if record.cache != "forward":
+        return f"`cache: {record.cache}` decides for each tensor when it is evaluated"
+    if record.memory != "keep":
+        return f"`memory: {record.memory}` evaluates each tensor again by itself"
+    if len(record.members) > 1 or len(site.original_names) > 1:
+        return "the chain is no function of one stored tensor"
+    if record.reads:
+        return "the chain reads other tensors"
+    for step, name in zip(site.steps, record.chain, strict=True):
+        parts = step.modules() if step._modules else (step,)
+        if any(declares(part, "stateful") or declares(part, "random") for part in parts):
+            return f"{name} advances a state or draws random numbers"
+        if not declares(step, "batched"):
+            return f"{name} is not for several tensors at once (its class does not say `batched = True`)"
+    return "its first steps are not evaluated in every forward" if site.hoisted else ""
 
 
-def _broadcasts(step: Any) -> bool:
-    if not declares(step, "batched"):
-        return False
-    parts = step.modules() if step._modules else (step,)
-    return not any(declares(part, "stateful") or declares(part, "random") for part in parts)
+def groups_to_batch(sites: Iterable[ParametrizedTensor]) -> list[list[ParametrizedTensor]]:
+    """Return the groups of two and more of the sites that are alike: equal chains over tensors of equal form."""
+    groups: dict[object, list[ParametrizedTensor]] = {}
+    for site in sites:
+        if can_batch(site):
+            groups.setdefault((site.record.identity, likeness(site)), []).append(site)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _wanted(group: Sequence[ParametrizedTensor]) -> bool:
@@ -93,14 +103,19 @@ def _equal(group: Sequence[ParametrizedTensor]) -> bool:
     Raises:
         PassError: it does not, and the rule says `batch: always`.
     """
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            problem = _difference(group)
-    except Exception as failure:
-        problem = f"the chain cannot be batched: {failure}"
+    problem = why_not_equal(group)
     if problem and group[0].record.batch == "always":
         raise PassError(f"{group[0].record.name}: {problem}")
     return not problem
+
+
+def why_not_equal(group: Sequence[ParametrizedTensor]) -> str:
+    """Return in which way a batch of the sites does not give what each of them gives; nothing where it does."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return _difference(group)
+    except Exception as failure:
+        return f"the chain cannot be batched: {failure}"
 
 
 def _difference(group: Sequence[ParametrizedTensor]) -> str:

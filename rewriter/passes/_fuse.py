@@ -7,53 +7,61 @@ The state dict keeps every step that the spec wrote; see `rewriter.runtime._fuse
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
-from rewriter.passes._infra import Pass, PassError
+from rewriter.passes._infra import Pass, PassError, Rewriting
 from rewriter.passes._samples import few_of_each
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._fused import groups_of
 
 
 def fuse(sites: Iterable[ParametrizedTensor]) -> bool:
-    """Decide for each site which of its steps are evaluated as one.
-
-    Raises:
-        PassError: a step's `fuse` or `cancels` says what is not so.
-    """
-    fused: list[ParametrizedTensor] = []
+    """Decide for each site which of its steps are evaluated as one."""
+    fused = False
     for site in sites:
         groups = groups_of(site)
         if groups != site.fused:
             site.fused = groups
-        if groups:
-            fused.append(site)
-    for site in few_of_each(fused):
-        _require_equal(site)
-    return bool(fused)
+        fused = fused or bool(groups)
+    return fused
 
 
 @torch.no_grad()
-def _require_equal(site: ParametrizedTensor) -> None:
-    inputs = site.read_inputs()
-    if any(tensor.is_meta for tensor in (*site.originals, *inputs)):
-        return
+def why_not_fused(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
+    """Return in which way the value is another when steps are evaluated as one; nothing where it is the same.
+
+    Arguments:
+        site: on which it was decided.
+        inputs: the tensors that it reads.
+    """
+    if not site.fused or any(tensor.is_meta for tensor in (*site.originals, *inputs)):
+        return ""
     shorter = site.read(*inputs)
     groups, site.fused = site.fused, ()
-    written = site.read(*inputs)
-    site.fused = groups
+    try:
+        written = site.read(*inputs)
+    finally:
+        site.fused = groups
     values = zip(shorter, written, strict=True) if isinstance(written, tuple) else [(shorter, written)]
     for one, other in values:
         rounding = 1e2 * torch.finfo(other.dtype).eps if other.is_floating_point() or other.is_complex() else 0.0
         if one.dtype != other.dtype or one.shape != other.shape or not torch.allclose(one, other, rounding, rounding):
             steps = ", ".join(f"{start + 1}–{stop}" for start, stop in groups)
-            raise PassError(
-                f"{site.record.name}: steps {steps} of {' >> '.join(site.record.chain)} give another value as one "
-                "than one after the other; their `fuse` or `cancels` is wrong (rewrite(…, without=['fuse']) leaves "
-                "them alone)"
+            return (
+                f"steps {steps} of {' >> '.join(site.record.chain)} give another value as one than one after the "
+                "other; their `fuse` or `cancels` is wrong (rewrite(…, without=['fuse']) leaves them alone)"
             )
+    return ""
 
 
-fuse_pass = Pass("fuse", lambda rewriting: fuse(rewriting.order))
+def _values_are_the_same(rewriting: Rewriting) -> None:
+    for site in few_of_each(site for site in rewriting.order if site.fused):
+        problem = why_not_fused(site, site.read_inputs())
+        if problem:
+            raise PassError(f"{site.record.name}: {problem}")
+
+
+fuse_pass = Pass("fuse", lambda rewriting: fuse(rewriting.order), ensures=_values_are_the_same)

@@ -7,12 +7,11 @@ the tensors it was made from are the same and unchanged, and made again when the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from rewriter.errors import RewriterError
 from rewriter.passes._infra import Pass, PassError, Rewriting
 from rewriter.passes._samples import few_of_each
 from rewriter.runtime import ParametrizedTensor
@@ -54,22 +53,31 @@ def _fits(site: ParametrizedTensor, count: int, stored: list[Tensor]) -> bool:
 
 
 @torch.no_grad()
+def why_not_hoisted(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
+    """Return in which way the value is another when its first steps are hoisted; nothing where it is the same.
+
+    Arguments:
+        site: on which it was decided.
+        inputs: the tensors that it reads.
+    """
+    if not site.hoisted or any(tensor.is_meta for tensor in site.originals):
+        return ""
+    with_it = site.read(*inputs)
+    count, site.hoisted = site.hoisted, 0
+    try:
+        without = site.read(*inputs)
+    finally:
+        site.hoisted = count
+    if torch.equal(with_it, without):
+        return ""
+    return "it has another value when its first steps are hoisted; they are not a function of their tensors alone"
+
+
 def _values_are_the_same(rewriting: Rewriting) -> None:
-    hoisted = [site for site in rewriting.order if site.hoisted]
-    for site in few_of_each(hoisted):
-        if any(tensor.is_meta for tensor in site.originals):
-            continue
-        inputs = site.read_inputs()
-        with_it = site.read(*inputs)
-        count, site.hoisted = site.hoisted, 0
-        try:
-            without = site.read(*inputs)
-        except RewriterError as problem:
-            raise PassError(f"{site.record.name}: {problem}") from problem
-        finally:
-            site.hoisted = count
-        if not torch.equal(with_it, without):
-            raise PassError(f"{site.record.name} has another value when its first steps are hoisted")
+    for site in few_of_each(site for site in rewriting.order if site.hoisted):
+        problem = why_not_hoisted(site, site.read_inputs())
+        if problem:
+            raise PassError(f"{site.record.name}: {problem}")
 
 
 hoist_pass = Pass("hoist", lambda rewriting: hoist(rewriting.order), ensures=_values_are_the_same)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,13 @@ from rewriter.planning._build import Description, build, check_value, describe
 from rewriter.planning._construct import BuildError, Extra
 from rewriter.planning._fit import Fitted, fitted_together
 from rewriter.planning._plan import Plan, Site
+from rewriter.planning._prove import prove, prove_batches
 from rewriter.planning._resolve import Claim, nearest, resolve
 from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, refuse_strays, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session
-from rewriter.runtime._fused import groups_of
 from rewriter.spec import Rule, Spec
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def prepare(
     measure: bool = False,
     taken: Sequence[Taken] = (),
     call: Call | None = None,
+    without: Collection[str] = (),
 ) -> Prepared:
-    """Resolve, capture and build; the model is only read.
+    """Resolve, capture, build and prove; the model is only read.
 
     Arguments:
         model: the model.
@@ -86,6 +87,7 @@ def prepare(
         measure: whether to find how far each value moves.
         taken: tensors taken over from other tools, which the model holds as plain ones.
         call: example inputs.
+        without: passes that will be left out.
 
     Raises:
         PlanError: the spec does not fit the model; every reason is listed.
@@ -113,10 +115,20 @@ def prepare(
     owners += [name.rpartition(".")[0] for entry, _ in absorbed for name in entry.names]
     prepared = Prepared(spec, entries, _way(model, owners, mode, call), present=present, absorbed=absorbed)
     problems += refuse_writes(claims, prepared.capture.graph)
-    _build_all(prepared, claims, problems, measure)
+    values = _build_all(prepared, claims, problems, measure)
+    if not problems:
+        problems += _proven(prepared, values, without)
     if problems:
         raise PlanError.of(problems)
     return prepared
+
+
+def _proven(prepared: Prepared, values: _Values, without: Collection[str]) -> list[Diagnostic]:
+    rules = {rule.name: rule for rule in prepared.spec.rules}
+    fresh = [site for _, site in (*reversed(prepared.new), *prepared.absorbed)]
+    problems = prove(fresh, rules, lambda site: [values[name] for name in site.record.reads], without)
+    present = [site for _, site in prepared.present]
+    return problems + prove_batches([*present, *fresh] if fresh else [], rules, prepared.capture, without)
 
 
 def _way(model: nn.Module, owners: Sequence[str], mode: str, call: Call | None) -> Capture:
@@ -148,7 +160,7 @@ def plan_of(model: nn.Module, prepared: Prepared) -> Plan:
             how, why = _how_captured(model, prepared.capture, uses, site)
             if present and how == "unused" and isinstance(model, RewrittenModule):
                 how, why = "graph", "as it was rewritten before"
-            fused = tuple((start + 1, stop) for start, stop in (site.fused if present else groups_of(site)))
+            fused = tuple((start + 1, stop) for start, stop in site.fused)
             sites.append(Site(site.record, how, why, prepared.moved.get(site, 0.0), present, fused))
     return Plan(tuple(sites), prepared.spec.source, prepared.capture.root, prepared.capture.why)
 
@@ -243,7 +255,7 @@ def reads_of(rule: Rule) -> list[str]:
 
 
 @torch.no_grad()
-def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool) -> None:
+def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool) -> _Values:
     values = _Values(prepared)
     shared: dict[str, list[nn.Module]] = {}
     extra: dict[int, Extra] = {}
@@ -284,6 +296,7 @@ def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagn
     for (name, text), sites in failures.items():
         more = f" (and {len(sites) - 1} more sites)" if len(sites) > 1 else ""
         problems.append(rules[name].where("chain").diagnose(f"rule {name!r} on {sites[-1]}{more}: {text}"))
+    return values
 
 
 def _form(site: ParametrizedTensor, inputs: Iterable[Tensor]) -> object:

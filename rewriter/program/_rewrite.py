@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.export import ExportedProgram
 
+from rewriter._attach import keep_parameters
 from rewriter.capture import Capture
 from rewriter.errors import CaptureError, PlanError
 from rewriter.planning._plan import Plan, Site
@@ -19,7 +20,7 @@ from rewriter.planning._writes import writer
 from rewriter.program._insert import Edited, insert_site, tied
 from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
 from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
-from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, site_path
+from rewriter.runtime import Layout, Member, Record, site_path
 from rewriter.spec import Spec
 
 _WHY = "the program's graph"
@@ -72,13 +73,21 @@ def rewrite_program(program: ExportedProgram, spec: Spec, *, inplace: bool = Fal
     prepared, training = _prepared(program, edited.state, edited.constants, spec)
     if not prepared.new:
         return program if inplace else edited.finish()
-    for claim, site in prepared.new:
+    for claim, _ in prepared.new:
         for entry in claim.entries:
             for name in entry.names:
                 _refuse_written(edited, name)
-        _keep_parameters(claim.entries, site)
-        with torch.random.fork_rng(devices=[]):
-            insert_site(edited, site, site_path(site), _values(edited), training)
+    tensors = [entry.tensor for claim, _ in prepared.new for entry in claim.entries if entry.tensor is not None]
+    before = [(tensor, tensor.data, tensor.data.clone(), tensor.requires_grad) for tensor in tensors if inplace]
+    keep_parameters(prepared)
+    try:
+        for _, site in prepared.new:
+            with torch.random.fork_rng(devices=[]):
+                insert_site(edited, site, site_path(site), _values(edited), training)
+    except BaseException:
+        for tensor, data, content, trained in before:
+            tensor.data, tensor.requires_grad = data.copy_(content), trained
+        raise
     return edited.finish()
 
 
@@ -180,20 +189,6 @@ def _values(edited: Edited) -> dict[str, fx.Node]:
         for member in site.members:
             found.update({slot.target: nodes[member.value] for slot in member.slots})
     return found
-
-
-def _keep_parameters(entries: list[Any], site: ParametrizedTensor) -> None:
-    free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
-    for name in site.original_names:
-        original = getattr(site, name)
-        for parameter in list(free):
-            same = (parameter.shape, parameter.dtype) == (original.shape, original.dtype)
-            if isinstance(original, nn.Parameter) and same:
-                parameter.data.copy_(original.data)
-                parameter.requires_grad = original.requires_grad
-                site._parameters[name] = parameter
-                free.remove(parameter)
-                break
 
 
 def _refuse_written(edited: Edited, name: str) -> None:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rewriter import RewriterError, bake, evaluate_once, plan, register, rewrite
+from rewriter import PlanError, RewriterError, bake, evaluate_once, plan, register, rewrite
 from rewriter.io import load_model, save_model
-from rewriter.passes import PassError, print_graph
+from rewriter.passes import print_graph
 from rewriter.runtime import ParametrizedTensor
 from rewriter.state import freeze, unfreeze
 
@@ -250,7 +250,7 @@ def test_a_step_that_says_what_is_not_so_is_found() -> None:
         def cancels(self, next: nn.Module) -> bool:
             return True
 
-    with pytest.raises(PassError, match=r"0\.weight: steps 1–2 of .* give another value as one"):
+    with pytest.raises(PlanError, match=r"rules\[0\].chain: 0\.weight: steps 1–2 of .* give another value as one"):
         rewrite(net(), spec("pretends_to_cancel", "pretends_to_cancel"))
     rewrite(net(), spec("pretends_to_cancel", "pretends_to_cancel"), without=["fuse"])
     with pytest.raises(RewriterError, match="without: fues is none of"):

@@ -1,0 +1,95 @@
+"""Putting sites into a model's modules, and off again where a rewriting fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from rewriter.planning import Entry, Prepared
+from rewriter.runtime import ParametrizedTensor, Session, attach, detach, release, sites_of
+from rewriter.runtime._memory import refill, shared_storages
+from rewriter.runtime._places import SESSION
+
+
+def attach_sites(prepared: Prepared) -> Session:
+    """Put the sites that were built into the model's modules, over tensors of their own."""
+    session = prepared.standing[0].session if prepared.standing else Session()
+    order = {id(entry): index for index, entry in enumerate(prepared.entries)}
+    made = [*((claim.entries, site) for claim, site in prepared.new)]
+    made += [([entry], site) for entry, site in prepared.absorbed]
+    for entries, site in sorted(made, key=lambda pair: order[id(pair[0][0])]):
+        _attach(entries, site, session)
+    _connect(prepared)
+    return session
+
+
+def take_off(prepared: Prepared, closed: Sequence[nn.Module]) -> None:
+    """Put the model's own tensors back in the places of sites whose rewriting failed.
+
+    Arguments:
+        prepared: what was attached.
+        closed: the modules that no session had opened before.
+    """
+    for claim, site in prepared.new:
+        for owner, tensors in _places(claim.entries):
+            for group in [tensors] if len(claim.entries) > 1 else [[tensor] for tensor in tensors]:
+                if any(sites_of(owner).get(tensor) is site for tensor, _ in group):
+                    detach(owner, dict(group))
+    for module in closed:
+        if SESSION in module.__dict__ and not sites_of(module):
+            release(module)
+
+
+def _attach(entries: Sequence[Entry], site: ParametrizedTensor, session: Session) -> None:
+    site.__dict__["session"] = session
+    for owner, tensors in _places(entries):
+        names = [tensor for tensor, _ in tensors]
+        for group in [names] if len(entries) > 1 else [[name] for name in names]:
+            attach(owner, group, site)
+
+
+def _places(entries: Sequence[Entry]) -> list[tuple[nn.Module, list[tuple[str, Any]]]]:
+    """Return the owners of the tensors of one site, each with the names it has for them and what they are."""
+    places: dict[int, tuple[nn.Module, list[tuple[str, Any]]]] = {}
+    for entry in entries:
+        for owner, tensor in entry.owners:
+            places.setdefault(id(owner), (owner, []))[1].append((tensor, entry.tensor))
+    return list(places.values())
+
+
+def keep_parameters(prepared: Prepared) -> None:
+    """Store the originals in the model's own Parameter objects where the shapes allow it."""
+    shared = shared_storages(entry.tensor for entry in prepared.entries if entry.tensor is not None)
+    for claim, site in prepared.new:
+        _keep(claim.entries, site, shared)
+
+
+def _keep(entries: Sequence[Entry], site: ParametrizedTensor, shared: frozenset[int]) -> None:
+    free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
+    for name, original in zip(site.original_names, site.originals, strict=True):
+        for index, parameter in enumerate(free):
+            if isinstance(original, nn.Parameter) and _same_form(parameter, original):
+                refill(parameter, original.data, shared)
+                parameter.requires_grad = original.requires_grad
+                site._parameters[name] = parameter
+                del free[index]
+                break
+
+
+def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
+    same = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return same and not one.is_inference()  # it could never be trained
+
+
+def _connect(prepared: Prepared) -> None:
+    """Tell each site that reads other tensors where they are."""
+    entries = {name: entry for entry in prepared.entries for name in entry.names}
+    for _, site in prepared.new:
+        if site.record.reads:
+            site.place_inputs([_place(entries[name]) for name in site.record.reads])
+
+
+def _place(entry: Entry) -> tuple[nn.Module, str]:
+    return entry.owners[0]

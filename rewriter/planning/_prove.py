@@ -1,0 +1,88 @@
+"""What the passes are about to assume of chains, proven on the sites before they are in the model.
+
+A step says of itself that it merges with its neighbour, or that it is for several tensors at once. Where that is not
+so the model must not have been touched when it shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from rewriter.capture import Capture
+from rewriter.errors import Diagnostic
+from rewriter.passes import (
+    few_of_each,
+    fuse,
+    groups_to_batch,
+    hoist,
+    why_alone,
+    why_not_equal,
+    why_not_fused,
+    why_not_hoisted,
+)
+from rewriter.runtime import ParametrizedTensor
+from rewriter.spec import Rule
+
+Inputs = Callable[[ParametrizedTensor], Sequence[Tensor]]
+
+
+def prove(
+    sites: Sequence[ParametrizedTensor], rules: Mapping[str, Rule], inputs: Inputs, without: Collection[str]
+) -> list[Diagnostic]:
+    """Decide which steps are hoisted and fused, and return what is not as the steps say.
+
+    Arguments:
+        sites: that were built.
+        rules: by name; a site that was taken over from elsewhere has none.
+        inputs: a site → the tensors that it reads.
+        without: passes that are left out.
+    """
+    found: dict[tuple[str, str], Diagnostic] = {}
+    for name, decide, why_not in (("hoist", hoist, why_not_hoisted), ("fuse", fuse, why_not_fused)):
+        if name not in without and decide(sites):
+            for site in few_of_each(site for site in sites if site.hoisted or site.fused):
+                problem = why_not(site, inputs(site))
+                if problem:
+                    found.setdefault((name, site.record.rule), _problem(rules, site, "chain", problem))
+    return list(found.values())
+
+
+def prove_batches(
+    sites: Iterable[ParametrizedTensor], rules: Mapping[str, Rule], way: Capture, without: Collection[str]
+) -> list[Diagnostic]:
+    """Return which rules say ``batch: always`` of tensors that cannot be evaluated together.
+
+    Arguments:
+        sites: of the model, once it is rewritten.
+        rules: by name.
+        way: how the model is captured.
+        without: passes that are left out.
+    """
+    owned: dict[str, list[ParametrizedTensor]] = {}
+    for site in sites:
+        if site.record.batch == "always" and site.record.rule in rules:
+            owned.setdefault(site.record.rule, []).append(site)
+    problems = []
+    for own in owned.values() if "batch" not in without else ():
+        problem = _why_not_batched(own, way)
+        if problem:
+            problems.append(_problem(rules, own[0], "batch", f"`batch: always` is not possible: {problem}"))
+    return problems
+
+
+def _why_not_batched(sites: Sequence[ParametrizedTensor], way: Capture) -> str:
+    if way.root != "graph":
+        return f"it takes a graph of the model, which is captured as {way.root} ({way.why})"
+    groups = groups_to_batch(sites)
+    if not groups:
+        alone = next(filter(None, map(why_alone, sites)), "")
+        return alone or "the rule has no two tensors with equal chains over equal shapes"
+    return next(filter(None, map(why_not_equal, groups)), "")
+
+
+def _problem(rules: Mapping[str, Rule], site: ParametrizedTensor, key: str, text: str) -> Diagnostic:
+    message = f"{site.record.name}: {text}"
+    rule = rules.get(site.record.rule)
+    return Diagnostic(message) if rule is None else rule.where(key).diagnose(message)
