@@ -34,10 +34,31 @@ def describe(rule: Rule) -> Description:
         "inputs": tuple(step.inputs for step in rule.chain),
         "batch": rule.batch,
         "memory": rule.memory,
+        "share": rule.share,
+        "settings": tuple(_settings(step.module) for step in rule.chain),
     }
-    defaults = ("forward", None, None, None, (), ((),) * len(rule.chain), "auto", "keep")
+    defaults = ("forward", None, None, None, (), ((),) * len(rule.chain), "auto", "keep", False, ("",) * len(rule.chain))
     shown = [f"{key}={value}" for (key, value), usual in zip(options.items(), defaults, strict=True) if value != usual]
     return tuple(str(step) for step in rule.chain), ", ".join(shown)
+
+
+def _settings(module: nn.Module | None) -> str:
+    """Print the plain values that a module given from Python holds: its name alone does not tell two of them apart."""
+    if module is None:
+        return ""
+    found = [
+        (f"{path}.{key}" if path else key, value)
+        for path, part in module.named_modules()
+        for key, value in vars(part).items()
+        if not key.startswith("_") and key != "training" and _is_plain(value)
+    ]
+    return ", ".join(f"{key}={value}" for key, value in found)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.Size))
 
 
 def build(

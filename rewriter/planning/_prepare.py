@@ -32,7 +32,7 @@ from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, refuse_strays, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
-from rewriter.runtime import ParametrizedTensor, RewrittenModule, Session
+from rewriter.runtime import ParametrizedTensor, Record, RewrittenModule, Session
 from rewriter.spec import Rule, Spec
 
 if TYPE_CHECKING:
@@ -174,11 +174,10 @@ def _split_present(
         site = next((entry.site for entry in claim.entries if entry.site is not None), None)
         if site is None:
             new.append(claim)
-        elif site.record.identity == describe(claim.rule) and site.record.rule == claim.rule.name:
+        elif _same_plan(site.record, claim.rule):
             present.append((claim, site))
         else:
-            wanted = " >> ".join(str(step) for step in claim.rule.chain)
-            has = " >> ".join(site.record.chain)
+            has, wanted = _printed(*site.record.identity, site.record.labels), _printed(*_identity(claim.rule))
             problems.append(
                 claim.rule.location.diagnose(
                     f"{claim.name} is already parametrized by rule {site.record.rule!r} ({has}); "
@@ -187,6 +186,19 @@ def _split_present(
                 )
             )
     return present, new
+
+
+def _identity(rule: Rule) -> tuple[tuple[str, ...], str, tuple[str | None, ...]]:
+    return *describe(rule), tuple(step.label for step in rule.chain)
+
+
+def _same_plan(record: Record, rule: Rule) -> bool:
+    return record.rule == rule.name and (*record.identity, record.labels) == _identity(rule)
+
+
+def _printed(chain: Sequence[str], options: str, labels: Sequence[str | None]) -> str:
+    steps = [step if label is None else f"{label}: {step}" for step, label in zip(chain, labels, strict=True)]
+    return " >> ".join(steps) + (f", {options}" if options else "")
 
 
 def _refused(claim: Claim, holders: Mapping[int, str], problems: list[Diagnostic]) -> bool:

@@ -206,6 +206,46 @@ def test_another_plan_on_the_same_site_names_both(make: dict[str, Any], rule: Ru
         rewrite(new, rule("layer.weight", "skew"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("cache", "never", "cache=never"),
+        ("share", True, "share=True"),
+        ("chain", [{"weight_norm": {"dim": 1}}], r"weight_norm\(dim=1\)"),
+        ("chain", [{"weight_norm": {"label": "norm"}}], "norm: weight_norm"),
+    ],
+)
+def test_another_plan_on_the_same_site_may_differ_in_one_key(
+    make: dict[str, Any], rule: Rule, key: str, value: Any, shown: str
+) -> None:
+    new = rewrite(make["Twice"](), rule("layer.weight", "weight_norm"))
+    other = rule("layer.weight", "weight_norm")
+    other["rules"][0][key] = value
+    with pytest.raises(PlanError, match=rf"\(weight_norm\); rule 'rule' wants .*{shown}"):
+        rewrite(new, other)
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X * self.factor
+
+
+@pytest.mark.parametrize("form", [lambda step: step, lambda step: nn.Sequential(step)], ids=["alone", "inside"])
+def test_steps_given_as_modules_are_told_apart_by_their_settings(make: dict[str, Any], form: Any) -> None:
+    def spec(factor: float) -> dict[str, Any]:
+        chain = [form(Times(factor))]
+        return {"reparam": 1, "rules": [{"name": "r", "select": "layer.weight", "chain": chain, "init": "raw"}]}
+
+    new = rewrite(make["Twice"](), spec(2.0))
+    assert rewrite(new, spec(2.0), inplace=True) is new
+    with pytest.raises(PlanError, match=r"factor=2\.0.*wants.*factor=3\.0"):
+        rewrite(new, spec(3.0))
+
+
 def test_a_second_spec_adds_sites_to_a_rewritten_model(case: Any, rule: Rule) -> None:
     model, x, name = case
     others = [n for n, _ in model.named_parameters() if n != name]
