@@ -9,20 +9,22 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewriter.errors import CaptureError, RewriterError
+from rewriter.errors import RewriterError
 
 
-def check_model(model: Any, verb: str) -> None:
+def check_model(model: Any, verb: str, *, programs: bool = True) -> None:
     """Refuse what is no model.
+
+    Arguments:
+        verb: what the caller is called.
+        programs: whether an ExportedProgram will do.
 
     Raises:
         RewriterError: says what to give instead.
     """
-    if isinstance(model, (nn.Module, ExportedProgram)):
+    if isinstance(model, nn.Module) or (programs and isinstance(model, ExportedProgram)):
         return
-    kind = type(model).__name__
-    found = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
-    hint = ""
+    found, hint = kind_of(model), ""
     if isinstance(model, type):
         found = f"the class {model.__name__}"
         hint = f"; make one: {model.__name__}(…)"
@@ -30,14 +32,15 @@ def check_model(model: Any, verb: str) -> None:
         hint = "; rewriter.io.load_model reads one from a file"
     elif isinstance(model, Mapping):
         hint = "; load the weights into their model first"
-    raise RewriterError(f"{verb} takes a torch.nn.Module or an ExportedProgram, not {found}{hint}")
+    wanted = "a torch.nn.Module or an ExportedProgram" if programs else "a torch.nn.Module"
+    raise RewriterError(f"{verb} takes {wanted}, not {found}{hint}")
 
 
-def check_capture_name(capture: str) -> None:
-    """Refuse a way of capturing that there is not.
+def kind_of(value: object) -> str:
+    """Return the name of a value's class, with its article.
 
-    Raises:
-        CaptureError: names those there are.
+    >>> kind_of(""), kind_of(1)
+    ('a str', 'an int')
     """
-    if capture not in ("auto", "graph", "module", "export"):
-        raise CaptureError(f"capture is 'auto', 'graph', 'module' or 'export', not {capture!r}")
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

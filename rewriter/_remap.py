@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rewriter._given import check_model, kind_of
 from rewriter.errors import RewriterError
 from rewriter.planning import survey
 
@@ -41,6 +42,10 @@ def remap_optimizer(optimizer: O, before: nn.Module, after: nn.Module) -> O:
     Raises:
         RewriterError: the optimizer holds a parameter that `before` has not, or that `after` has no place for.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise RewriterError(f"remap_optimizer takes a torch optimizer first, not {kind_of(optimizer)}")
+    for model in (before, after):
+        check_model(model, "remap_optimizer", programs=False)
     old, new = _homes(before), _homes(after)
     owner = {id(tensor): (name, part) for name, home in old.items() for part, tensor in home.items()}
     state: dict[Tensor, Any] = defaultdict(dict)

@@ -12,9 +12,9 @@ from torch.export import ExportedProgram
 from rewriter._absorb import Taken, take_over, taken_over
 from rewriter._attach import attach_sites, keep_parameters, take_off
 from rewriter._copy import copied
-from rewriter._given import check_capture_name, check_model
+from rewriter._given import check_model
 from rewriter._pause import collector_paused
-from rewriter.capture import Call, call_of
+from rewriter.capture import Call, call_for
 from rewriter.errors import RewriterError
 from rewriter.passes import (
     Rewriting,
@@ -125,24 +125,22 @@ def rewrite(
         PlanError: the spec does not fit the model; the model is as it was.
         CaptureError: the capture asked for is not possible.
     """
-    check_capture_name(capture)
     without = (without,) if isinstance(without, str) else without
     unknown = set(without) - _OPTIONAL.keys()
     if unknown:
         raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(_OPTIONAL)}")
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     check_model(model, "rewrite")
+    call = call_for(model, capture, example_inputs, example_kwargs, dynamic_shapes)
     if isinstance(model, ExportedProgram):
-        from rewriter.program import check_capture, rewrite_program
+        from rewriter.program import rewrite_program
 
-        check_capture(capture)
         return rewrite_program(model, read, inplace=inplace)
     modules = list(model.modules())
     refuse_mixed(modules)
     for module in modules:
         if isinstance(module, RewrittenModule):
             refuse_replaced(module)
-    call = call_of(example_inputs, example_kwargs, dynamic_shapes)
     with torch.inference_mode(False), collector_paused():
         if read.absorb:
             target, taken = _taken(model, read, capture, without, inplace, call)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._bake import _chosen, _present
+from rewriter._given import check_model
 from rewriter._registry import suggestion
 from rewriter._remap import remap_optimizer
 from rewriter.errors import PlanError, RewriterError
 from rewriter.planning import Entry, survey
-from rewriter.runtime import ParametrizedTensor, assign_value
+from rewriter.runtime import ParametrizedTensor, assign_value, check_shape
 
 __all__ = ["freeze", "get_value", "invalidate", "remap_optimizer", "set_value", "unfreeze"]
 
@@ -34,7 +35,7 @@ def get_value(model: nn.Module, name: str) -> Tensor:
     Raises:
         PlanError: the model has no such tensor.
     """
-    entry = _entry(model, name)
+    entry = _entry(model, name, "get_value")
     if entry.site is None:
         assert entry.tensor is not None
         return entry.tensor.detach()
@@ -67,11 +68,10 @@ def set_value(model: nn.Module, name: str, value: Tensor) -> None:
     Raises:
         PlanError: the model has no such tensor, or its chain cannot produce the value; nothing has changed then.
     """
-    entry = _entry(model, name)
+    entry = _entry(model, name, "set_value")
     if entry.site is None:
         assert entry.tensor is not None
-        if entry.tensor.shape != value.shape:
-            raise PlanError(f"{name} has shape {list(entry.tensor.shape)}; it cannot be set to {list(value.shape)}")
+        check_shape(name, tuple(entry.tensor.shape), value)
         entry.tensor.copy_(value)
         return
     site = entry.site
@@ -111,6 +111,7 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     Raises:
         PlanError: a pattern of `only` matches nothing.
     """
+    check_model(model, "freeze", programs=False)
     sites = [site for site in _sites(model, only) if site.trained_before is None]
     for site in sites:  # before any is frozen: sites of one rule may share their steps
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
@@ -130,6 +131,7 @@ def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     Raises:
         PlanError: a pattern of `only` matches nothing.
     """
+    check_model(model, "unfreeze", programs=False)
     for site in _sites(model, only):
         trained = site.trained_before or {}
         for name, tensor in site.named_parameters():
@@ -145,6 +147,7 @@ def invalidate(model: nn.Module) -> None:
     are computed from, every swap, conversion and load. A write through ``.data`` or through NumPy, and a list or dict
     of a parametrization that is changed in place, leave no trace: call this after them.
     """
+    check_model(model, "invalidate", programs=False)
     for site in model.modules():
         if isinstance(site, ParametrizedTensor):
             site.holding.drop()
@@ -157,7 +160,8 @@ def _sites(model: nn.Module, only: Sequence[str] | None) -> list[ParametrizedTen
     return list(sites)
 
 
-def _entry(model: nn.Module, name: str) -> Entry:
+def _entry(model: nn.Module, name: str, verb: str) -> Entry:
+    check_model(model, verb, programs=False)
     entries = survey(model)
     for entry in entries:
         if name in entry.names:

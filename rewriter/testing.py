@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import _registry
+from rewriter._given import kind_of
 from rewriter.errors import RewriterError
 
 __all__ = ["LAWS", "LawError", "Report", "check_parametrization"]
@@ -366,7 +367,7 @@ def _differentiable(case: _Case) -> tuple[Tensor, ...]:
 
 def _tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise _Violated(f"forward returned a {type(value).__name__}, not a tensor")
+        raise _Violated(f"forward returned {kind_of(value)}, not a tensor")
     return value
 
 

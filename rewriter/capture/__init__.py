@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rewriter.capture._capture import Capture, capture, has_hooks, is_torch_leaf
-from rewriter.capture._examples import Call, call_of, difference
+from rewriter.capture._examples import Call, call_for, difference
 from rewriter.capture._expansions import Expanded, Parts, expansion_of, part_with
 from rewriter.capture._export import CONSTANT, export_capture
 from rewriter.capture._leaves import Opened, Opener, Own, bind_call, opener_of, opens, opens_up, reads_every_site
@@ -18,7 +18,7 @@ __all__ = [
     "Own",
     "Parts",
     "bind_call",
-    "call_of",
+    "call_for",
     "capture",
     "difference",
     "expansion_of",

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from rewriter._given import kind_of
 from rewriter.errors import CaptureError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -32,21 +34,41 @@ class Call:
     dynamic_shapes: Any = None
 
 
-def call_of(args: Any, kwargs: Any, dynamic_shapes: Any) -> Call | None:
+def call_for(
+    model: nn.Module | ExportedProgram,
+    capture: str,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+) -> Call | None:
     """Return the example call, if one is given.
 
     Raises:
-        CaptureError: the arguments do not come as a sequence and a mapping.
+        CaptureError: there is no such way of capturing, not for this kind of model, or not with these arguments.
     """
+    if capture not in ("auto", "graph", "module", "export"):
+        raise CaptureError(f"capture is 'auto', 'graph', 'module' or 'export', not {capture!r}")
+    call = _call_of(example_inputs, example_kwargs, dynamic_shapes)
+    if isinstance(model, ExportedProgram):
+        if capture not in ("auto", "export"):
+            raise CaptureError(f"an ExportedProgram is a captured graph already: capture is 'auto', not {capture!r}")
+        if call is not None or dynamic_shapes is not None:
+            raise CaptureError("an ExportedProgram is a captured graph already: it takes no examples and no sizes")
+    if dynamic_shapes is not None and (capture != "export" or call is None):
+        raise CaptureError("dynamic_shapes says what varies for torch.export: capture='export', with example_inputs")
+    return call
+
+
+def _call_of(args: Any, kwargs: Any, dynamic_shapes: Any) -> Call | None:
     if args is None and kwargs is None:
         return None
     if not isinstance(args, (tuple, list, type(None))):
         raise CaptureError(
-            f"example_inputs is the tuple of the forward's positional arguments, not a {type(args).__name__}: "
+            f"example_inputs is the tuple of the forward's positional arguments, not {kind_of(args)}: "
             "for one argument write (x,)"
         )
     if not isinstance(kwargs, (Mapping, type(None))):
-        raise CaptureError(f"example_kwargs maps names of arguments to their values; it is a {type(kwargs).__name__}")
+        raise CaptureError(f"example_kwargs maps names of arguments to their values; it is {kind_of(kwargs)}")
     return Call(tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
 
 

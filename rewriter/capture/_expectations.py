@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter._given import kind_of
 from rewriter.errors import CaptureError
 from rewriter.io import graph_function
 
@@ -17,7 +18,7 @@ def expect_shape(value: Any, shape: list[int | None], name: str) -> None:
     if torch.compiler.is_compiling():
         return
     if not isinstance(value, Tensor):
-        raise CaptureError(f"{name} was a tensor when the model was captured, and is a {type(value).__name__} now")
+        raise CaptureError(f"{name} was a tensor when the model was captured, and is {kind_of(value)} now")
     found = list(value.shape)
     if len(found) != len(shape) or any(want is not None and size != want for size, want in zip(found, shape)):  # noqa: B905
         wanted = [("any" if size is None else size) for size in shape]

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from rewriter._given import kind_of
 from rewriter.capture import _expectations as expectations
 from rewriter.capture._capture import Capture
 from rewriter.capture._examples import Call, difference
@@ -190,7 +191,7 @@ class _Merging:
             return self._read(target)
         tensor = program.constants[target]
         if not isinstance(tensor, Tensor):
-            raise CaptureError(f"the model holds {target}, a {type(tensor).__name__}, which is no tensor")
+            raise CaptureError(f"the model holds {target}, {kind_of(tensor)}, which is no tensor")
         name = CONSTANT + "".join(letter if letter.isalnum() else "_" for letter in target)
         self.constants[name] = tensor
         return self._read(name)

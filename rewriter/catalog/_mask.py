@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter._given import kind_of
 from rewriter._registry import register, suggestion
 from rewriter.errors import RewriterError
 
@@ -149,7 +150,7 @@ def read_tensors(file: str) -> Mapping[str, Tensor]:
     if isinstance(stored, Tensor):
         return {"": stored}
     if not isinstance(stored, Mapping):
-        raise RewriterError(f"{file!r} holds a {type(stored).__name__}, not a tensor or a dict of tensors")
+        raise RewriterError(f"{file!r} holds {kind_of(stored)}, not a tensor or a dict of tensors")
     return {str(name): tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
 
 

@@ -67,12 +67,12 @@ def apply(
     read = read_spec(spec, allow_import)
     loaded = read_model(model_file, model, allow, trust)
     check_suffix(loaded, output)
-    _check_capture(loaded, capture, examples)
+    call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
-        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=examples)
+        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=call)
     stderr.print(str(planned))
     with step("rewriting"):
-        rewritten: Any = rewriter.rewrite(loaded, read, capture=capture, example_inputs=examples)
+        rewritten: Any = rewriter.rewrite(loaded, read, capture=capture, example_inputs=call)
     with step("checking"):
         checks = verify_rewritten(loaded, rewritten, planned, examples)
     with step(f"writing {output}"):
@@ -113,14 +113,20 @@ def _plan(
     examples = read_examples(example)
     read = read_spec(spec, allow_import)
     loaded = read_model(model_file, factory, allow, trust)
-    _check_capture(loaded, capture, examples)
+    call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
-        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=examples)
+        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=call)
     return Outcome(planned.to_dict(), str(planned))
 
 
-def _check_capture(model: nn.Module | ExportedProgram, capture: Way, examples: tuple[Any, ...] | None) -> None:
+def _inputs_for_capture(
+    model: nn.Module | ExportedProgram, capture: Way, examples: tuple[Any, ...] | None
+) -> tuple[Any, ...] | None:
+    """Return the example inputs, where they are for capturing the model: a program is captured already."""
     from torch import nn
 
-    if capture == "export" and examples is None and isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):
+        return None
+    if capture == "export" and examples is None:
         raise RewriterError("--capture export runs the model: give its inputs, such as --example float32[2,3]")
+    return examples

@@ -49,6 +49,8 @@ def bake(
     debug: Debug = False,
 ) -> Outcome:
     """Turn the parametrized tensors of MODEL into plain ones and write OUT."""
+    from torch import nn
+
     import rewriter
     from rewriter.export import export_model
     from rewriter.io import check_writable
@@ -59,6 +61,8 @@ def bake(
     examples = read_examples(example)
     loaded = read_model(model_file, model, allow, trust)
     written = format or _format_of(loaded, output)
+    if written in ("pt2", "onnx") and examples is None and isinstance(loaded, nn.Module):
+        raise RewriterError(f"--format {written} runs the model: give its inputs, such as --example float32[2,3]")
     before = [entry.name for entry in entries_of(loaded) if entry.site is not None]
     with step("baking"):
         baked = rewriter.bake(loaded, only=only or None, keep=keep, inplace=True)

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from rewriter._given import check_model
 from rewriter.errors import CaptureError, ModelFileError, RewriterError
 from rewriter.io._atomic import written_atomically
 from rewriter.io._save import write_model
@@ -23,6 +24,15 @@ Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 Inputs = tuple[Any, ...]
+
+_SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "module": (".pt", ".pth"),
+    "torchscript": (".pt", ".pth", ".ts"),
+    "pt2": (".pt2",),
+    "onnx": (".onnx",),
+    "safetensors": (".safetensors",),
+}
+"""What the files of each format are called."""
 
 
 def export_model(
@@ -50,10 +60,14 @@ def export_model(
 
     Raises:
         CaptureError: the model cannot be brought into that format.
-        ModelFileError: `path` cannot be written.
+        ModelFileError: `path` cannot be written, or its name is that of another format.
     """
+    check_model(model, "export_model")
     if format not in _WRITERS:
         raise ModelFileError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    if isinstance(model, ExportedProgram) and format == "module":
+        raise CaptureError("an ExportedProgram is no module any more; write it with the format pt2")
+    _check_suffix(Path(path), format)
     inputs = None if example_inputs is None else tuple(example_inputs)
     with written_atomically(path, force=force) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,9 +81,18 @@ def export_model(
             ) from problem
 
 
+def _check_suffix(path: Path, format: str) -> None:
+    """Refuse a name that says the file is of another format."""
+    suffix = path.suffix.lower()
+    meant = {known: name for name, suffixes in _SUFFIXES.items() for known in suffixes}
+    if suffix in meant and suffix not in _SUFFIXES[format]:
+        raise ModelFileError(
+            f"{path} is called like the format {meant[suffix]}; a file of the format {format} ends in "
+            f"{' or '.join(_SUFFIXES[format])}"
+        )
+
+
 def _write_module(model: nn.Module | ExportedProgram, path: Path, inputs: Inputs | None) -> None:
-    if isinstance(model, ExportedProgram):
-        raise CaptureError("an ExportedProgram is no module any more; write it with the format pt2")
     write_model(model, path)
 
 

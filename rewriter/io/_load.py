@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from rewriter._given import kind_of
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._exported import load_exported
 from rewriter.io._inspect import ModelFile, inspect_file
@@ -154,7 +155,7 @@ def _weights(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
         raise ModelFileError(f"{path} holds a dict with the keys {keys}, which is no state dict")
     if isinstance(loaded, torch.Tensor):
         raise ModelFileError(f"{path} holds a single tensor, not a model")
-    raise ModelFileError(f"{path} holds a {type(loaded).__name__}, not a model")
+    raise ModelFileError(f"{path} holds {kind_of(loaded)}, not a model")
 
 
 def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -178,7 +179,7 @@ def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
         raise ModelFileError(f"a model factory is given as package.module:factory, not {model!r}")
     factory = import_object(model)
     if not callable(factory):
-        raise ModelFileError(f"{model!r} is a {type(factory).__name__}, not something that makes a model")
+        raise ModelFileError(f"{model!r} is {kind_of(factory)}, not something that makes a model")
     return cast("ModelFactory", factory)
 
 
@@ -194,7 +195,7 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
         ) from problem
     module = factory()
     if not isinstance(module, nn.Module):
-        raise ModelFileError(f"the model factory made a {type(module).__name__}, not a torch.nn.Module")
+        raise ModelFileError(f"the model factory made {kind_of(module)}, not a torch.nn.Module")
     try:
         module.load_state_dict({**_tied(module, weights), **weights})
     except RuntimeError as problem:

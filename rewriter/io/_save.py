@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from rewriter._given import check_model
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.io._atomic import written_atomically
 from rewriter.io._graph_data import graph_from_data, graph_to_data
@@ -34,6 +35,7 @@ def save_model(model: nn.Module | ExportedProgram, path: str | os.PathLike[str],
     Raises:
         ModelFileError: something is there already, or the model holds what cannot be stored.
     """
+    check_model(model, "save_model")
     check_suffix(model, path)
     with written_atomically(path, force=force) as temporary:
         write_model(model, temporary)

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from rewriter.errors import RewriterError
 from rewriter.runtime import HANDED, ParametrizedTensor, Session
 
 META = "reparam"
 """Key of our entries in ``node.meta``; their content is plain data, so that it survives saving."""
 
 
-class PassError(RewriterError):
+class PassError(RuntimeError):
     """A pass left the graph in a state that it promised not to; a defect of this package."""
 
 

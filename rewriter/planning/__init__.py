@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewriter._given import check_capture_name, check_model
+from rewriter._given import check_model
 from rewriter._pause import collector_paused
-from rewriter.capture import call_of
+from rewriter.capture import call_for
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
 from rewriter.planning._survey import Entry, dtype_name, refuse_strays, survey
@@ -51,15 +51,13 @@ def plan(
     """
     from rewriter._absorb import taken_over
 
-    check_capture_name(capture)
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     check_model(model, "plan")
+    call = call_for(model, capture, example_inputs, example_kwargs, dynamic_shapes)
     if isinstance(model, ExportedProgram):
-        from rewriter.program import check_capture, plan_program
+        from rewriter.program import plan_program
 
-        check_capture(capture)
         return plan_program(model, read)
-    call = call_of(example_inputs, example_kwargs, dynamic_shapes)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with collector_paused(), torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         model, taken = taken_over(model) if read.absorb else (model, [])

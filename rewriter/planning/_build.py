@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter._given import kind_of
 from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
@@ -37,7 +38,8 @@ def describe(rule: Rule) -> Description:
         "share": rule.share,
         "settings": tuple(_settings(step.module) for step in rule.chain),
     }
-    defaults = ("forward", None, None, None, (), ((),) * len(rule.chain), "auto", "keep", False, ("",) * len(rule.chain))
+    steps = len(rule.chain)
+    defaults = ("forward", None, None, None, (), ((),) * steps, "auto", "keep", False, ("",) * steps)
     shown = [f"{key}={value}" for (key, value), usual in zip(options.items(), defaults, strict=True) if value != usual]
     return tuple(str(step) for step in rule.chain), ", ".join(shown)
 
@@ -247,7 +249,7 @@ def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Ten
     for entry, result in zip(claim.entries, results, strict=True):
         before = value_of(entry)
         if not isinstance(result, Tensor):
-            raise BuildError(f"the chain gives a {type(result).__name__}, not a tensor")
+            raise BuildError(f"the chain gives {kind_of(result)}, not a tensor")
         if (result.shape, result.dtype) != (before.shape, before.dtype):
             if not claim.rule.unsafe:
                 raise BuildError(

@@ -15,8 +15,8 @@ class Site:
 
     Arguments:
         record: names, rule, chain and everything else that decides the value.
-        capture: how the model's uses of the tensor are reached: ``"graph"``, ``"opened"``, ``"handed"``, ``"module"``
-            or ``"unused"``.
+        capture: how the model's uses of the tensor are reached: ``"graph"``, ``"opened"``, ``"handed"``, ``"module"``,
+            ``"export"`` or ``"unused"``.
         why: the reason for that capture, in words.
         moved: ‖new − old‖ / ‖old‖ of the value when the chain is put on; ``None`` where it has no meaning
             (`unsafe` shapes, tensors without values).
@@ -62,6 +62,7 @@ class Site:
         return {
             "name": self.name,
             "names": list(self.names),
+            "members": [list(member.names) for member in self.record.members],
             "rule": self.rule,
             "chain": list(self.chain),
             "shape": list(self.shape),
@@ -122,7 +123,7 @@ class Plan:
 
 def _row(site: Site) -> tuple[str, ...]:
     return (
-        " = ".join(site.names),
+        " & ".join(" = ".join(member.names) for member in site.record.members),
         site.rule,
         " >> ".join(site.chain) + "".join(f" ({first}–{last} as one)" for first, last in site.fused),
         "×".join(map(str, site.shape)) or "scalar",

@@ -358,7 +358,7 @@ def _uses_by_target(way: Capture) -> Uses:
 
 def _how_captured(model: nn.Module, way: Capture, uses: Uses, site: ParametrizedTensor) -> tuple[str, str]:
     if way.root in ("module", "export"):
-        return way.root, way.why
+        return way.root, way.why or "the graph that torch.export made"
     ways: dict[tuple[str, str], None] = {}
     for name in site.record.names:
         path, _, _ = name.rpartition(".")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from rewriter.program._bake import bake_program
 from rewriter.program._insert import tied
-from rewriter.program._rewrite import check_capture, plan_program, rewrite_program, survey_program
+from rewriter.program._rewrite import plan_program, rewrite_program, survey_program
 from rewriter.program._sites import sites_of_program
 
 __all__ = [
     "bake_program",
-    "check_capture",
     "plan_program",
     "rewrite_program",
     "sites_of_program",

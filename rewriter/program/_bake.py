@@ -9,7 +9,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from rewriter._registry import suggestion
 from rewriter.errors import PlanError
+from rewriter.planning import dtype_name
 from rewriter.program._insert import Edited, _fake
 from rewriter.program._sites import ProgramSite, evaluate, note, placeholder_values, sites_of_program
 from rewriter.spec._glob import Glob
@@ -52,10 +54,11 @@ def _chosen(sites: list[ProgramSite], only: Sequence[str] | None) -> list[Progra
                 )
         found += labelled
         if not found:
-            rules = ", ".join(sorted({repr(site.rule) for site in sites})) or "none"
+            rules = sorted({site.rule for site in sites})
+            names = [name for site in sites for name in (*site.names, *filter(None, site.labels))]
             raise PlanError(
                 f"only={pattern!r} is neither a rule or label of the program nor matches a parametrized tensor; "
-                f"its rules are {rules}"
+                f"its rules are {', '.join(map(repr, rules)) or 'none'}" + suggestion(pattern, [*rules, *names])
             )
         chosen.update((id(site), site) for site in found)
     return [site for site in sites if id(site) in chosen]
@@ -63,11 +66,12 @@ def _chosen(sites: list[ProgramSite], only: Sequence[str] | None) -> list[Progra
 
 def _originals(site: ProgramSite, known: dict[str, Tensor]) -> list[Tensor]:
     originals = [known[name] for name in site.originals]
-    shapes = [list(original.shape) for original in originals]
-    if shapes != [member.shape for member in site.members]:
+    stored = [(list(original.shape), dtype_name(original.dtype)) for original in originals]
+    if stored != [(member.shape, member.dtype) for member in site.members]:
+        shown = ", ".join(f"{dtype}{shape}" for shape, dtype in stored) or "nothing"
         raise PlanError(
-            f"{site.name}: {' >> '.join(site.chain)} stores tensors of shape {shapes}, which are not the tensor it "
-            "replaced; bake with keep='value'"
+            f"{site.name}: {' >> '.join(site.chain)} stores {shown}, which is not the tensor it replaced; bake with "
+            "keep='value'"
         )
     return originals
 
@@ -88,7 +92,7 @@ def _restore(edited: Edited, site: ProgramSite, values: Sequence[Tensor], left: 
         by_user = {name: slot for slot in member.slots for name in slot.used}
         reads: dict[str, fx.Node] = {}
         for slot in reversed(member.slots):
-            reads[slot.name] = _placeholder(edited, slot.name, slot.target, slot.before, member.kind, tensor, left)
+            reads[slot.name] = _placeholder(edited, slot.name, slot.before, tensor, left)
             persistent = member.persistent if member.kind == "buffer" else None
             _specify(edited, reads[slot.name], slot.target, member.kind, persistent)
             held = edited.state if member.kind == "parameter" or member.persistent else edited.constants
@@ -101,9 +105,7 @@ def _restore(edited: Edited, site: ProgramSite, values: Sequence[Tensor], left: 
     _erase(edited, site)
 
 
-def _placeholder(
-    edited: Edited, name: str, target: str, before: str, kind: str, tensor: Tensor, left: dict[str, str]
-) -> fx.Node:
+def _placeholder(edited: Edited, name: str, before: str, tensor: Tensor, left: dict[str, str]) -> fx.Node:
     node: fx.Node
     placeholders = edited.placeholders()
     while before and before not in placeholders and before in left:

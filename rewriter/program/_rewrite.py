@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch.export import ExportedProgram
 
 from rewriter._attach import keep_parameters
 from rewriter.capture import Capture
-from rewriter.errors import CaptureError, PlanError
+from rewriter.errors import Diagnostic, PlanError
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, _build_all, _in_order, _split_present
-from rewriter.planning._resolve import resolve
+from rewriter.planning._resolve import Claim, resolve
 from rewriter.planning._survey import Entry, survey
 from rewriter.planning._writes import writer
 from rewriter.program._insert import Edited, insert_site, tied
@@ -31,16 +31,6 @@ class _Standing:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-
-
-def check_capture(capture: str) -> None:
-    """Refuse a capture that a program cannot have.
-
-    Raises:
-        CaptureError: it is for modules.
-    """
-    if capture not in ("auto", "export"):
-        raise CaptureError(f"an ExportedProgram is a captured graph already: capture is 'auto', not {capture!r}")
 
 
 def plan_program(program: ExportedProgram, spec: Spec) -> Plan:
@@ -104,6 +94,7 @@ def _prepared(
     training = is_training(program)
     entries = _surveyed(program, state, constants, training)
     claims, problems = resolve(spec, entries)
+    problems += _unsupported(claims)
     present, claims = _split_present(claims, problems)
     claims = _in_order(claims, entries, problems)
     prepared = Prepared(spec, entries, Capture("export", why=_WHY))
@@ -115,6 +106,25 @@ def _prepared(
     # Sites that others read come first: a program runs from top to bottom.
     prepared.new.reverse()
     return prepared, training
+
+
+def _unsupported(claims: Sequence[Claim]) -> list[Diagnostic]:
+    """Refuse what rules ask for and a program cannot do: it evaluates each chain once a call, and keeps no state."""
+    problems: list[Diagnostic] = []
+    for rule in {claim.rule.name: claim.rule for claim in claims}.values():
+        asked: dict[str, tuple[str, str]] = {"cache": (rule.cache, "forward"), "memory": (rule.memory, "keep")}
+        if rule.batch == "always":
+            asked["batch"] = (rule.batch, "never")
+        for key, (value, usual) in asked.items():
+            if value != usual:
+                problems.append(
+                    rule.where(key).diagnose(
+                        f"rule {rule.name!r}: an ExportedProgram has no `{key}: {value}`; it evaluates each chain once "
+                        "a call, in its graph",
+                        "leave it out, or rewrite the model before it is exported",
+                    )
+                )
+    return problems
 
 
 def _surveyed(

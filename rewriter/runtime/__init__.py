@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewriter.runtime._assign import assign_value, invert
+from rewriter.runtime._assign import assign_value, check_shape, invert
 from rewriter.runtime._chunked import Chunked
 from rewriter.runtime._graph_module import RewrittenModule
 from rewriter.runtime._graph_owners import open_graph_owners
@@ -37,6 +37,7 @@ __all__ = [
     "Session",
     "assign_value",
     "attach",
+    "check_shape",
     "detach",
     "invert",
     "invert_chain",

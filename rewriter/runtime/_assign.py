@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter._given import kind_of
 from rewriter.errors import PlanError
 from rewriter.runtime._inverse import invert_chain
 from rewriter.runtime._tensor import ParametrizedTensor
@@ -41,6 +42,17 @@ def has_value(site: ParametrizedTensor, name: str, value: Any) -> bool:
     return (now.dtype, now.device) == (value.dtype, value.device) and torch.equal(now, value)
 
 
+def check_shape(name: str, shape: tuple[int, ...], value: Any) -> None:
+    """Refuse a value that is no tensor of that shape.
+
+    Raises:
+        PlanError: says what it is.
+    """
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        found = list(value.shape) if isinstance(value, Tensor) else kind_of(value)
+        raise PlanError(f"{name} has shape {list(shape)}; it cannot be set to {found}")
+
+
 @torch.no_grad()
 def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
     """Set the stored tensors of `site` so that it computes `value`.
@@ -52,9 +64,7 @@ def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
     expected = record.members[0].shape
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
-    if not isinstance(value, Tensor) or tuple(value.shape) != expected:
-        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise PlanError(f"{record.name} has shape {list(expected)}; it cannot be set to {found}")
+    check_shape(record.name, expected, value)
     inputs = site.read_inputs()
     for target, source in zip(site.originals, invert(site, value, inputs), strict=True):
         target.copy_(source)

@@ -233,7 +233,7 @@ class RuleForm(_Strict):
         AfterValidator(_expect),
     ] = Field(default="1..", examples=[33, "1..", "3..8", "..5"])
     """How many sites the rule must own: a count or a range."""
-    overrides: Annotated[list[str], Field(min_length=1), AfterValidator(_once)] = Field(default=[])
+    overrides: Annotated[list[str], Field(min_length=1), AfterValidator(_once)] = Field(default=ABSENT)
     """Rules that give way to this one where both select a tensor."""
     cache: Literal["forward", "never", "version"] = "forward"
     """When the chain is evaluated: once per forward, at every use, or only after a change."""
@@ -258,7 +258,7 @@ class RuleForm(_Strict):
     """The shape in which the chain sees the tensor; the result is shaped back."""
     source: Text = Field(default=ABSENT, alias="from")
     """The tensor that this one is computed from; it then has no storage of its own."""
-    joint: Annotated[list[Text], Field(min_length=2), AfterValidator(_once)] = Field(default=[])
+    joint: Annotated[list[Text], Field(min_length=2), AfterValidator(_once)] = Field(default=ABSENT)
     """Tensors of one owner that one parametrization computes together."""
     batch: Literal["auto", "never", "always"] = "auto"
     """Whether equal chains of several sites are evaluated as one batch."""
@@ -276,6 +276,6 @@ class SpecForm(_Strict):
     )
     """Python modules with your own parametrizations, by the prefix that chains use."""
     absorb: bool = False
-    """Take over what torch's own parametrize, weight_norm, spectral_norm and prune did to the model."""
+    """Take over what torch's own parametrize, weight_norm, spectral_norm and prune, and PEFT did to the model."""
     rules: list[RuleForm] = Field(default=ABSENT)
     """Which tensors get which chain; each tensor belongs to one rule at most."""

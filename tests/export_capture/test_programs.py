@@ -133,6 +133,29 @@ def test_original_tensors_come_back(program):
         assert torch.equal(undone.state_dict[name], value)
 
 
+class Halving(nn.Module):
+    """Stores its tensor in half the precision."""
+
+    def forward(self, X):
+        return X * 1
+
+    def right_inverse(self, value):
+        return value.float()
+
+
+class Doubled(nn.Module):
+    def forward(self, X):
+        return X.double()
+
+
+def test_stored_tensors_of_another_precision_are_no_originals():
+    program = torch.export.export(nn.Sequential(nn.Linear(2, 2).double()), (torch.ones(1, 2, dtype=torch.float64),))
+    rule = {"name": "d", "select": "0.weight", "chain": [Halving(), Doubled()]}
+    new = rewriter.rewrite(program, {"reparam": 1, "rules": [rule]})
+    with pytest.raises(rewriter.PlanError, match=r"stores float32\[2, 2\], which is not the tensor it replaced"):
+        rewriter.bake(new, keep="original")
+
+
 def test_a_part_can_be_baked(program):
     new = rewriter.rewrite(program, SPEC)
     part = rewriter.bake(new, only=["s"])
@@ -142,6 +165,8 @@ def test_a_part_can_be_baked(program):
     assert str(rewriter.bake(part).graph) == str(program.graph)
     with pytest.raises(rewriter.PlanError, match="'b', 's', 'w'"):
         rewriter.bake(new, only=["nothing"])
+    with pytest.raises(rewriter.PlanError, match=r"did you mean 'fc\.weight'"):
+        rewriter.bake(new, only=["fc.wieght"])
 
 
 def test_plan_lists_the_sites_and_the_same_spec_changes_nothing(program):

@@ -150,7 +150,7 @@ def test_a_checkpoint_with_its_state_dict_inside_loads(user, tmp_path):
         ("their_nets:", "package.module:factory, not"),
         ("nowhere.at_all:make", "cannot be imported"),
         ("their_nets:missing", "their_nets has no 'missing'"),
-        ("their_nets:not_callable", "is a int, not something that makes a model"),
+        ("their_nets:not_callable", "is an int, not something that makes a model"),
         ("their_nets:fire.__name__", "no 'fire.__name__'|not something that makes"),
         ("a b:c", "no name of the form"),
     ],

@@ -162,6 +162,9 @@ def test_joint_computes_several_tensors_of_one_module(capture: str, rule: Rule) 
 
     model, x = AutoEncoder().double(), torch.randn(2, 5, dtype=torch.float64)
     spec = rule({"module": "Linear", "path": "*coder"}, Fold(), joint=["weight", "bias"])
+    planned = plan(model, spec, capture=capture)
+    assert "encoder.weight & encoder.bias" in str(planned)
+    assert planned.to_dict()["sites"][0]["members"] == [["encoder.weight"], ["encoder.bias"]]
     p = plan(model, spec)
     assert [site.names for site in p] == [("encoder.weight", "encoder.bias"), ("decoder.weight", "decoder.bias")]
     assert all(site.moved < 1e-12 for site in p)
