@@ -17,6 +17,7 @@ from rewriter._copy import copied
 from rewriter.errors import PlanError
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.runtime import Member, ParametrizedTensor, Record, layout_of, plain_class
+from rewriter.runtime._random import nothing_drawn
 from rewriter.spec import TensorInfo, class_names
 
 _SOURCES: tuple[Callable[[nn.Module], Iterator[Holder]], ...] = (
@@ -186,7 +187,7 @@ def _take(holder: Holder, steps: list[nn.Module], taken: dict[tuple[int, str], T
 def _value(steps: Iterable[nn.Module], inputs: Sequence[Tensor]) -> Tensor:
     """Evaluate the steps in evaluation mode; no state of theirs advances."""
     arguments: Any = inputs
-    with torch.random.fork_rng(devices=[]):
+    with nothing_drawn(inputs):
         for step in steps:
             arguments = (copy.deepcopy(step).eval()(*arguments),)
     value: Tensor = arguments[0]

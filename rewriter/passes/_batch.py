@@ -13,6 +13,7 @@ from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._batch import BatchedEvaluation, evaluate_together, likeness, stacked
 from rewriter.runtime._places import BATCHES
+from rewriter.runtime._random import nothing_drawn
 from rewriter.runtime._signature import declares
 
 PROBES = 8
@@ -112,7 +113,7 @@ def _equal(group: Sequence[ParametrizedTensor]) -> bool:
 def why_not_equal(group: Sequence[ParametrizedTensor]) -> str:
     """Return in which way a batch of the sites does not give what each of them gives; nothing where it does."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), nothing_drawn(group[0].originals):
             return _difference(group)
     except Exception as failure:
         return f"the chain cannot be batched: {failure}"

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from rewriter.errors import ModelFileError
 from rewriter.io._graph_data import graph_from_data
+from rewriter.runtime._random import nothing_drawn
 
 CUSTOM = "custom"
 KEY = "reparam"
@@ -145,7 +146,7 @@ def evaluate(program: ExportedProgram, site: ProgramSite, known: dict[str, Tenso
     Arguments:
         known: values of placeholders and of the nodes that the site reads; what is found out is added.
     """
-    with torch.random.fork_rng(devices=[]):
+    with nothing_drawn(known[name] for name in (*site.stored, *site.inputs)):
         if site.evaluation is not None:
             graph = graph_from_data(site.evaluation, torch.nn.Module())
             module = fx.GraphModule(torch.nn.Module(), graph)

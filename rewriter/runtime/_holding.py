@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rewriter.runtime._signature import PLAIN, TRAINED, Signature, same_objects, sign, transformed
+from rewriter.runtime._random import devices_of, random_states, same_states
+from rewriter.runtime._signature import PLAIN, TRAINED, same_objects, sign, transformed
 from rewriter.runtime._watch import Watch
 
 if TYPE_CHECKING:
@@ -135,12 +136,13 @@ class Holding:
         if torch.is_grad_enabled() and any(entry[TRAINED] for entry in before.marks):
             return evaluate(*inputs)
         grad = torch.is_grad_enabled()
-        modes, generators = _modes(tensors), _random_states(before)
+        devices = devices_of(before.tensors)
+        modes, generators = _modes(tensors), random_states(devices)
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             value = evaluate(*inputs)
             if not grad:
                 value = _detached(value)  # a chain may give the stored tensor itself
-        drawn = not _same_random(generators, _random_states(before))
+        drawn = not same_states(generators, random_states(devices))
         if sign(modules, tensors) == before and not drawn and _keepable(value):
             self.kept[key] = Kept(value, Watch(modules, tensors, holder=site), modes, inputs, tensors[:1])
         return value
@@ -221,12 +223,3 @@ def _kinds(tensors: Sequence[Tensor]) -> list[str]:
 def _capturing(tensors: Sequence[Tensor]) -> bool:
     # A CUDA graph replays what it recorded: a kept value in it would never change again.
     return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _random_states(signature: Signature) -> list[Tensor]:
-    devices = {tensor.device for tensor in signature.tensors if tensor.is_cuda}
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
-
-
-def _same_random(before: list[Tensor], after: list[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -16,6 +16,7 @@ from rewriter.errors import RewriterError
 from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, region_of_backward, region_of_forward
 from rewriter.runtime._lost_writes import warn_of_write
+from rewriter.runtime._random import devices_in_use, random_states, same_states
 from rewriter.runtime._signature import transformed
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -92,14 +93,15 @@ class Frame:
 
     def _evaluate_apart(self, key: Any, evaluate: Callable[[], Any]) -> Any:
         region = region_of_forward()
-        before = None if region is None else torch.get_rng_state()
+        devices = [] if region is None else devices_in_use()
+        before = None if region is None else random_states(devices)
         with (
             torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.grad),
             torch.autograd.graph.saved_tensors_hooks(_same, _same),
         ):
             value = evaluate()
-        if region is not None and before is not None and not torch.equal(before, torch.get_rng_state()):
+        if region is not None and before is not None and not same_states(before, random_states(devices)):
             self.drawn[key] = region
         return value
 

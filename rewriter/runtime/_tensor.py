@@ -13,6 +13,7 @@ from rewriter.io._names import loadable
 from rewriter.runtime._fused import Group, evaluated_steps
 from rewriter.runtime._holding import Holding
 from rewriter.runtime._lost_writes import watch_writes
+from rewriter.runtime._random import nothing_drawn
 from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
@@ -198,7 +199,7 @@ class ParametrizedTensor(nn.Module):
         """Return the value without advancing any state, random numbers included."""
         if self.holding.frozen:
             return self.holding.frozen_value(self, inputs)
-        with torch.random.fork_rng(devices=[]):
+        with nothing_drawn([*self.originals, *inputs]):
             return self.settled().evaluate(*inputs)
 
     def _device_type(self) -> str | None:
