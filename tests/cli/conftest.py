@@ -43,6 +43,10 @@ class Scale(nn.Module):
     def right_inverse(self, value):
         return value / self.factor
 
+class Noise(nn.Module):
+    def forward(self, X):
+        return X + torch.rand_like(X)
+
 class Broken(nn.Module):
     def forward(self, X):
         raise LookupError("the user's own mistake")

@@ -10,8 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewriter.errors import NumericError
-
 fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -76,16 +74,15 @@ def test_the_diagnostics_of_a_plan_are_data(reparam, folder):
     assert [problem["line"] for problem in error["diagnostics"]] == [3]
 
 
-def test_a_failed_numeric_check_writes_nothing(reparam, folder, monkeypatch):
-    from rewriter.cli import _verify
-
-    def fail(*arguments):
-        raise NumericError("0.weight should have kept its value")
-
-    monkeypatch.setattr(_verify, "verify_rewritten", fail)
-    result = reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt")
+def test_a_failed_numeric_check_writes_nothing(reparam, folder):
+    (folder / "noise.yaml").write_text(
+        "reparam: 1\nimports: {their: their_code}\nrules:\n"
+        "  - {name: s, select: '0.weight', chain: [their.Noise], init: raw}\n"
+    )
+    options = ("--allow-import", "their_code", "--example", "float32[3,4]")
+    result = reparam("apply", "noise.yaml", "model.pt", "-o", "out.pt", *options)
     assert result.code == 5
-    assert "0.weight" in result.err
+    assert "the rewritten model is not the model it should be" in result.err
     assert not (folder / "out.pt").exists()
 
 
