@@ -62,8 +62,8 @@ SPEC = {"reparam": 1, "rules": [{"name": "all", "select": "**.weight", "chain": 
 SITES = 3
 
 
-def rewritten(model: nn.Module | None = None, chain: Any = None, **options: Any) -> Any:
-    rule = {"name": "all", "select": "**.weight", "chain": chain or [Count()]}
+def rewritten(model: nn.Module | None = None, chain: Any = None, cache: str = "forward", **options: Any) -> Any:
+    rule = {"name": "all", "select": "**.weight", "chain": chain or [Count()], "cache": cache}
     new = rewrite(model or Untraceable(), {"reparam": 1, "rules": [rule]}, capture="module", **options)
     Count.total = 0
     return new

@@ -32,9 +32,15 @@ class WatchedGradient:
     def leave(self) -> None:
         """Give the tensor its gradient or its lack of one back, or an ordinary one where a gradient came."""
         self.hook.remove()
+        if not self.tensor._post_accumulate_grad_hooks:
+            # torch leaves an empty dict, and calls no hook any more that is put into it after a swap of the tensor.
+            self.tensor._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         if self.tensor.grad is self.grad:
-            came = self.before is None and self.version != self.start
-            self.tensor.grad = self.grad.plain() if came else self.before
+            self.tensor.grad = self.grad.plain() if self.before is None and self._came() else self.before
+
+    def _came(self) -> bool:
+        """Whether a backward added to it; our hook may be among those that torch does not call, see `leave`."""
+        return self.version != self.start or (self.grad._version != self.start and not self.grad.written)
 
     def _add(self, tensor: Tensor) -> None:
         self.version = self.grad._version

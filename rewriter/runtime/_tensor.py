@@ -17,7 +17,7 @@ from rewriter.runtime._random import nothing_drawn
 from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
-from rewriter.runtime._signature import declares
+from rewriter.runtime._settled import evaluated_again, settled_copy, varies
 from rewriter.runtime._steps import apply_chain, apply_steps
 from rewriter.runtime._tracers import ordinary, others_trace
 
@@ -136,7 +136,7 @@ class ParametrizedTensor(nn.Module):
         """Evaluate for a new forward: a state advances, unless it did so for this forward already."""
         if self.training and _in_backward():
             # A checkpointed region runs again.
-            return self.settled(again=True).evaluate(*inputs)
+            return evaluated_again(self, inputs)
         return self.evaluate(*inputs)
 
     def evaluate(self, *inputs: Tensor) -> Any:
@@ -185,13 +185,13 @@ class ParametrizedTensor(nn.Module):
         value = self.holding.keep("hoisted", self, count, (), first)
         return apply_chain(self.record, steps, originals, inputs, count, value)
 
-    def settled(self, again: bool = False) -> ParametrizedTensor:
+    def settled(self, trains: Callable[[str], bool] = lambda path: False) -> ParametrizedTensor:
         """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here.
 
         Arguments:
-            again: leave what advances no state in its mode: it is to do what it did before, random numbers included.
+            trains: path of a module in it → whether it keeps its mode instead.
         """
-        clone: ParametrizedTensor = _settled(self, again)
+        clone: ParametrizedTensor = settled_copy(self, trains)
         clone.holding = Holding()
         return clone
 
@@ -286,7 +286,7 @@ class ParametrizedTensor(nn.Module):
     @property
     def repeatable(self) -> bool:
         """Whether evaluating again gives the same value: no state advances and nothing is drawn at random."""
-        return not self.training or not any(map(_varies, self.steps))
+        return not self.training or not any(map(varies, self.steps))
 
     def member(self, tensor: str) -> Member:
         """Return what is known of one of the tensors computed, by its name at the owner."""
@@ -321,30 +321,6 @@ class Reference:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-
-def _settled(module: Any, again: bool) -> Any:
-    clone = module.__class__.__new__(module.__class__)
-    clone.__dict__.update(module.__dict__)
-    clone.__dict__["training"] = again and module.training and not _keeps_state(module)
-    clone.__dict__["_parameters"] = dict(module._parameters)
-    clone.__dict__["_buffers"] = {
-        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
-    }
-    clone.__dict__["_modules"] = {
-        name: None if child is None else _settled(child, again) for name, child in module._modules.items()
-    }
-    return clone
-
-
-def _varies(step: nn.Module) -> bool:
-    return _keeps_state(step) or declares(step, "random") or any(map(_varies, filter(None, step._modules.values())))
-
-
-def _keeps_state(module: nn.Module) -> bool:
-    """Whether a module may advance a state: it says so, or it is nobody's we know and has buffers."""
-    unknown = not type(module).__module__.startswith("rewriter.")
-    return declares(module, "stateful", unknown and module._buffers)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -138,3 +138,40 @@ def test_gradients_that_come_another_way_inside_are_added(capture: str) -> None:
                 stored.square().sum().backward()
     for one, other in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """Conversions swap the tensors, as they do by themselves for tensors of other classes."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "with a hook that is gone"])
+def test_gradients_arrive_after_a_conversion_that_swaps_tensors(capture: str, swapping: None, hooked: bool) -> None:
+    """torch calls no hook any more on a tensor that had one before a swap."""
+    model = trained(capture)
+    if hooked:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(print).remove()
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        model.to(dtype).zero_grad()
+        x = X.to(dtype)
+        wanted = torch.autograd.grad(model(x).square().sum() + model(x[:2]).sum(), list(model.parameters()))
+        with evaluate_once(model):
+            model(x).square().sum().backward()
+            model(x[:2]).sum().backward()
+        torch.testing.assert_close([parameter.grad for parameter in model.parameters()], list(wanted))
+
+
+def test_no_trace_of_watching_is_left(capture: str) -> None:
+    model = trained(capture)
+    with evaluate_once(model):
+        model(X).sum().backward()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    called: list[int] = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda tensor: called.append(1))
+    model(X).sum().backward()
+    assert len(called) == len(list(model.parameters()))

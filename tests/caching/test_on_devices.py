@@ -24,7 +24,7 @@ def device(request: pytest.FixtureRequest) -> str:
 class Noisy(nn.Module):
     """Draws from the generator of the device that its tensor is on."""
 
-    stochastic = True
+    random = True
 
     def forward(self, X: Tensor) -> Tensor:
         return X * torch.rand_like(X)

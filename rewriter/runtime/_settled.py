@@ -1,0 +1,114 @@
+"""Evaluating without advancing a state: to look at a value, and for a checkpointed region that runs again.
+
+What is evaluated is a copy over the same parameters, with buffers of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import RewriterError
+from rewriter.runtime._random import devices_of, random_states
+from rewriter.runtime._signature import declares
+
+if TYPE_CHECKING:
+    from rewriter.runtime._tensor import ParametrizedTensor
+
+
+def settled_copy(module: Any, trains: Callable[[str], bool] = lambda path: False, path: str = "") -> Any:
+    """Return a copy of a module and those in it, over the same parameters and with buffers of their own.
+
+    Arguments:
+        trains: path of a module → whether it keeps its mode; otherwise it is in evaluation mode.
+        path: the module's own.
+    """
+    clone = module.__class__.__new__(module.__class__)
+    clone.__dict__.update(module.__dict__)
+    clone.__dict__["training"] = module.training and trains(path)
+    clone.__dict__["_parameters"] = dict(module._parameters)
+    clone.__dict__["_buffers"] = {
+        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+    }
+    clone.__dict__["_modules"] = {
+        name: None if child is None else settled_copy(child, trains, f"{path}.{name}" if path else name)
+        for name, child in module._modules.items()
+    }
+    return clone
+
+
+def varies(step: nn.Module) -> bool:
+    """Whether a step in train mode may give another value each time: it draws, or advances a state."""
+    return (
+        declares(step, "stateful", _may_keep_state(step))
+        or declares(step, "random")
+        or any(map(varies, filter(None, step._modules.values())))
+    )
+
+
+def evaluated_again(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+    """Evaluate for a region that runs again: as it did before, random numbers included, and no state advances.
+
+    A step that advances a state is evaluated with the one that it left, in evaluation mode; all others keep their
+    mode. Whether a step does so that is of somebody else's class and does not say, shows as it runs.
+
+    Raises:
+        RewriterError: a step changes its buffers in evaluation mode too.
+    """
+    modules = dict(site.named_modules(remove_duplicate=False))
+    settled = {path for path, module in modules.items() if declares(module, "stateful")}
+    doubtful = [path for path, module in modules.items() if module.training and _may_keep_state(module)]
+    if doubtful:
+        settled |= _advancing(site, inputs, settled, doubtful)
+    return site.settled(lambda path: path not in settled).evaluate(*inputs)
+
+
+@torch.no_grad()  # so that the region does not count what is saved for a backward
+def _advancing(
+    site: ParametrizedTensor, inputs: Sequence[Tensor], settled: set[str], doubtful: Collection[str]
+) -> set[str]:
+    """Evaluate in vain, and return which of the doubtful modules change buffers as they run."""
+    devices = devices_of([*site.originals, *inputs])
+    states = random_states(devices)
+    advancing = _advanced(site, inputs, settled, doubtful)
+    if advancing and _advanced(site, inputs, settled | advancing, doubtful):
+        raise RewriterError(
+            f"{site.record.name}: a step changes its buffers as it runs, in evaluation mode too, and a checkpointed "
+            "region cannot run again with the value that it had; let it change them in train mode only, and say "
+            "`stateful = True` on its class"
+        )
+    torch.set_rng_state(states[0])
+    for state, device in zip(states[1:], devices, strict=True):
+        torch.cuda.set_rng_state(state, device)
+    return advancing
+
+
+def _advanced(
+    site: ParametrizedTensor, inputs: Sequence[Tensor], settled: set[str], doubtful: Collection[str]
+) -> set[str]:
+    clone = site.settled(lambda path: path not in settled)
+    watched = {path: clone.get_submodule(path) for path in doubtful}
+    before = {path: [(buffer, _version(buffer)) for buffer in part._buffers.values()] for path, part in watched.items()}
+    clone.evaluate(*inputs)
+    return {path for path, marks in before.items() if _changed(watched[path], marks)}
+
+
+def _changed(module: nn.Module, before: Sequence[tuple[Tensor | None, int]]) -> bool:
+    now = list(module._buffers.values())
+    return len(now) != len(before) or any(
+        buffer is not former or _version(buffer) != version
+        for buffer, (former, version) in zip(now, before, strict=True)
+    )
+
+
+def _may_keep_state(module: nn.Module) -> bool:
+    """Whether a module may advance a state without saying so: it is nobody's we know, and has buffers."""
+    silent = "stateful" not in module.__dict__ and not hasattr(type(module), "stateful")
+    return silent and bool(module._buffers) and not type(module).__module__.startswith("rewriter.")
+
+
+def _version(buffer: Tensor | None) -> int:
+    return -1 if buffer is None or buffer.is_inference() else buffer._version
