@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,7 +53,6 @@ class Taken:
     carries: list[int]
     sources: list[str]
     kind: str = "parameter"
-    entry: Entry | None = field(default=None, compare=False)
 
 
 def holders_of(model: nn.Module) -> list[Holder]:

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rewriter._absorb._holder import Holder
+from rewriter.runtime._places import CONTAINER
 
 
 def holders(module: nn.Module) -> Iterator[Holder]:
     """Find the tensors of `module` that torch's parametrizations compute."""
-    container = module._modules.get("parametrizations")
+    container = module._modules.get(CONTAINER)
     if isinstance(container, nn.ModuleDict):
         for name, found in container.items():
             if isinstance(found, parametrize.ParametrizationList):

@@ -64,18 +64,16 @@ class Pass:
     Arguments:
         name: as it shows in messages.
         run: makes the change, returns whether there was one.
-        requires: raises PassError unless the pass may run.
         ensures: raises PassError unless the pass did what it promises.
     """
 
     name: str
     run: Callable[[Rewriting], bool]
-    requires: Callable[[Rewriting], None] = lambda rewriting: None
     ensures: Callable[[Rewriting], None] = lambda rewriting: None
 
 
 def run_passes(rewriting: Rewriting, passes: Sequence[Pass]) -> None:
-    """Run the passes in order, each between its conditions.
+    """Run the passes in order, and see after each that it did what it promises.
 
     Raises:
         PassError: a condition does not hold; the message names the pass and those that ran before it.
@@ -83,7 +81,6 @@ def run_passes(rewriting: Rewriting, passes: Sequence[Pass]) -> None:
     done: list[str] = []
     for step in passes:
         try:
-            step.requires(rewriting)
             step.run(rewriting)
             step.ensures(rewriting)
         except PassError as problem:

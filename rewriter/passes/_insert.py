@@ -9,8 +9,8 @@ from torch import fx
 
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, note, reads_of
 from rewriter.runtime import HANDED, ParametrizedTensor, open_root
-from rewriter.runtime._owner import handed_sites
 from rewriter.runtime._places import SESSION
+from rewriter.runtime._sites import handed_sites
 
 
 def insert_chains(rewriting: Rewriting) -> bool:

@@ -12,7 +12,7 @@ from rewriter.passes._expand import collapse, groups_of
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, keep_place, note
 from rewriter.passes._transpose import transpose_once, write_linear_calls
 from rewriter.runtime import HANDED, ParametrizedTensor
-from rewriter.runtime._owner import handed_sites
+from rewriter.runtime._sites import handed_sites
 
 
 def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:

@@ -103,7 +103,7 @@ def build(
     else:
         steps = list(shared) if shared is not None else construct_steps(rule, layout, target, inputs, extra or {})[0]
         if rule.init == "sample":
-            target = _sample(steps, layout, target)
+            target = _sample(steps, layout)
         originals, stored, carries = _invert(rule, layout, steps, target, inputs)
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
@@ -156,7 +156,7 @@ def _require_numbers(claim: Claim, values: Sequence[Tensor]) -> None:
             )
 
 
-def _sample(steps: Sequence[nn.Module], layout: Layout, target: Any) -> Any:
+def _sample(steps: Sequence[nn.Module], layout: Layout) -> Any:
     """Draw a value: from the last step that can draw one, mapped through the steps after it."""
     for index in reversed(range(len(steps))):
         draw: Any = getattr(steps[index], "sample", None)

@@ -17,6 +17,7 @@ from rewriter.errors import CaptureError
 from rewriter.io._graph_data import graph_to_data
 from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, write_site
 from rewriter.runtime import ParametrizedTensor
+from rewriter.runtime._sites import path_for
 
 Specs = list[InputSpec]
 
@@ -189,8 +190,7 @@ def _store_aliases(edited: Edited, site: ParametrizedTensor, path: str, stored: 
     """Name the stored tensors under the further names of a tied tensor too, as a state dict does."""
     aliases: list[str] = []
     for name in site.record.members[0].names[1:]:
-        owner, _, tensor = name.rpartition(".")
-        other = f"{owner}.parametrizations.{tensor}" if owner else f"parametrizations.{tensor}"
+        other = path_for(name)
         for own in stored:
             index, spec = next((i, spec) for i, spec in enumerate(edited.specs) if spec.arg.name == own)
             target = other + str(spec.target).removeprefix(path)

@@ -44,6 +44,11 @@ def hooks_are_on() -> bool:
     return saving_hooks(True) is not None
 
 
+def unnoticed() -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context in which a region does not count what is saved among its own, which would have to come again."""
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
 def region_of_forward() -> Region | None:
     """Return the checkpointed region that the running code is in, the first time it runs."""
     hooks = saving_hooks(True)
@@ -70,3 +75,7 @@ def _region(record: Any) -> Region | None:
     if record is None or not hasattr(record, "__dict__"):
         return None
     return cast(Region, record.__dict__.setdefault(_ATTRIBUTE, Region()))
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

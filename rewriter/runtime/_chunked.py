@@ -38,16 +38,17 @@ class Chunked(nn.ModuleList):
         """Return one module for each slice where the modules of every slice merge."""
         if not isinstance(next, Chunked) or len(next) != len(self):
             return None
-        merged = [_asks(one, "fuse", other) for one, other in zip(self, next, strict=True)]
+        merged = [asks(one, "fuse", other) for one, other in zip(self, next, strict=True)]
         return Chunked(merged) if all(isinstance(module, nn.Module) for module in merged) else None
 
     def cancels(self, next: nn.Module) -> bool:
         """Say whether the modules of every slice undo each other."""
         if not isinstance(next, Chunked) or len(next) != len(self):
             return False
-        return all(_asks(one, "cancels", other) for one, other in zip(self, next, strict=True))
+        return all(asks(one, "cancels", other) for one, other in zip(self, next, strict=True))
 
 
-def _asks(module: nn.Module, question: str, following: nn.Module) -> Any:
+def asks(module: nn.Module, question: str, following: nn.Module) -> Any:
+    """Return what a step says of the one that follows it: ``fuse`` or ``cancels``; nothing where it has no say."""
     answer = getattr(module, question, None)
     return answer(following) if callable(answer) else None

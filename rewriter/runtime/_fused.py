@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.runtime._chunked import asks
 from rewriter.runtime._signature import PLAIN, same_objects, transformed
 
 if TYPE_CHECKING:
@@ -74,14 +75,14 @@ def merged_runs(steps: Sequence[nn.Module], plain: Sequence[bool], barrier: int 
                 runs.pop()
                 run = Run(before.start, index + 1, step)
             elif before is not None and before.module is not None:
-                if _asks(before.module, "cancels", step):
+                if asks(before.module, "cancels", step):
                     runs.pop()
                     run = Run(before.start, index + 1, None)
                     if runs and plain[runs[-1].start] and before.start != barrier:
                         # What stands before them comes next to what follows.
                         run = Run(runs[-1].start, index + 1, runs.pop().module)
                 else:
-                    merged = _asks(before.module, "fuse", step)
+                    merged = asks(before.module, "fuse", step)
                     if isinstance(merged, nn.Module):
                         runs.pop()
                         run = Run(before.start, index + 1, merged)
@@ -165,11 +166,6 @@ def _recorded_on_gpu(site: ParametrizedTensor) -> bool:
 
 def _unchanged(value: Tensor) -> Tensor:
     return value
-
-
-def _asks(step: nn.Module, question: str, following: nn.Module) -> Any:
-    answer = getattr(step, question, None)
-    return answer(following) if callable(answer) else None
 
 
 def _is_fixed(step: nn.Module) -> bool:

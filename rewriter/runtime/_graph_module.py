@@ -15,11 +15,12 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
 from rewriter.runtime._mixed import refuse_mixed
-from rewriter.runtime._owner import plain_class, sites_of
+from rewriter.runtime._owner_class import plain_class
 from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
+from rewriter.runtime._sites import sites_of
 from rewriter.runtime._tensor import ParametrizedTensor
 
 _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()

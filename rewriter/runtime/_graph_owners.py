@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from rewriter.runtime._graph_module import RewrittenModule
-from rewriter.runtime._owner import sites_of
+from rewriter.runtime._sites import sites_of
 
 
 def open_graph_owners(root: nn.Module) -> nn.Module:

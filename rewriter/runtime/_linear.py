@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from rewriter.io._functions import graph_function
 from rewriter.runtime._checkpoint import saving_hooks
+from rewriter.runtime._places import CONTAINER, SESSION
 from rewriter.runtime._scope import Session
 
 
@@ -70,24 +71,20 @@ def _is_like_product(summand: Tensor, x: Tensor, transposed: Tensor) -> bool:
     return not is_compiling() and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
-def linear_forward(
-    forward: Callable[..., Any], session_slot: str, container: str, bias_is_stored: bool
-) -> Callable[..., Any]:
+def linear_forward(forward: Callable[..., Any], bias_is_stored: bool) -> Callable[..., Any]:
     """Return the forward of owners of a computed weight that have the forward of nn.Linear.
 
     Arguments:
         forward: that of owners in general.
-        session_slot: where an owner keeps its session.
-        container: the submodule that holds an owner's sites.
         bias_is_stored: rather than computed.
     """
 
     def linear(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session: Session | None = self.__dict__.get(session_slot)
+        session: Session | None = self.__dict__.get(SESSION)
         frame = None if session is None else session.running.frame
         if frame is None or kwargs or len(args) != 1 or is_compiling() or saving_hooks(True) is not None:
             return forward(self, *args, **kwargs)
-        site = self._modules[container]._modules.get("weight")
+        site = self._modules[CONTAINER]._modules.get("weight")
         slots = self._parameters
         # A replica's parameters are attributes. Everybody else's are found without nn.Module.__getattr__.
         bias = slots["bias"] if bias_is_stored and "bias" in slots else self.bias

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
+from rewriter.runtime._checkpoint import unnoticed
 from rewriter.runtime._gradients import WatchedGradient, is_still, is_watchable
 from rewriter.runtime._signature import Signature, same_objects, sign, transformed
 
@@ -151,7 +152,7 @@ class Once:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(_same, _same),
+            unnoticed(),
         ):
             value = site.advance(*inputs)
             leaf = tuple(map(_leaf, value)) if isinstance(value, tuple) else _leaf(value)
@@ -193,7 +194,3 @@ def _refuse_graph(gradient: Tensor) -> None:
             "evaluate_once differentiates each chain once, at the end of the block, so a backward through the chain "
             "cannot itself be differentiated: take create_graph=True out, or do this backward outside evaluate_once"
         )
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

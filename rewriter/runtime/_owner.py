@@ -1,4 +1,4 @@
-"""Modules whose tensors are computed: what reading, calling, copying and pickling them means.
+"""Putting sites into the modules whose tensors they compute, and taking them off again.
 
 A module that owns a parametrized tensor keeps an empty slot (`None`) for it, which holds the tensor's place in the
 order of parameters and shows in no state dict. Its class becomes a subclass of the same name, in which the tensor's
@@ -7,69 +7,17 @@ name is a property. Graphs never read that property; user code does, and so do m
 
 from __future__ import annotations
 
-import functools
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.compiler import is_compiling
 from torch.jit import ScriptModule
 
-from rewriter.errors import ModelFileError, RewriterError
-from rewriter.io._names import loadable
-from rewriter.runtime._checkpoint import graph_task, saving_hooks
-from rewriter.runtime._linear import linear_forward
-from rewriter.runtime._mixed import refuse_mixed
-from rewriter.runtime._places import CONTAINER, HANDED, SESSION
-from rewriter.runtime._plain_state import explained
-from rewriter.runtime._pretrained import is_pretrained, methods_of
-from rewriter.runtime._recurrent import LIST_OF_WEIGHTS, lstm_call, one_list_a_call
-from rewriter.runtime._scope import Frame, Session
-from rewriter.runtime._shell import Shell
-from rewriter.runtime._taken_in import hook_methods, tell_of_setting
+from rewriter.runtime._owner_class import owner_class, plain_class
+from rewriter.runtime._places import CONTAINER, SESSION
+from rewriter.runtime._scope import Session
+from rewriter.runtime._sites import Sites, sites_of
 from rewriter.runtime._tensor import ParametrizedTensor
-
-
-class Sites(nn.ModuleDict):
-    """The sites of one owner, by tensor name.
-
-    A tied tensor's site is one module under several owners. State dicts name it under each, as they name tied
-    tensors; where torch asks for every name that a tensor has, it is given the first only: `functional_call` puts
-    tensors in for all the names in turn, and would afterwards put back what it had put in itself.
-    """
-
-    held_elsewhere: set[str]
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Here and below: Module.__setattr__ and its like look for parameters and hooks, which tells in big models.
-        self.__dict__["held_elsewhere"] = set()
-
-    def hold(self, tensor: str, site: ParametrizedTensor) -> None:
-        """Add the site that computes `tensor`."""
-        if site.held:
-            self.held_elsewhere.add(tensor)
-        site.__dict__["held"] = True
-        self._modules[tensor] = site
-
-    def __getattr__(self, name: str) -> Any:
-        try:  # graphs come here for every site
-            return self.__dict__["_modules"][name]
-        except KeyError:
-            return super().__getattr__(name)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        if remove_duplicate:
-            yield from super().named_modules(memo, prefix, True)
-            return
-        yield prefix, self
-        for name, module in self._modules.items():
-            if module is not None and name not in self.held_elsewhere:
-                yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, False)
 
 
 def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -> None:
@@ -140,48 +88,6 @@ def release(module: nn.Module) -> None:
     module.__dict__.pop(SESSION, None)
 
 
-def sites_of(owner: nn.Module) -> dict[str, ParametrizedTensor]:
-    """Return the sites that `owner` holds, by tensor name; a joint site under each of its tensors."""
-    children = owner._modules  # a ScriptModule has no `get` for them
-    container = children[CONTAINER] if CONTAINER in children else None  # noqa: SIM401
-    found: dict[str, ParametrizedTensor] = {}
-    for key, site in container._modules.items() if container is not None else ():
-        if isinstance(site, ParametrizedTensor):
-            members = site.record.members
-            found.update({key: site} if len(members) == 1 else {member.tensor: site for member in members})
-    return found
-
-
-def site_path(site: ParametrizedTensor) -> str:
-    """Return where a site is in the module tree of its model."""
-    owner, _, tensor = site.record.name.rpartition(".")
-    return f"{owner}.{CONTAINER}.{tensor}" if owner else f"{CONTAINER}.{tensor}"
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that `module` had before its tensors were parametrized."""
-    kind: Any = type(module)
-    plain: type[nn.Module] = getattr(kind, "_reparam_plain", kind)
-    return plain
-
-
-@loadable(builds=[Shell])
-def rebuild_owner(plain: Any, tensors: Sequence[str]) -> nn.Module:
-    """Make a shell that becomes an owner once its state is read: the first half of copying or unpickling one."""
-    known = isinstance(plain, type) and issubclass(plain, nn.Module)
-    if not known:
-        raise ModelFileError(f"the file is damaged: {plain!r} owns tensors and is no module")
-
-    def become(shell: nn.Module, state: dict[str, Any]) -> None:
-        shell.__class__ = _owner_class(plain, tuple(tensors))
-        plain.__setstate__(shell, state)
-
-    made = _owner_class(plain, tuple(tensors))
-    if made.__basicsize__ != Shell.__basicsize__:  # slots: a shell cannot become one
-        return made.__new__(made)  # type: ignore[no-any-return]
-    return Shell(become)
-
-
 def _slots(owner: nn.Module, tensor: str) -> dict[str, Any]:
     return owner._parameters if tensor in owner._parameters else owner._buffers
 
@@ -191,214 +97,9 @@ def _adopt(owner: nn.Module, tensors: tuple[str, ...], session: Session) -> None
         return
     plain: Any = plain_class(owner)
     # A class may guard its attributes with a __setattr__ of its own.
-    object.__setattr__(owner, "__class__", _owner_class(plain, tensors))
+    object.__setattr__(owner, "__class__", owner_class(plain, tensors))
     owner.__dict__[SESSION] = session
 
 
 def _is_callable(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward and not isinstance(module, (fx.GraphModule, ScriptModule))
-
-
-# The classes live as long as their instances: none is left behind once a model is baked.
-_owner_classes: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[str, ...], Any]]
-_owner_classes = weakref.WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def _owner_class(plain: Any, tensors: tuple[str, ...]) -> Any:
-    """Return the subclass of `plain` in which `tensors` are computed."""
-    with _making:
-        made = _owner_classes.get(plain)
-        if made is None:
-            made = _owner_classes[plain] = weakref.WeakValueDictionary()
-        found = made.get(tensors)
-        if found is None:
-            found = made[tensors] = _subclass(plain, _owner_body(plain, tensors))
-        return found
-
-
-class _Owner(type):
-    """The kind of these classes: calling one makes what calling the class of the same name makes, of which none is."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        plain = vars(cls).get("_reparam_plain")
-        return super().__call__(*args, **kwargs) if plain is None else plain(*args, **kwargs)
-
-
-def _subclass(plain: Any, body: dict[str, Any]) -> Any:
-    """Return a subclass of `plain` without running what `plain` does when somebody writes a subclass of it."""
-    if type(plain) is not type:
-        return type(plain)(plain.__name__, (plain,), body)
-    made: Any = _Owner(plain.__name__, (nn.Module,), body)
-    try:
-        made.__bases__ = (plain,)
-    except TypeError:  # slots
-        made = _Owner(plain.__name__, (plain,), body)
-    return made
-
-
-def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
-    recurrent = issubclass(plain, nn.RNNBase)
-    run = one_list_a_call(plain.forward) if recurrent else plain.forward
-    if plain.forward is nn.LSTM.forward:
-        run = lstm_call(run)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A forward may come here at every time step: inside a running one this has to cost next to nothing.
-        session: Session | None = self.__dict__.get(SESSION)
-        if session is not None and HANDED not in kwargs and (is_compiling() or not saving_hooks(True)):
-            running = session.running
-            if running.frame is not None:
-                return run(self, *args, **kwargs) if kwargs else run(self, *args)
-            if not is_compiling() and graph_task() is None:  # a forward of which no region runs again
-                running.frame = begun = Frame()
-                try:
-                    result = run(self, *args, **kwargs)
-                finally:
-                    running.frame = None
-                if begun.versions:
-                    begun.check_writes()
-                return result
-        handed = kwargs.pop(HANDED, None)
-        if session is None:  # a copy made by the class's own means
-            session = _shared_session(self)
-        if handed is None:
-            frame = session.frame
-            if frame is not None and session.running.frame is frame:
-                return run(self, *args, **kwargs)
-            if frame is None:
-                frame = Frame()
-        else:
-            frame = Frame()
-            frame.values.update(zip(handed_sites(self), handed, strict=True))
-        with session.begin(frame):
-            result = run(self, *args, **kwargs)
-        if frame.versions:
-            frame.check_writes()
-        return result
-
-    def reduce(self: Any, protocol: int) -> Any:
-        refuse_mixed([self])
-        state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else self.__dict__
-        return (rebuild_owner, (plain, tensors), state)
-
-    def assign(self: Any, name: str, value: Any) -> None:
-        if name in tensors:
-            from rewriter.runtime._assign import assign_value, has_value
-
-            site = sites_of(self)[name]
-            if not has_value(site, name, value):  # tying weights that are tied already comes to that
-                assign_value(site, name, value)
-                running = site.session.running.frame
-                if running is not None:
-                    running.forget(site)
-        else:
-            tell_of_setting(self, name, value)
-            plain.__setattr__(self, name, value)
-
-    def delete(self: Any, name: str) -> None:
-        _refuse(tensors, name, "deleted")
-        if name in self._parameters or name in self._buffers:
-            # torch.nn.utils.parametrize is about to put a property into the class: not into that of all other models.
-            object.__setattr__(self, "__class__", _subclass(plain, _owner_body(plain, tensors)))
-        plain.__delattr__(self, name)
-
-    def register_parameter(self: Any, name: str, param: Any) -> None:
-        _refuse(tensors, name, "registered")
-        _refuse(tensors, name.removesuffix("_orig"), "pruned by torch.nn.utils.prune")
-        plain.register_parameter(self, name, param)
-
-    def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
-        _refuse(tensors, name, "registered")
-        plain.register_buffer(self, name, tensor, persistent)
-
-    def get_parameter(self: Any, target: str) -> Any:
-        path, _, name = target.rpartition(".")
-        owner = self.get_submodule(path)
-        computed = sites_of(owner).get(name)
-        if computed is not None and computed.member(name).kind == "parameter":
-            return getattr(owner, name)
-        return plain.get_parameter(self, target)
-
-    body: dict[str, Any] = {
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,
-        "_reparam_plain": plain,
-        "__reduce_ex__": reduce,
-        "__setattr__": assign,
-        "__delattr__": delete,
-        "register_parameter": register_parameter,
-        "register_buffer": register_buffer,
-        "get_parameter": get_parameter,
-        "load_state_dict": explained(plain.load_state_dict),
-        **hook_methods(plain),
-        "forward": functools.wraps(plain.forward)(_specialised(plain, tensors, forward)),
-    }
-    body.update({tensor: _value_property(tensor) for tensor in tensors})
-    if tensors:
-        body[CONTAINER] = property(_container)
-    if is_pretrained(plain):
-        body.update(methods_of(plain))
-    if recurrent:
-        body.update(LIST_OF_WEIGHTS)
-    return body
-
-
-def _specialised(plain: Any, tensors: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
-    if plain.forward is nn.Linear.forward and "weight" in tensors:
-        return linear_forward(forward, SESSION, CONTAINER, "bias" not in tensors)
-    return forward
-
-
-def _refuse(tensors: tuple[str, ...], name: str, what: str) -> None:
-    if name in tensors:
-        raise RewriterError(f"{name} is computed by parametrizations and cannot be {what}; bake it first")
-
-
-def _shared_session(module: nn.Module) -> Session:
-    sites = (site for site in module.modules() if isinstance(site, ParametrizedTensor))
-    session = next((site.session for site in sites), None) or Session()
-    module.__dict__[SESSION] = session
-    return session
-
-
-def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:
-    """Return the sites in `module` whose values it can be handed, in the order in which it expects them."""
-    found = (site for site in module.modules() if isinstance(site, ParametrizedTensor))
-    return [site for site in found if site.record.cache != "never"]
-
-
-def _value_property(tensor: str) -> property:
-    def read(self: Any) -> Any:
-        # A forward may come here at every time step: the common case is three look-ups.
-        site = self._modules[CONTAINER]._modules.get(tensor)
-        try:
-            if site is not None:
-                frame = site.session.running.frame
-                if frame is not None:
-                    value = frame.known.get(site)
-                    if value is None:
-                        if is_compiling():
-                            value = frame.passing.get(site)
-                        elif not saving_hooks(True):
-                            value = frame.passing.get(site)
-                            if value is None:
-                                value = frame.first_value(site)
-                    if value is not None:
-                        return value
-            else:  # one site computes several tensors and has the name of another
-                site = sites_of(self)[tensor]
-            return site.current_member(tensor)
-        except AttributeError as problem:  # which Python would take to mean that there is no such attribute
-            raise RewriterError(f"computing {tensor} of {type(self).__name__} failed: {problem}") from problem
-
-    return property(read, doc=f"The value of `{tensor}`, computed by its chain of parametrizations.")
-
-
-def _container(self: Any) -> Any:
-    # What nn.Module.__getattr__ would find, in a third of the time: graphs come here for every site.
-    try:
-        return self._modules[CONTAINER]
-    except KeyError:
-        raise AttributeError(CONTAINER) from None

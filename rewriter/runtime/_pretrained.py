@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 
 from rewriter.errors import RewriterError
+from rewriter.runtime._places import CONTAINER
+from rewriter.runtime._sites import Sites, sites_of
 
 _BASE = ("transformers.modeling_utils", "PreTrainedModel")
-_CONTAINER = "parametrizations"
 
 
 def is_pretrained(plain: type) -> bool:
@@ -72,20 +73,18 @@ class _WithComputed:
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
         for name, parameter in self.model.named_parameters(prefix, recurse, remove_duplicate):
-            if _CONTAINER not in name.split("."):
+            if CONTAINER not in name.split("."):
                 yield name, parameter
         yield from _computed(self.model, "parameter")
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
         for name, buffer in self.model.named_buffers(prefix, recurse, remove_duplicate):
-            if _CONTAINER not in name.split("."):
+            if CONTAINER not in name.split("."):
                 yield name, buffer
         yield from _computed(self.model, "buffer")
 
 
 def _computed(model: nn.Module, kind: str) -> Iterator[tuple[str, None]]:
-    from rewriter.runtime._owner import sites_of
-
     for path, module in model.named_modules(remove_duplicate=False):
         for tensor, site in sites_of(module).items():
             if site.member(tensor).kind == kind:
@@ -94,16 +93,12 @@ def _computed(model: nn.Module, kind: str) -> Iterator[tuple[str, None]]:
 
 def _further_names(model: nn.Module) -> Iterator[str]:
     """Yield what the state dict's keys begin with where they name a tied tensor's site once more."""
-    from rewriter.runtime._owner import Sites
-
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Sites):
             yield from (f"{path}.{tensor}." for tensor in module.held_elsewhere)
 
 
 def _refuse_other_size(model: Any, tokens: int | None, multiple: int | None) -> None:
-    from rewriter.runtime._owner import sites_of
-
     if tokens is None and multiple is None:
         return
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):

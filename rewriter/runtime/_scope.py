@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,20 @@ from torch.compiler import is_compiling
 
 from rewriter.errors import RewriterError
 from rewriter.io._names import loadable
-from rewriter.runtime._checkpoint import Region, graph_task, hooks_are_on, region_of_backward, region_of_forward
+from rewriter.runtime._checkpoint import (
+    Region,
+    graph_task,
+    hooks_are_on,
+    region_of_backward,
+    region_of_forward,
+    unnoticed,
+)
 from rewriter.runtime._lost_writes import warn_of_write
 from rewriter.runtime._random import devices_in_use, random_states, same_states
 from rewriter.runtime._signature import transformed
+
+if TYPE_CHECKING:
+    from rewriter.runtime._tensor import ParametrizedTensor
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
 
@@ -44,95 +54,95 @@ class Frame:
         # torch.compile can neither ask for inference mode nor enter it.
         self.inference = False if is_compiling() else torch.is_inference_mode_enabled()
 
-    def value(self, key: Any, evaluate: Callable[[], Any]) -> Any:
-        """Return the value kept for `key`, evaluated under the frame's own modes if it is not there yet.
+    def value(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
+        """Return the value kept for `site`, evaluated under the frame's own modes if it is not there yet.
 
         A region of the forward may run under no_grad, inference mode or activation checkpointing and be the
         first to ask. The value has to serve the rest of the forward too, so the modes are the frame's, and the
         chain's intermediates stay out of a checkpointed region's saved tensors, which a second run of the region
         would have to reproduce one by one.
         """
-        if key in self.values:
-            value = self.values[key]
+        if site in self.values:
+            value = self.values[site]
             if isinstance(value, Tensor):
-                checked = not is_compiling() and hooks_are_on() and key.repeatable
-                (self.known if checked else self.passing)[key] = value
+                checked = not is_compiling() and hooks_are_on() and site.repeatable
+                (self.known if checked else self.passing)[site] = value
             return value
-        value = self.values[key] = evaluate() if is_compiling() else self._evaluate(key, evaluate)
+        value = self.values[site] = evaluate() if is_compiling() else self._evaluate(site, evaluate)
         if not is_compiling():
-            self.versions[key] = _version(value)
+            self.versions[site] = _version(value)
         return value
 
-    def first_value(self, key: Any) -> Tensor | None:
+    def first_value(self, site: ParametrizedTensor) -> Tensor | None:
         """Return what `value` does, for a first read under the frame's modes that no region may run again.
 
         Nearly all reads are the first, and all but a few of those are of this kind: it goes past what the others have
-        to heed. ``None`` where this one is another, or `key` computes several tensors.
+        to heed. ``None`` where this one is another, or `site` computes several tensors.
         """
-        if key in self.values or key.record.cache == "never" or len(key.record.members) > 1:
+        if site in self.values or site.record.cache == "never" or len(site.record.members) > 1:
             return None
         if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
             return None
-        if key.holding.versioned and key.lasting and not transformed():
-            value = key.holding.kept_value(())
+        if site.holding.versioned and site.lasting and not transformed():
+            value = site.holding.kept_value(())
             if type(value) is Tensor:
-                self.values[key] = self.passing[key] = value
+                self.values[site] = self.passing[site] = value
                 return value
-        value = self.values[key] = key(*key.read_inputs()) if key._places else key()
+        value = self.values[site] = site(*site.read_inputs()) if site._places else site()
         if not value.is_inference():
-            self.versions[key] = value._version
+            self.versions[site] = value._version
         return value  # type: ignore[no-any-return]
 
-    def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
+    def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
         if hooks_are_on() or (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) != (
             self.grad,
             self.inference,
         ):
-            return self._evaluate_apart(key, evaluate)
+            return self._evaluate_apart(site, evaluate)
         return evaluate()
 
-    def _evaluate_apart(self, key: Any, evaluate: Callable[[], Any]) -> Any:
+    def _evaluate_apart(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
         region = region_of_forward()
         devices = [] if region is None else devices_in_use()
         before = None if region is None else random_states(devices)
         with (
             torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.grad),
-            torch.autograd.graph.saved_tensors_hooks(_same, _same),
+            unnoticed(),
         ):
             value = evaluate()
         if region is not None and before is not None and not same_states(before, random_states(devices)):
-            self.drawn[key] = region
+            self.drawn[site] = region
         return value
 
-    def transpose(self, key: Any) -> None:
+    def transpose(self, site: ParametrizedTensor) -> None:
         """Keep the transpose of what has been read time and again, if it is one that later reads can use."""
-        value = self.known.get(key, self.passing.get(key))
+        value = self.known.get(site, self.passing.get(site))
         if type(value) is not Tensor or value.dim() != 2 or is_compiling() or _interpreter() is not None:
             return
         if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (self.grad, self.inference):
-            self.transposed[key] = value.t()
+            self.transposed[site] = value.t()
 
-    def forget(self, key: Any) -> None:
-        """Evaluate anew when `key` is asked for again."""
+    def forget(self, site: ParametrizedTensor) -> None:
+        """Evaluate anew when `site` is asked for again."""
         for held in (self.values, self.known, self.passing, self.transposed, self.versions):
-            held.pop(key, None)
+            held.pop(site, None)
         self.lists.clear()
         self.uses.clear()
 
     def check_writes(self) -> None:
         """Refuse what the forward wrote into buffers that are computed, and warn of what it wrote into weights."""
-        for key, version in self.versions.items():
-            value = self.values[key]
+        for site, version in self.versions.items():
+            value = self.values[site]
             if (value._version if type(value) is Tensor else _version(value)) == version:
                 continue
-            record = key.record
-            if key.stands_for_buffer:
+            record = site.record
+            if site.stands_for_buffer:
                 raise RewriterError(
                     f"the forward changed {record.name} in place; it is computed by {' >> '.join(record.chain)} and "
                     "cannot keep the change: assign to it instead, or leave it out of the spec"
                 )
-            if not key.renormed:
+            if not site.renormed:
                 warn_of_write(record.name, record.chain, "lasts for this forward only")
 
     def again(self, region: Region) -> Frame:
@@ -147,29 +157,29 @@ class Frame:
 class _Second(Frame):
     """A frame of what runs again, in which no read is a first one."""
 
-    def first_value(self, key: Any) -> None:
+    def first_value(self, site: ParametrizedTensor) -> None:
         return None
 
 
 class _Again(_Second):
     def __init__(self, frame: Frame, region: Region) -> None:
-        super().__init__({key: value for key, value in frame.values.items() if frame.drawn.get(key) is not region})
+        super().__init__({site: value for site, value in frame.values.items() if frame.drawn.get(site) is not region})
         self.frame = frame
 
-    def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
-        value = super()._evaluate(key, evaluate)
-        return self.frame.values.get(key, value)
+    def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
+        value = super()._evaluate(site, evaluate)
+        return self.frame.values.get(site, value)
 
 
 class _Repeated(_Second):
     """The frame of what a backward runs again without saying which forward it belonged to."""
 
-    def _evaluate(self, key: Any, evaluate: Callable[[], Any]) -> Any:
-        value = super()._evaluate(key, evaluate)
+    def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
+        value = super()._evaluate(site, evaluate)
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 # A reentrant region differentiates what it ran at once: the next one needs a graph of its own.
-                tensor.register_hook(lambda gradient: self.forget(key))  # type: ignore[no-untyped-call]
+                tensor.register_hook(lambda gradient: self.forget(site))  # type: ignore[no-untyped-call]
         return value
 
 
@@ -260,7 +270,3 @@ class Extent:
 def _version(value: Any) -> int:
     parts = value if isinstance(value, tuple) else (value,)
     return sum(part._version for part in parts if isinstance(part, Tensor) and not part.is_inference())
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

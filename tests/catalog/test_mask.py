@@ -104,7 +104,7 @@ def test_a_file_of_several_masks_is_read_by_key_or_by_the_names_of_the_sites(tmp
 def test_what_is_no_mask_file_is_refused(tmp_path) -> None:
     (tmp_path / "mask.txt").write_text("")
     torch.save(3, tmp_path / "mask.pt")
-    for name, message in {"none.pt": "no mask file", "mask.txt": "ends in", "mask.pt": "holds a int"}.items():
+    for name, message in {"none.pt": "no mask file", "mask.txt": "ends in", "mask.pt": "holds an int"}.items():
         with pytest.raises(RewriterError, match=message):
             Mask(file=str(tmp_path / name))
     with pytest.raises(RewriterError, match="give one"):

@@ -1,0 +1,84 @@
+"""The sites of a module, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from rewriter.runtime._places import CONTAINER
+from rewriter.runtime._tensor import ParametrizedTensor
+
+
+class Sites(nn.ModuleDict):
+    """The sites of one owner, by tensor name.
+
+    A tied tensor's site is one module under several owners. State dicts name it under each, as they name tied
+    tensors; where torch asks for every name that a tensor has, it is given the first only: `functional_call` puts
+    tensors in for all the names in turn, and would afterwards put back what it had put in itself.
+    """
+
+    held_elsewhere: set[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Here and below: Module.__setattr__ and its like look for parameters and hooks, which tells in big models.
+        self.__dict__["held_elsewhere"] = set()
+
+    def hold(self, tensor: str, site: ParametrizedTensor) -> None:
+        """Add the site that computes `tensor`."""
+        if site.held:
+            self.held_elsewhere.add(tensor)
+        site.__dict__["held"] = True
+        self._modules[tensor] = site
+
+    def __getattr__(self, name: str) -> Any:
+        try:  # graphs come here for every site
+            return self.__dict__["_modules"][name]
+        except KeyError:
+            return super().__getattr__(name)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        if remove_duplicate:
+            yield from super().named_modules(memo, prefix, True)
+            return
+        yield prefix, self
+        for name, module in self._modules.items():
+            if module is not None and name not in self.held_elsewhere:
+                yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, False)
+
+
+def sites_of(owner: nn.Module) -> dict[str, ParametrizedTensor]:
+    """Return the sites that `owner` holds, by tensor name; a joint site under each of its tensors."""
+    children = owner._modules  # a ScriptModule has no `get` for them
+    container = children[CONTAINER] if CONTAINER in children else None  # noqa: SIM401
+    found: dict[str, ParametrizedTensor] = {}
+    for key, site in container._modules.items() if container is not None else ():
+        if isinstance(site, ParametrizedTensor):
+            members = site.record.members
+            found.update({key: site} if len(members) == 1 else {member.tensor: site for member in members})
+    return found
+
+
+def site_path(site: ParametrizedTensor) -> str:
+    """Return where a site is in the module tree of its model."""
+    return path_for(site.record.name)
+
+
+def path_for(name: str) -> str:
+    """Return where the site of the tensor called `name` is in the module tree.
+
+    >>> path_for("encoder.fc.weight"), path_for("weight")
+    ('encoder.fc.parametrizations.weight', 'parametrizations.weight')
+    """
+    owner, _, tensor = name.rpartition(".")
+    return f"{owner}.{CONTAINER}.{tensor}" if owner else f"{CONTAINER}.{tensor}"
+
+
+def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:
+    """Return the sites in `module` whose values it can be handed, in the order in which it expects them."""
+    found = (site for site in module.modules() if isinstance(site, ParametrizedTensor))
+    return [site for site in found if site.record.cache != "never"]
