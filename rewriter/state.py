@@ -102,8 +102,8 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     [True, False]
 
     A held value follows `.to()`, `load_state_dict`, `set_value` and `invalidate`; writes into the stored tensors show
-    after `unfreeze`. A frozen site that was frozen before stays as it is. Copies of the model are frozen too, with the
-    values that their own tensors give.
+    after `unfreeze`, and other tensors in their place are evaluated at once. A frozen site that was frozen before stays
+    as it is. Copies of the model are frozen too, with the values that their own tensors give.
 
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
