@@ -10,11 +10,15 @@ also keeps the frame.
 from __future__ import annotations
 
 import inspect
+import sys
+from types import FrameType
 from typing import Any, cast
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 _ATTRIBUTE = "_reparam_region"
+_REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
 
 saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 """Return what is done to tensors that autograd saves here, ``None`` for nothing; give it True."""
@@ -26,11 +30,15 @@ class Region:
     Arguments:
         frames: session → the frame in which the region ran.
         repeated: session and number of a backward → the frame in which it runs again there.
+        states: site → what it had for a state before each of its evaluations in the region.
+        replayed: site and number of a backward → how many of them have been repeated there.
     """
 
     def __init__(self) -> None:
         self.frames: dict[Any, Any] = {}
         self.repeated: dict[Any, Any] = {}
+        self.states: dict[Any, list[Any]] = {}
+        self.replayed: dict[Any, int] = {}
 
 
 def graph_task() -> int | None:
@@ -42,6 +50,11 @@ def graph_task() -> int | None:
 def hooks_are_on() -> bool:
     """Say whether anything is done to tensors that autograd saves here."""
     return saving_hooks(True) is not None
+
+
+def may_run_again() -> bool:
+    """Say, quickly, whether the running code may be in a checkpointed region of either kind."""
+    return not torch.is_grad_enabled() or saving_hooks(True) is not None
 
 
 def unnoticed() -> torch.autograd.graph.saved_tensors_hooks:
@@ -60,6 +73,20 @@ def region_of_backward() -> Region | None:
     hooks = saving_hooks(True)
     reference = None if hooks is None else _captured(hooks[0], "target_frame_ref")
     return None if reference is None else _region(reference())
+
+
+def reentrant_region() -> Region | None:
+    """Return the reentrant region that the running code is in, in its first run or when it runs again.
+
+    No hook tells of it: torch keeps its record in a local variable of the function that runs the region. To look for
+    that takes a microsecond and more.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _REENTRANT:
+            return _region(frame.f_locals.get("ctx"))
+        frame = frame.f_back
+    return None
 
 
 def _captured(hook: Any, name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from torch import Tensor
 def random_states(devices: Iterable[torch.device | int]) -> list[Tensor]:
     """Return the states of the CPU's generator and of those of the given CUDA devices."""
     return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+
+
+def set_random_states(devices: Iterable[torch.device | int], states: Sequence[Tensor]) -> None:
+    """Put the generators back into states that `random_states` returned."""
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
 
 
 def devices_in_use() -> list[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from rewriter.runtime._checkpoint import (
     unnoticed,
 )
 from rewriter.runtime._lost_writes import warn_of_write
-from rewriter.runtime._random import devices_in_use, random_states, same_states
+from rewriter.runtime._random import devices_in_use, random_states, same_states, set_random_states
 from rewriter.runtime._signature import transformed
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Frame:
         self.transposed: dict[Any, Tensor] = {}
         self.lists: dict[Any, list[Tensor | None]] = {}
         self.uses: dict[Any, list[Tensor | None] | None] = {}
-        self.drawn: dict[Any, Region] = {}
+        self.drawn: dict[Any, Drawn] = {}
         self.versions: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
         # torch.compile can neither ask for inference mode nor enter it.
@@ -111,8 +112,10 @@ class Frame:
             unnoticed(),
         ):
             value = evaluate()
-        if region is not None and before is not None and not same_states(before, random_states(devices)):
-            self.drawn[site] = region
+        if region is not None and before is not None:
+            after = random_states(devices)
+            if not same_states(before, after):
+                self.drawn[site] = Drawn(region, devices, before, after)
         return value
 
     def transpose(self, site: ParametrizedTensor) -> None:
@@ -148,10 +151,10 @@ class Frame:
     def again(self, region: Region) -> Frame:
         """Return the frame for running a checkpointed region of this forward again.
 
-        The region gets the same values. Those that drew random numbers in it draw once more, in vain, since
+        The region gets the same values. Those that drew random numbers in it draw them once more, as it were, since
         everything the region draws after them has to come out as it did.
         """
-        return _Again(self, region) if region in self.drawn.values() else self
+        return _Again(self, region) if any(drawn.region is region for drawn in self.drawn.values()) else self
 
 
 class _Second(Frame):
@@ -161,14 +164,40 @@ class _Second(Frame):
         return None
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """An evaluation that drew random numbers in a checkpointed region.
+
+    Arguments:
+        region: the region.
+        devices: whose generators `before` and `after` tell of, beside the CPU's.
+        before: states of the generators.
+        after: the same, once the value was there.
+    """
+
+    region: Region
+    devices: Sequence[int]
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+
+    def skip(self) -> None:
+        """Go past what was drawn, if the generators are where they were; a region may not mean to draw the same."""
+        if same_states(self.before, random_states(self.devices)):
+            set_random_states(self.devices, self.after)
+
+
 class _Again(_Second):
     def __init__(self, frame: Frame, region: Region) -> None:
-        super().__init__({site: value for site, value in frame.values.items() if frame.drawn.get(site) is not region})
+        drawn = {site: drawn for site, drawn in frame.drawn.items() if drawn.region is region}
+        super().__init__({site: value for site, value in frame.values.items() if site not in drawn})
         self.frame = frame
+        self.skipped = drawn
 
     def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
-        value = super()._evaluate(site, evaluate)
-        return self.frame.values.get(site, value)
+        if site not in self.skipped or site not in self.frame.values:
+            return super()._evaluate(site, evaluate)
+        self.skipped[site].skip()
+        return self.frame.values[site]
 
 
 class _Repeated(_Second):

@@ -5,14 +5,15 @@ What is evaluated is a copy over the same parameters, with buffers of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rewriter.errors import RewriterError
-from rewriter.runtime._random import devices_of, random_states
+from rewriter.runtime._checkpoint import graph_task, reentrant_region, region_of_backward, region_of_forward
+from rewriter.runtime._random import devices_of, random_states, set_random_states
 from rewriter.runtime._signature import declares
 
 if TYPE_CHECKING:
@@ -49,15 +50,62 @@ def varies(step: nn.Module) -> bool:
     )
 
 
+def note_state(site: ParametrizedTensor) -> None:
+    """Let the region that is running know that the site is evaluated in it, and with which state."""
+    if not any(map(varies, site.steps)):
+        return
+    region = region_of_forward() or reentrant_region()
+    if region is None:
+        return
+    found = {
+        path: {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
+        for path, module in site.named_modules(remove_duplicate=False)
+        if module.training and (declares(module, "stateful") or _may_keep_state(module))
+    }
+    region.states.setdefault(site, []).append(found)
+
+
+def _noted_state(site: ParametrizedTensor) -> Mapping[str, Mapping[str, Tensor]] | None:
+    """Return the state that the evaluation had which is repeated now, if it was noted.
+
+    Raises:
+        RewriterError: it was not made in this region, and drew random numbers.
+    """
+    region = region_of_backward()
+    reentrant = reentrant_region() if region is None else None
+    region = region or reentrant
+    if region is None:
+        return None
+    states, task = region.states.get(site, []), graph_task()
+    index = region.replayed.get((site, task), 0)
+    if index < len(states):
+        region.replayed[site, task] = index + 1
+        noted: Mapping[str, Mapping[str, Tensor]] = states[index]
+        return noted
+    if reentrant is not None and any(part.training and declares(part, "random") for part in site.modules()):
+        raise RewriterError(
+            f"{site.record.name}: its chain drew random numbers before a checkpointed region that used the value and "
+            "runs again now, and a reentrant one cannot find the value; give checkpoint use_reentrant=False"
+        )
+    return None
+
+
 def evaluated_again(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
     """Evaluate for a region that runs again: as it did before, random numbers included, and no state advances.
 
-    A step that advances a state is evaluated with the one that it left, in evaluation mode; all others keep their
-    mode. Whether a step does so that is of somebody else's class and does not say, shows as it runs.
+    Where torch says which region it is, with the state that the evaluation had then. Elsewhere a step that advances a
+    state is evaluated with the one that it left, in evaluation mode; all others keep their mode. Whether a step does so
+    that is of somebody else's class and does not say, shows as it runs.
 
     Raises:
         RewriterError: a step changes its buffers in evaluation mode too.
     """
+    noted = _noted_state(site)
+    if noted is not None:
+        clone = site.settled(lambda path: True)
+        for path, buffers in noted.items():
+            clone.get_submodule(path)._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
+        return clone.evaluate(*inputs)
     modules = dict(site.named_modules(remove_duplicate=False))
     settled = {path for path, module in modules.items() if declares(module, "stateful")}
     doubtful = [path for path, module in modules.items() if module.training and _may_keep_state(module)]
@@ -80,9 +128,7 @@ def _advancing(
             "region cannot run again with the value that it had; let it change them in train mode only, and say "
             "`stateful = True` on its class"
         )
-    torch.set_rng_state(states[0])
-    for state, device in zip(states[1:], devices, strict=True):
-        torch.cuda.set_rng_state(state, device)
+    set_random_states(devices, states)
     return advancing
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import CaptureError
 from rewriter.io._names import loadable
+from rewriter.runtime._checkpoint import may_run_again
 from rewriter.runtime._fused import Group, evaluated_steps
 from rewriter.runtime._holding import Holding
 from rewriter.runtime._lost_writes import watch_writes
@@ -17,7 +18,7 @@ from rewriter.runtime._random import nothing_drawn
 from rewriter.runtime._recompute import recomputed
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
-from rewriter.runtime._settled import evaluated_again, settled_copy, varies
+from rewriter.runtime._settled import evaluated_again, note_state, settled_copy, varies
 from rewriter.runtime._steps import apply_chain, apply_steps
 from rewriter.runtime._tracers import ordinary, others_trace
 
@@ -106,7 +107,8 @@ class ParametrizedTensor(nn.Module):
                     return kept
             elif self.record.simple and self.record.memory == "keep" and not self.hoisted and not self.fused:
                 stored, names = self._parameters, self.original_names
-                if len(stored) == len(names):  # none of them is a buffer, and this is no replica
+                noted = self.training and may_run_again()
+                if len(stored) == len(names) and not noted:  # none of them is a buffer, and this is no replica
                     return self._run(map(stored.__getitem__, names))
         value = self._value(inputs) if batch is None else batch[slot]
         return _autocast(value) if cast and autocast_anywhere() else value
@@ -137,6 +139,8 @@ class ParametrizedTensor(nn.Module):
         if self.training and _in_backward():
             # A checkpointed region runs again.
             return evaluated_again(self, inputs)
+        if self.training and not torch.compiler.is_compiling() and may_run_again():
+            note_state(self)
         return self.evaluate(*inputs)
 
     def evaluate(self, *inputs: Tensor) -> Any:

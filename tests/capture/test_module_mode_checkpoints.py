@@ -161,7 +161,7 @@ def test_chains_that_are_evaluated_at_every_use_run_again_as_they_ran(chain: str
 def test_a_state_that_advances_in_evaluation_mode_too_cannot_be_repeated(x: Tensor) -> None:
     new = rewritten(Blocks(True).double(), [Counting()])
     loss = new(x.double().requires_grad_()).sum()
-    with pytest.raises(RewriterError, match=r"blocks\.\d\.weight: a step changes its buffers .* `stateful = True`"):
+    with pytest.raises(RewriterError, match=r"^weight: a step changes its buffers .* `stateful = True`"):
         loss.backward()
 
 
