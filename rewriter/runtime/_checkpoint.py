@@ -18,7 +18,7 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 _ATTRIBUTE = "_reparam_region"
-_REENTRANT = {CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__}
+_FORWARD, _BACKWARD = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
 
 saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 """Return what is done to tensors that autograd saves here, ``None`` for nothing; give it True."""
@@ -83,7 +83,7 @@ def reentrant_region() -> Region | None:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in _REENTRANT:
+        if frame.f_code is _FORWARD or frame.f_code is _BACKWARD:  # not every code has a hash: torch.compile's has none
             return _region(frame.f_locals.get("ctx"))
         frame = frame.f_back
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -131,3 +132,18 @@ def test_numbers_are_drawn_anew_where_the_random_state_is_not_kept(kind: str, sp
     drawn = torch.rand(8)
     loss.backward()
     assert not torch.equal(torch.rand(8), drawn)
+
+
+@pytest.mark.parametrize("chain", ["symmetric", "spectral_norm", "growing"])
+def test_in_a_compiled_model(chain: str, spec: Any) -> None:
+    torch._dynamo.reset()
+    made = spec("layer.weight", Growing() if chain == "growing" else chain, init="raw")
+    model = rewrite(Layers(KINDS["not reentrant"], 2).double(), made, capture="module")
+    compiled = copy.deepcopy(model)
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 6)
+    for run in (model, torch.compile(compiled, backend="aot_eager")):
+        torch.manual_seed(0)
+        for _ in range(2):
+            run(x).square().sum().backward()
+    for one, other in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
