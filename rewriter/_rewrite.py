@@ -49,8 +49,8 @@ _OPTIONAL = {
     "hoist": hoist_pass,
     "fuse": fuse_pass,
     "cast": cast_pass,
-    "transpose": transpose_pass,
     "batch": batch_pass,
+    "transpose": transpose_pass,
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from rewriter.passes._costs import pays
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of
+from rewriter.passes._transpose import write_linear_calls
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._batch import BatchedEvaluation, evaluate_together, likeness, stacked
 from rewriter.runtime._places import BATCHES
@@ -42,6 +43,7 @@ def batch_evaluations(rewriting: Rewriting) -> bool:
 
 def dissolve_batches(rewriting: Rewriting) -> bool:
     """Take every batch out again, so that each site is evaluated by itself."""
+    write_linear_calls(rewriting)  # a batch gives the transposes that these use
     batches = [node for node in rewriting.graph.nodes if is_batch(rewriting.root, node)]
     for batch in batches:
         for node in list(batch.users):

@@ -21,8 +21,8 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
     Reads come back under the names and at the places they had, as far as the graph still has those places; calls of
     modules that own no parametrized tensor any more come back as calls.
     """
-    batched = dissolve_batches(rewriting)
     transposed = write_linear_calls(rewriting)
+    batched = dissolve_batches(rewriting)
     kept_names = {name for name, site in rewriting.sites.items() if site not in baked}
     places: list[tuple[fx.Node, dict[str, Any]]] = []
     for site, nodes in evaluations_of(rewriting).items():
@@ -32,10 +32,10 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
     _take_back_values(rewriting, baked)
     _restore_reads(rewriting, places)
     _replace_rest(rewriting, baked)
-    if transposed:
-        transpose_once(rewriting)
     if batched:
         batch_evaluations(rewriting)
+    if transposed:
+        transpose_once(rewriting)
 
 
 def _close_leaves(rewriting: Rewriting, kept: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""transpose: a weight that many linear calls use is transposed once, ahead of them all.
+"""transpose: a weight that many linear calls use is transposed once, ahead of them all; those of a batch, all at once.
 
 `torch.nn.functional.linear` transposes its weight at each call, with a node of the autograd graph each time. Where the
 product is only added to something, as in an RNN, the sum is left to the product.
@@ -20,14 +20,17 @@ from rewriter.runtime._linear import factors_of, plus_product, product_plus, tim
 LEAST = 8
 """Fewer calls are not worth another node in the graph."""
 
+TRANSPOSED = "transposed"
+"""The keyword argument that makes a batch, or an evaluation that is part of one, give transposes."""
+
 _WRITTEN = {times_transposed: F.linear, factors_of: F.linear, plus_product: operator.add, product_plus: operator.add}
 _HARMLESS = frozenset({operator.getitem, F.linear, *_WRITTEN})
 """Functions that write to nothing: a product may as well be made after them."""
 
 
 def transpose_once(rewriting: Rewriting) -> bool:
-    """Transpose the matrices that at least `LEAST` linear calls use."""
-    changed = False
+    """Transpose the matrices that at least `LEAST` linear calls use, and batches that nothing but linear calls use."""
+    changed = _transpose_batches(rewriting)
     for site, nodes in evaluations_of(rewriting).items():
         for node in nodes if len(site.record.members[0].shape) == 2 else ():
             calls = [user for user in node.users if _is_linear(user, node)]
@@ -44,18 +47,44 @@ def transpose_once(rewriting: Rewriting) -> bool:
     return changed
 
 
+def _transpose_batches(rewriting: Rewriting) -> bool:
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for nodes in evaluations_of(rewriting).values():
+        for node in nodes:
+            if "batch" in node.kwargs:
+                members.setdefault(node.kwargs["batch"], []).append(node)  # type: ignore[arg-type]
+    changed = False
+    for batch, nodes in members.items():
+        if TRANSPOSED in batch.kwargs or not all(node.users and _only_linear(node) for node in nodes):
+            continue
+        for node in (batch, *nodes):
+            node.kwargs = {**node.kwargs, TRANSPOSED: True}
+        for call in [call for node in nodes for call in node.users]:
+            call.target = times_transposed
+            _leave_sum_to(rewriting, call)
+        changed = True
+    return changed
+
+
 def write_linear_calls(rewriting: Rewriting) -> bool:
     """Take every transpose out again."""
-    found = [node for node in rewriting.graph.nodes if is_transpose(node)]
-    for transposed in found:
-        (value,) = transposed.all_input_nodes
-        for call in list(transposed.users):
+    changed = False
+    for node in list(rewriting.graph.nodes):
+        if not gives_transpose(node):
+            continue
+        changed = True
+        for call in list(node.users):
             for user in call.users if call.target is factors_of else ():
                 user.target = as_written(user.target)
-            call.target = F.linear
-            call.replace_input_with(transposed, value)
-        rewriting.graph.erase_node(transposed)
-    return bool(found)
+            if call.target in _WRITTEN:
+                call.target = F.linear
+            if is_transpose(node):
+                call.replace_input_with(node, node.all_input_nodes[0])
+        if is_transpose(node):
+            rewriting.graph.erase_node(node)
+        else:
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != TRANSPOSED}
+    return changed
 
 
 def as_written(target: Any) -> Any:
@@ -66,6 +95,11 @@ def as_written(target: Any) -> Any:
 def is_transpose(node: fx.Node) -> bool:
     """Whether the node is a transpose that this pass made."""
     return bool(note(node).get("transposed"))
+
+
+def gives_transpose(node: fx.Node) -> bool:
+    """Whether the node's value is the transpose of a weight, or of several, and not the weight."""
+    return is_transpose(node) or (node.op == "call_module" and TRANSPOSED in node.kwargs)
 
 
 def uses_of(value: fx.Node) -> Iterator[fx.Node]:
@@ -81,6 +115,10 @@ def _is_linear(node: fx.Node, weight: fx.Node) -> bool:
     if node.op != "call_function" or node.target is not F.linear or node.kwargs or len(node.args) < 2:
         return False
     return node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
+
+
+def _only_linear(node: fx.Node) -> bool:
+    return all(_is_linear(user, node) for user in node.users)
 
 
 def _leave_sum_to(rewriting: Rewriting, call: fx.Node) -> None:
@@ -115,7 +153,9 @@ def _writes_nothing(rewriting: Rewriting, node: fx.Node) -> bool:
 
 def _only_linear_calls(rewriting: Rewriting) -> None:
     for node in rewriting.graph.nodes:
-        if is_transpose(node) and not all(user.target in (times_transposed, factors_of) for user in node.users):
+        member = "batch" in node.kwargs or is_transpose(node)  # the batch itself is used by its members
+        calls = node.users if member and gives_transpose(node) else ()
+        if not all(user.target in (times_transposed, factors_of) for user in calls):
             raise PassError(f"{node.name}, a transpose for linear calls, is used by another operation")
         sums = node.users if node.target is factors_of else ()
         if not all(user.target in (plus_product, product_plus) for user in sums):

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from rewriter.errors import CaptureError
 from rewriter.passes._batch import is_batch
+from rewriter.passes._transpose import TRANSPOSED
 from rewriter.runtime import HANDED, Chunked, ParametrizedTensor, RewrittenModule
 from rewriter.runtime._steps import apply_chain
 
@@ -29,7 +30,8 @@ def unfolded(model: RewrittenModule) -> fx.GraphModule:
         if site is None:
             done[node] = graph.node_copy(node, lambda old: done[old])
         else:
-            done[node] = _unfold(graph, site, str(node.target), [done[read] for read in node.args])
+            value = _unfold(graph, site, str(node.target), [done[read] for read in node.args])
+            done[node] = graph.call_method("t", (value,)) if TRANSPOSED in node.kwargs else value
     return fx.GraphModule(model, graph, class_name=type(model).__name__)
 
 

@@ -144,7 +144,7 @@ class Holding:
                 value = _detached(value)  # a chain may give the stored tensor itself
         drawn = not same_states(generators, random_states(devices))
         if sign(modules, tensors) == before and not drawn and _keepable(value):
-            self.kept[key] = Kept(value, Watch(modules, tensors, holder=site), modes, inputs, tensors[:1])
+            self.kept[key] = Kept(value, Watch(modules, tensors, holders=[site]), modes, inputs, tensors[:1])
         return value
 
     def _update(self) -> None:

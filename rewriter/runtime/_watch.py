@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rewriter.runtime._signature import changes_in_place, same_objects, same_setting, settings_of, snapshot
+from rewriter.runtime._signature import changes_in_place, same_setting, settings_of, snapshot
 
 _END = object()
 _flat = chain.from_iterable
@@ -28,7 +28,7 @@ class Watch:
         modules: whose tensors, settings and modes are watched.
         tensors: further tensors.
         content: whether what is in the tensors matters, or only their forms.
-        holder: the module that holds `modules` and `tensors`, where one does: it is watched for others in their place.
+        holders: the modules that hold `modules` and `tensors`: they are watched for others in their place.
     """
 
     def __init__(
@@ -36,22 +36,21 @@ class Watch:
         modules: Sequence[nn.Module],
         tensors: Sequence[Tensor],
         content: bool = True,
-        holder: nn.Module | None = None,
+        holders: Sequence[nn.Module] = (),
     ) -> None:
-        self.modules = tuple(modules)
-        self.given = tuple(tensors)
         self.places: list[dict[str, Any]] = []
         self.empty: list[dict[Any, Any]] = []
         self.containers: list[tuple[dict[str, Any], str, Any]] = []
         watched = list(tensors)
-        if holder is not None:  # of which nothing else counts; and it may itself hold this watch
+        for holder in holders:  # of which nothing else counts; and it may itself hold this watch
             self._add_places(holder)
         for module in modules:
             self._add(module, watched)
         # The end is compared too: what is added anywhere moves it.
         self.rows = [*(place.values() for place in self.places), (_END,)]
         self.held = [*_flat(self.rows)]
-        self.forms = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in watched]
+        self.watched = watched
+        self.forms = [*map(_form, watched)]
         self.tensors = [_content(tensor) for tensor in watched] if content else []
 
     def unchanged(self) -> bool:
@@ -63,14 +62,9 @@ class Watch:
                 return False
         return all(same_setting(state[name], value) for state, name, value in self.containers)
 
-    def same_forms(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same objects, unchanged, with tensors of the same forms."""
-        if not same_objects(modules, self.modules) or not same_objects(tensors, self.given) or not self.unchanged():
-            return False
-        for tensor, shape, dtype, device in self.forms:
-            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
-                return False
-        return True
+    def same_forms(self) -> bool:
+        """Whether all objects are the same, unchanged, and the tensors have the forms that they had."""
+        return self.unchanged() and [*map(_form, self.watched)] == self.forms
 
     def _add(self, module: nn.Module, watched: list[Tensor]) -> None:
         state = module.__dict__
@@ -95,6 +89,7 @@ class Watch:
 
 # One call for what would be three look-ups: this is done for every tensor in every forward.
 _marks = attrgetter("_version", "requires_grad", "dtype")
+_form = attrgetter("shape", "dtype", "device")
 _TOLD = frozenset({"cpu", "cuda", "mps"})
 """Kinds of devices for whose tensors torch tells in one call whether two of them are the same memory in one form."""
 

@@ -44,6 +44,8 @@ def _reflect(X: Tensor, trailing: Tensor, last: bool) -> Tensor:
     top = V[..., :b, :].mT
     if last:
         S = torch.linalg.solve_triangular(T, top, upper=True)
+        if V.ndim == 3:
+            return torch.baddbmm(eye, V, S)
         return torch.addmm(eye, V, S) if V.ndim == 2 else eye + V @ S
     right = torch.cat([top, V[..., b:, :].mT @ trailing], dim=-1)
     moved = V @ torch.linalg.solve_triangular(T, right, upper=True)
