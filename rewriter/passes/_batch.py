@@ -25,6 +25,7 @@ NEIGHBOURS = 64
 
 def batch_evaluations(rewriting: Rewriting) -> bool:
     """Give the evaluations of every group of equal sites one node that does their work."""
+    write_linear_calls(rewriting)  # they use transposes that batches give
     dissolve_batches(rewriting)
     evaluations = evaluations_of(rewriting).items()
     nodes = {site: found[0] for site, found in evaluations if len(found) == 1}
@@ -42,8 +43,7 @@ def batch_evaluations(rewriting: Rewriting) -> bool:
 
 
 def dissolve_batches(rewriting: Rewriting) -> bool:
-    """Take every batch out again, so that each site is evaluated by itself."""
-    write_linear_calls(rewriting)  # a batch gives the transposes that these use
+    """Take every batch out again, so that each site is evaluated by itself; none gives transposes any more."""
     batches = [node for node in rewriting.graph.nodes if is_batch(rewriting.root, node)]
     for batch in batches:
         for node in list(batch.users):

@@ -31,39 +31,49 @@ _HARMLESS = frozenset({operator.getitem, F.linear, *_WRITTEN})
 def transpose_once(rewriting: Rewriting) -> bool:
     """Transpose the matrices that at least `LEAST` linear calls use, and batches that nothing but linear calls use."""
     changed = _transpose_batches(rewriting)
-    for site, nodes in evaluations_of(rewriting).items():
-        for node in nodes if len(site.record.members[0].shape) == 2 else ():
-            calls = [user for user in node.users if _is_linear(user, node)]
-            if len(site.record.members) > 1 or len(calls) < LEAST:
-                continue
-            with rewriting.graph.inserting_after(node):
-                transposed = rewriting.graph.call_method("t", (node,))
-            transposed.meta[META] = {"transposed": True}
-            for call in calls:
-                call.target = times_transposed
-                call.replace_input_with(node, transposed)
-                _leave_sum_to(rewriting, call)
-            changed = True
+    for node, is_matrix in _evaluations(rewriting):
+        calls = [user for user in node.users if _is_linear(user, node)]
+        if not is_matrix or len(calls) < LEAST:
+            continue
+        with rewriting.graph.inserting_after(node):
+            transposed = rewriting.graph.call_method("t", (node,))
+        transposed.meta[META] = {"transposed": True}
+        for call in calls:
+            call.replace_input_with(node, transposed)
+            _multiply_by_transpose(rewriting, call)
+        changed = True
     return changed
 
 
 def _transpose_batches(rewriting: Rewriting) -> bool:
-    members: dict[fx.Node, list[fx.Node]] = {}
-    for nodes in evaluations_of(rewriting).values():
-        for node in nodes:
-            if "batch" in node.kwargs:
-                members.setdefault(node.kwargs["batch"], []).append(node)  # type: ignore[arg-type]
+    batches: dict[Any, list[tuple[fx.Node, bool]]] = {}
+    for node, is_matrix in _evaluations(rewriting):
+        if "batch" in node.kwargs:
+            batches.setdefault(node.kwargs["batch"], []).append((node, is_matrix))
     changed = False
-    for batch, nodes in members.items():
-        if TRANSPOSED in batch.kwargs or not all(node.users and _only_linear(node) for node in nodes):
+    for batch, members in batches.items():
+        nodes = [node for node, is_matrix in members if is_matrix and node.users and _only_linear(node)]
+        if TRANSPOSED in batch.kwargs or len(nodes) < len(members):
             continue
         for node in (batch, *nodes):
             node.kwargs = {**node.kwargs, TRANSPOSED: True}
         for call in [call for node in nodes for call in node.users]:
-            call.target = times_transposed
-            _leave_sum_to(rewriting, call)
+            _multiply_by_transpose(rewriting, call)
         changed = True
     return changed
+
+
+def _evaluations(rewriting: Rewriting) -> Iterator[tuple[fx.Node, bool]]:
+    """Return the nodes that evaluate a site, each with whether its value is one matrix."""
+    for site, nodes in evaluations_of(rewriting).items():
+        members = site.record.members
+        for node in nodes:
+            yield node, len(members) == 1 and len(members[0].shape) == 2
+
+
+def _multiply_by_transpose(rewriting: Rewriting, call: fx.Node) -> None:
+    call.target = times_transposed
+    _leave_sum_to(rewriting, call)
 
 
 def write_linear_calls(rewriting: Rewriting) -> bool:
@@ -73,14 +83,12 @@ def write_linear_calls(rewriting: Rewriting) -> bool:
         if not gives_transpose(node):
             continue
         changed = True
-        for call in list(node.users):
+        for call in [user for user in node.users if user.op == "call_function"]:  # a batch is used by its members
             for user in call.users if call.target is factors_of else ():
                 user.target = as_written(user.target)
-            if call.target in _WRITTEN:
-                call.target = F.linear
-            if is_transpose(node):
-                call.replace_input_with(node, node.all_input_nodes[0])
+            call.target = F.linear
         if is_transpose(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
             rewriting.graph.erase_node(node)
         else:
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != TRANSPOSED}

@@ -83,6 +83,25 @@ def test_a_batch_gives_transposes_where_all_its_uses_are_linear(otherwise: bool,
     torch.testing.assert_close(baked(x), without(x))
 
 
+class Vectors(nn.Module):
+    """Weights of linear calls that are vectors, and so have no transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.first) + nn.functional.linear(x, self.second)
+
+
+def test_vectors_are_not_transposed(x: Tensor) -> None:
+    model = Vectors().double()
+    spec = _spec("*", {"scale": {"factor": 2.0}}, init="raw")
+    new, without = rewrite(model, spec), rewrite(model, spec, without=["batch", "transpose"])
+    assert "evaluate together" in print_graph(new) and not _transposed(new)
+    torch.testing.assert_close(_gradients(new, x), _gradients(without, x))
+
+
 def test_bake_of_all_and_of_a_part(x: Tensor) -> None:
     model = _model()
     new = rewrite(model, _spec())
