@@ -34,9 +34,8 @@ def take_off(prepared: Prepared, closed: Sequence[nn.Module]) -> None:
     """
     for claim, site in prepared.new:
         for owner, tensors in _places(claim.entries):
-            for group in [tensors] if len(claim.entries) > 1 else [[tensor] for tensor in tensors]:
-                if any(sites_of(owner).get(tensor) is site for tensor, _ in group):
-                    detach(owner, dict(group))
+            if any(sites_of(owner).get(tensor) is site for tensor in tensors):
+                detach(owner, tensors)
     for module in closed:
         if SESSION in module.__dict__ and not sites_of(module):
             release(module)
@@ -45,17 +44,17 @@ def take_off(prepared: Prepared, closed: Sequence[nn.Module]) -> None:
 def _attach(entries: Sequence[Entry], site: ParametrizedTensor, session: Session) -> None:
     site.__dict__["session"] = session
     for owner, tensors in _places(entries):
-        names = [tensor for tensor, _ in tensors]
-        for group in [names] if len(entries) > 1 else [[name] for name in names]:
-            attach(owner, group, site)
+        attach(owner, list(tensors), site)
 
 
-def _places(entries: Sequence[Entry]) -> list[tuple[nn.Module, list[tuple[str, Any]]]]:
-    """Return the owners of the tensors of one site, each with the names it has for them and what they are."""
-    places: dict[int, tuple[nn.Module, list[tuple[str, Any]]]] = {}
+def _places(entries: Sequence[Entry]) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Return where one site belongs: owners, each with the tensors that the site computes for it together."""
+    if len(entries) == 1:
+        return [(owner, {tensor: entries[0].tensor}) for owner, tensor in entries[0].owners]
+    places: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
     for entry in entries:
         for owner, tensor in entry.owners:
-            places.setdefault(id(owner), (owner, []))[1].append((tensor, entry.tensor))
+            places.setdefault(id(owner), (owner, {}))[1][tensor] = entry.tensor
     return list(places.values())
 
 

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -172,15 +172,32 @@ def _values(site: ParametrizedTensor, keep: Keep) -> list[Tensor]:
 
 
 def _originals(site: ParametrizedTensor) -> list[Tensor]:
-    members, originals = site.record.members, site.originals
-    stored = [(tuple(original.shape), dtype_name(original.dtype)) for original in originals]
-    if stored != [(member.shape, member.dtype) for member in members]:
-        shown = ", ".join(f"{dtype}{list(shape)}" for shape, dtype in stored) or "nothing"
+    check_originals(site.record.name, site.record.chain, site.originals, site.record.members)
+    return site.originals
+
+
+class Replaced(Protocol):
+    """What is known of a tensor that a chain computes."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+def check_originals(name: str, chain: Sequence[str], originals: Sequence[Tensor], replaced: Sequence[Replaced]) -> None:
+    """Refuse to put stored tensors in the places of what they were made of, where these had another form.
+
+    Raises:
+        PlanError: says what is stored.
+    """
+    stored = [(list(original.shape), dtype_name(original.dtype)) for original in originals]
+    if stored != [(list(member.shape), member.dtype) for member in replaced]:
+        shown = ", ".join(f"{dtype}{shape}" for shape, dtype in stored) or "nothing"
         raise PlanError(
-            f"{site.record.name}: {' >> '.join(site.record.chain)} stores {shown}, which is not the tensor it "
-            "replaced; bake with keep='value'"
+            f"{name}: {' >> '.join(chain)} stores {shown}, which is not the tensor it replaced; bake with keep='value'"
         )
-    return originals
 
 
 def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter._given import kind_of
 from rewriter.errors import CaptureError
+from rewriter.runtime._random import nothing_drawn
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
@@ -127,8 +128,7 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Put modes, buffers and random state back at the end; the buffers also when what is given is called."""
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda]
-    with torch.random.fork_rng(devices=list({tensor.device for tensor in tensors})):
+    with nothing_drawn((*model.parameters(), *model.buffers())):
 
         @torch.no_grad()
         def put_back() -> None:

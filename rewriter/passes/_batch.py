@@ -15,6 +15,7 @@ from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._batch import BatchedEvaluation, evaluate_together, likeness, stacked
 from rewriter.runtime._places import BATCHES
 from rewriter.runtime._random import nothing_drawn
+from rewriter.runtime._settled import buffer_marks, buffers_changed
 from rewriter.runtime._signature import declares
 
 PROBES = 8
@@ -170,13 +171,10 @@ def _advances_a_state(group: Sequence[ParametrizedTensor]) -> bool:
     holders = [part for step in steps for part in step.modules() if part._buffers]  # all of them copies
     for part in holders:
         part.training = True
-    before = [(buffer, buffer._version) for part in holders for buffer in part.buffers()]
+    before = [(part, buffer_marks(part)) for part in holders]
     for step in steps:
         value = step(value)
-    after = [(buffer, buffer._version) for part in holders for buffer in part.buffers()]
-    return len(before) != len(after) or any(
-        one is not other or version != now for (one, version), (other, now) in zip(before, after, strict=True)
-    )
+    return any(buffers_changed(part, marks) for part, marks in before)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rewriter.passes._infra import Pass, PassError, Rewriting
-from rewriter.passes._samples import few_of_each
+from rewriter.passes._infra import Pass
+from rewriter.passes._samples import same_values
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._fused import groups_of
 
@@ -57,11 +57,4 @@ def why_not_fused(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
     return ""
 
 
-def _values_are_the_same(rewriting: Rewriting) -> None:
-    for site in few_of_each(site for site in rewriting.order if site.fused):
-        problem = why_not_fused(site, site.read_inputs())
-        if problem:
-            raise PassError(f"{site.record.name}: {problem}")
-
-
-fuse_pass = Pass("fuse", lambda rewriting: fuse(rewriting.order), ensures=_values_are_the_same)
+fuse_pass = Pass("fuse", lambda rewriting: fuse(rewriting.order), ensures=same_values(why_not_fused))

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rewriter.passes._infra import Pass, PassError, Rewriting
-from rewriter.passes._samples import few_of_each
+from rewriter.passes._infra import Pass
+from rewriter.passes._samples import same_values
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._steps import apply_steps
 
@@ -73,11 +73,4 @@ def why_not_hoisted(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
     return "it has another value when its first steps are hoisted; they are not a function of their tensors alone"
 
 
-def _values_are_the_same(rewriting: Rewriting) -> None:
-    for site in few_of_each(site for site in rewriting.order if site.hoisted):
-        problem = why_not_hoisted(site, site.read_inputs())
-        if problem:
-            raise PassError(f"{site.record.name}: {problem}")
-
-
-hoist_pass = Pass("hoist", lambda rewriting: hoist(rewriting.order), ensures=_values_are_the_same)
+hoist_pass = Pass("hoist", lambda rewriting: hoist(rewriting.order), ensures=same_values(why_not_hoisted))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -15,6 +14,7 @@ from rewriter.capture import call_for
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
 from rewriter.planning._survey import Entry, dtype_name, refuse_strays, survey
+from rewriter.runtime._random import nothing_drawn
 from rewriter.spec import Spec, load_spec
 
 __all__ = ["Entry", "Plan", "Prepared", "Site", "dtype_name", "plan", "plan_of", "prepare", "refuse_strays", "survey"]
@@ -58,7 +58,6 @@ def plan(
         from rewriter.program import plan_program
 
         return plan_program(model, read)
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    with collector_paused(), torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
+    with collector_paused(), nothing_drawn((*model.parameters(), *model.buffers())):
         model, taken = taken_over(model) if read.absorb else (model, [])
         return plan_of(model, prepare(model, read, capture, measure=True, taken=taken, call=call))

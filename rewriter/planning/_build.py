@@ -17,7 +17,7 @@ from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
 from rewriter.runtime._inverse import Inverse, invert_chain, parts_of, right_inverse
-from rewriter.runtime._signature import PLAIN
+from rewriter.runtime._signature import PLAIN, settings_of
 from rewriter.spec import Rule, Step
 
 Description = tuple[tuple[str, ...], str]
@@ -51,8 +51,8 @@ def _settings(module: nn.Module | None) -> str:
     found = [
         (f"{path}.{key}" if path else key, value)
         for path, part in module.named_modules()
-        for key, value in vars(part).items()
-        if not key.startswith("_") and key != "training" and _is_plain(value)
+        for key, value in settings_of(part).items()
+        if not key.startswith("_") and _is_plain(value)
     ]
     return ", ".join(f"{key}={value}" for key, value in found)
 

@@ -42,7 +42,7 @@ def prove(
     found: dict[tuple[str, str], Diagnostic] = {}
     for name, decide, why_not in (("hoist", hoist, why_not_hoisted), ("fuse", fuse, why_not_fused)):
         if name not in without and decide(sites):
-            for site in few_of_each(site for site in sites if site.hoisted or site.fused):
+            for site in few_of_each(sites):
                 problem = why_not(site, inputs(site))
                 if problem:
                     found.setdefault((name, site.record.rule), _problem(rules, site, "chain", problem))

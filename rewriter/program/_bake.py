@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from rewriter._bake import check_originals
 from rewriter._registry import suggestion
 from rewriter.errors import PlanError
-from rewriter.planning import dtype_name
 from rewriter.program._insert import Edited, _fake
 from rewriter.program._sites import ProgramSite, evaluate, note, placeholder_values, sites_of_program
 from rewriter.spec._glob import Glob
@@ -66,13 +66,7 @@ def _chosen(sites: list[ProgramSite], only: Sequence[str] | None) -> list[Progra
 
 def _originals(site: ProgramSite, known: dict[str, Tensor]) -> list[Tensor]:
     originals = [known[name] for name in site.originals]
-    stored = [(list(original.shape), dtype_name(original.dtype)) for original in originals]
-    if stored != [(member.shape, member.dtype) for member in site.members]:
-        shown = ", ".join(f"{dtype}{shape}" for shape, dtype in stored) or "nothing"
-        raise PlanError(
-            f"{site.name}: {' >> '.join(site.chain)} stores {shown}, which is not the tensor it replaced; bake with "
-            "keep='value'"
-        )
+    check_originals(site.name, site.chain, originals, site.members)
     return originals
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rewriter.errors import RewriterError
-from rewriter.runtime._signature import mark, transformed
+from rewriter.runtime._signature import mark, transformed, version_of
 
 if TYPE_CHECKING:
     from rewriter.runtime._tensor import ParametrizedTensor
@@ -31,7 +31,7 @@ def recomputed(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         return site.compose(*inputs)
     snapshot = _bound(site)
     buffers = list(site.buffers())
-    versions = [_version(buffer) for buffer in buffers]
+    versions = [version_of(buffer) for buffer in buffers]
     declared = {id(buffer) for step in site.modules() if _stateful(step) for buffer in step.buffers()}
     sources = [*site.parameters(), *inputs]
     marks = [mark(source) for source in sources]
@@ -51,7 +51,7 @@ def recomputed(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
 
     value = checkpoint(run, *inputs, use_reentrant=False)
     for buffer, version in zip(buffers, versions, strict=True):
-        if id(buffer) not in declared and _version(buffer) != version:
+        if id(buffer) not in declared and version_of(buffer) != version:
             raise RewriterError(
                 f"{site.record.name}: a step changes its buffers as it runs and does not say so, so that `memory: "
                 "recompute` would not repeat it; set `stateful = True` on its class"
@@ -76,7 +76,3 @@ def _bound(module: Any) -> Any:
 
 def _stateful(module: nn.Module) -> bool:
     return module.training and bool(getattr(module, "stateful", False))
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

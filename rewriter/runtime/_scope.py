@@ -105,14 +105,14 @@ class Frame:
     def _evaluate_apart(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
         region = region_of_forward()
         devices = [] if region is None else devices_in_use()
-        before = None if region is None else random_states(devices)
+        before = [] if region is None else random_states(devices)
         with (
             torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.grad),
             unnoticed(),
         ):
             value = evaluate()
-        if region is not None and before is not None:
+        if region is not None:
             after = random_states(devices)
             if not same_states(before, after):
                 self.drawn[site] = Drawn(region, devices, before, after)

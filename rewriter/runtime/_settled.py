@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rewriter.errors import RewriterError
 from rewriter.runtime._checkpoint import graph_task, reentrant_region, region_of_backward, region_of_forward
 from rewriter.runtime._random import devices_of, random_states, set_random_states
-from rewriter.runtime._signature import declares
+from rewriter.runtime._signature import declares, version_of
 
 if TYPE_CHECKING:
     from rewriter.runtime._tensor import ParametrizedTensor
@@ -137,16 +137,24 @@ def _advanced(
 ) -> set[str]:
     clone = site.settled(lambda path: path not in settled)
     watched = {path: clone.get_submodule(path) for path in doubtful}
-    before = {path: [(buffer, _version(buffer)) for buffer in part._buffers.values()] for path, part in watched.items()}
+    before = {path: buffer_marks(part) for path, part in watched.items()}
     clone.evaluate(*inputs)
-    return {path for path, marks in before.items() if _changed(watched[path], marks)}
+    return {path for path, marks in before.items() if buffers_changed(watched[path], marks)}
 
 
-def _changed(module: nn.Module, before: Sequence[tuple[Tensor | None, int]]) -> bool:
-    now = list(module._buffers.values())
+Marks = list[tuple[Tensor | None, int]]
+
+
+def buffer_marks(module: nn.Module) -> Marks:
+    """Return what `buffers_changed` compares of a module's own buffers."""
+    return [(buffer, version_of(buffer)) for buffer in module._buffers.values()]
+
+
+def buffers_changed(module: nn.Module, before: Marks) -> bool:
+    """Whether a module's own buffers are others than they were, or were written to."""
+    now = buffer_marks(module)
     return len(now) != len(before) or any(
-        buffer is not former or _version(buffer) != version
-        for buffer, (former, version) in zip(now, before, strict=True)
+        one is not other or version != former for (one, version), (other, former) in zip(now, before, strict=True)
     )
 
 
@@ -154,7 +162,3 @@ def _may_keep_state(module: nn.Module) -> bool:
     """Whether a module may advance a state without saying so: it is nobody's we know, and has buffers."""
     silent = "stateful" not in module.__dict__ and not hasattr(type(module), "stateful")
     return silent and bool(module._buffers) and not type(module).__module__.startswith("rewriter.")
-
-
-def _version(buffer: Tensor | None) -> int:
-    return -1 if buffer is None or buffer.is_inference() else buffer._version

@@ -130,6 +130,11 @@ def changes_in_place(value: Any) -> bool:
     return type(value) in _CONTAINERS and not (type(value) is tuple and _CONTAINERS.isdisjoint(map(type, value)))
 
 
+def version_of(tensor: Tensor | None) -> int:
+    """Return how often a tensor was written to, as far as torch counts: not for one made in inference mode."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """Return what a module holds beside tensors of its own, submodules and torch's bookkeeping."""
     return {name: value for name, value in module.__dict__.items() if name not in _BOOKKEEPING}
