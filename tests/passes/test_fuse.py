@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rewriter import PlanError, RewriterError, bake, evaluate_once, plan, register, rewrite
 from rewriter.io import load_model, save_model
-from rewriter.passes import print_graph
+from rewriter.passes import PassError, print_graph
 from rewriter.runtime import ParametrizedTensor
 from rewriter.state import freeze, unfreeze
 
@@ -252,7 +252,10 @@ def test_a_step_that_says_what_is_not_so_is_found() -> None:
 
     with pytest.raises(PlanError, match=r"rules\[0\].chain: 0\.weight: steps 1–2 of .* give another value as one"):
         rewrite(net(), spec("pretends_to_cancel", "pretends_to_cancel"))
-    rewrite(net(), spec("pretends_to_cancel", "pretends_to_cancel"), without=["fuse"])
+    unfused = rewrite(net(), spec("pretends_to_cancel", "pretends_to_cancel"), without=["fuse"])
+    other = {"reparam": 1, "rules": [{"name": "bias", "select": "0.bias", "chain": [{"scale": {"factor": 2.0}}]}]}
+    with pytest.raises(PassError, match=r"pass fuse .*0\.weight: steps 1–2 of .* give another value as one"):
+        rewrite(unfused, other)
     with pytest.raises(RewriterError, match="without: fues is none of"):
         rewrite(net(), spec(MASK), without=["fues"])
 
