@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rewriter.cli._app import app
-from rewriter.cli._inputs import read_examples, read_model, read_spec, stderr, step
+from rewriter.cli._inputs import no_inputs, read_examples, read_model, read_spec, stderr, step
 from rewriter.cli._options import (
     Allow,
     AllowImport,
@@ -128,5 +128,5 @@ def _inputs_for_capture(
     if not isinstance(model, nn.Module):
         return None
     if capture == "export" and examples is None:
-        raise RewriterError("--capture export runs the model: give its inputs, such as --example float32[2,3]")
+        raise no_inputs("--capture export")
     return examples

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rewriter.cli._app import app
-from rewriter.cli._inputs import read_examples, read_model, stderr, step
+from rewriter.cli._inputs import no_inputs, read_examples, read_model, stderr, step
 from rewriter.cli._models import entries_of
 from rewriter.cli._options import Allow, Debug, Example, Factory, Force, Json, ModelPath, Output, Trust
 from rewriter.cli._outcome import Outcome
@@ -62,7 +62,7 @@ def bake(
     loaded = read_model(model_file, model, allow, trust)
     written = format or _format_of(loaded, output)
     if written in ("pt2", "onnx") and examples is None and isinstance(loaded, nn.Module):
-        raise RewriterError(f"--format {written} runs the model: give its inputs, such as --example float32[2,3]")
+        raise no_inputs(f"--format {written}")
     before = [entry.name for entry in entries_of(loaded) if entry.site is not None]
     with step("baking"):
         baked = rewriter.bake(loaded, only=only or None, keep=keep, inplace=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rewriter.errors import Diagnostic, SpecError
+from rewriter.errors import Diagnostic, RewriterError, SpecError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +50,11 @@ def read_model(
         from rewriter.io import load_model
 
         return load_model(path, model=factory, allow=tuple(allow or ()), trust=trust)
+
+
+def no_inputs(option: str) -> RewriterError:
+    """Return what to raise where `option` needs example inputs and there are none."""
+    return RewriterError(f"{option} runs the model: give its inputs, such as --example float32[2,3]")
 
 
 def read_examples(texts: Sequence[str] | None) -> tuple[Any, ...] | None:
