@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rewriter.catalog._maps._degree_eight import degree_eight
 from rewriter.catalog._maps._eager import readable
-from rewriter.catalog._maps._polynomials import Rows, series_of
+from rewriter.catalog._maps._polynomials import Rows, add_identity, fma, series_of
 
 LARGE = 64 * 64
 """Below, a product takes less time than telling more closely how many are needed."""
@@ -74,14 +75,9 @@ def _series(A: Tensor, skew: bool) -> Tensor:
     if skew and size > series.limits[1] and A.numel() >= LARGE:
         size = min(size, _largest(A2, pairs) ** (1 / 2))
     if size <= series.limits[0]:
-        return _fma(_add_identity(torch.add(A, A2, alpha=1 / 2), 1.0), A2, torch.add(A / 6, A2, alpha=1 / 24))
+        return fma(add_identity(torch.add(A, A2, alpha=1 / 2), 1.0), A2, torch.add(A / 6, A2, alpha=1 / 24))
     if size <= series.limits[1]:
-        # Each over its coefficient of A, for a sum to be one operation; the last product puts them right.
-        (_, a, _), (_, b, _), (_, c, _) = series.eight
-        left, right, rest = (_sum_over(A, A2, row) for row in series.eight)
-        A4 = A2 @ left
-        upper, lower = torch.add(A4, A2, alpha=2 / 3 / a), torch.add(right, A4, alpha=series.eight_last * a / b)
-        return _fma(rest, upper, lower, c, a * b)
+        return degree_eight(A, A2, series, skew)
     A3 = A2 @ A
     if not skew:
         # Of other matrices, two neighbouring powers bound what the series adds (Al-Mohy and Higham, 2009).
@@ -91,16 +87,16 @@ def _series(A: Tensor, skew: bool) -> Tensor:
     if size <= series.limits[2] or series.eighteen is None:
         squarings = _halvings(size, series.limits[2])
         B1, B2, B3, B4 = _combinations(series.twelve, 0.5**squarings, A, A2, A3)
-        A6 = _fma(B3, B4, B4)
-        Q = _fma(B1, B2 + A6, A6)
+        A6 = fma(B3, B4, B4)
+        Q = fma(B1, B2 + A6, A6)
     else:
         A6 = _square(A3, skew)
         if skew and size > series.limits[3]:
             size = min(size, _norm(A6, pairs) ** (1 / 6))
         squarings = _halvings(size, series.limits[3])
         B1, B2, B3, B4, B5 = _combinations(series.eighteen, 0.5**squarings, A, A2, A3, A6)
-        A9 = _fma(B4, B1, B5)
-        Q = _fma(B2, B3 + A9, A9)
+        A9 = fma(B4, B1, B5)
+        Q = fma(B2, B3 + A9, A9)
     for _ in range(squarings):
         Q = Q @ Q
     return Q
@@ -118,12 +114,6 @@ def _square(A: Tensor, skew: bool) -> Tensor:
     return A @ A
 
 
-def _sum_over(A: Tensor, A2: Tensor, row: tuple[float, ...]) -> Tensor:
-    """Return a polynomial of degree 2, divided by its coefficient of A."""
-    total = torch.add(A, A2, alpha=row[2] / row[1])
-    return _add_identity(total, row[0] / row[1]) if row[0] else total
-
-
 def _combinations(rows: Rows, scale: float, *powers: Tensor) -> tuple[Tensor, ...]:
     """Return one polynomial per row: its factors of I, sA, s^2 A^2, s^3 A^3, s^6 A^6, as far as given, for the scale s.
 
@@ -133,7 +123,7 @@ def _combinations(rows: Rows, scale: float, *powers: Tensor) -> tuple[Tensor, ..
     factors = _factors(rows, scale, len(powers) + 1, A.dtype, A.device)
     sums = factors[:, 1:] @ torch.stack(powers).view(len(powers), -1)
     shape = (len(rows), *A.shape)
-    _add_identity(sums.view(shape), factors[:, :1].view(-1, *[1] * (A.ndim - 1)))
+    add_identity(sums.view(shape), factors[:, :1].view(-1, *[1] * (A.ndim - 1)))
     return sums.view(shape).unbind()  # not the view from before, whose node autograd would replace by a slower one
 
 
@@ -145,19 +135,6 @@ def _factors(rows: Rows, scale: float, count: int, dtype: torch.dtype, device: t
         return torch.tensor(
             [[f * s for f, s in zip(row, scales, strict=False)][:count] for row in rows], dtype=dtype, device=device
         )
-
-
-def _add_identity(sums: Tensor, factors: Tensor | float) -> Tensor:
-    """Add multiples of the identity to sums of ours, in place: constants, of which the graph needs no node."""
-    sums.detach().diagonal(dim1=-2, dim2=-1).add_(factors)
-    return sums
-
-
-def _fma(Z: Tensor, X: Tensor, Y: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """Return ``beta Z + alpha X @ Y``."""
-    if X.ndim == 2:
-        return torch.addmm(Z, X, Y, beta=beta, alpha=alpha)
-    return torch.add(Z if beta == 1 else beta * Z, X @ Y, alpha=alpha)
 
 
 def _norm(A: Tensor, pairs: float = 1.0) -> float:

@@ -16,6 +16,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 Rows = tuple[tuple[float, ...], ...]
 """For each factor of a product its coefficients of I, A, A^2, A^3 and A^6, as far as given."""
 
@@ -42,6 +45,19 @@ class Series(NamedTuple):
 def series_of(skew: bool, double: bool) -> Series:
     """Return the polynomials for skew matrices or for any, in double or in single precision."""
     return _SERIES[skew, double]
+
+
+def add_identity(sums: Tensor, factors: Tensor | float) -> Tensor:
+    """Add multiples of the identity to sums of ours, in place: constants, of which the graph needs no node."""
+    sums.detach().diagonal(dim1=-2, dim2=-1).add_(factors)
+    return sums
+
+
+def fma(Z: Tensor, X: Tensor, Y: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """Return ``beta Z + alpha X @ Y``."""
+    if X.ndim == 2:
+        return torch.addmm(Z, X, Y, beta=beta, alpha=alpha)
+    return torch.add(Z if beta == 1 else beta * Z, X @ Y, alpha=alpha)
 
 
 _ROOT = math.sqrt(177)
