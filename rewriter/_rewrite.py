@@ -28,6 +28,7 @@ from rewriter.passes import (
     open_pass,
     outline,
     prune_pass,
+    rows_pass,
     run_passes,
     transpose_pass,
     verify_against,
@@ -48,6 +49,7 @@ from rewriter.spec import Spec, load_spec
 _OPTIONAL = {
     "hoist": hoist_pass,
     "fuse": fuse_pass,
+    "rows": rows_pass,
     "cast": cast_pass,
     "batch": batch_pass,
     "transpose": transpose_pass,
@@ -117,8 +119,8 @@ def rewrite(
             the graph of ATen operations.
         inplace: reuse the model's own modules and Parameter objects, so that an optimizer stays valid. A model that
             was traced still comes back as a new module, over the same tensors.
-        without: passes to leave out: any of ``"batch"``, ``"cast"``, ``"fuse"``, ``"hoist"`` and ``"transpose"``.
-            They change how fast a model runs, and not what it computes.
+        without: passes to leave out: any of ``"batch"``, ``"cast"``, ``"fuse"``, ``"hoist"``, ``"rows"`` and
+            ``"transpose"``. They change how fast a model runs, and not what it computes.
 
     Raises:
         SpecError: the spec cannot be read.

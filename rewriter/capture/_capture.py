@@ -13,9 +13,9 @@ from rewriter.capture._leaves import has_own_forward, opener_of
 from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.runtime import RewrittenModule, plain_class
+from rewriter.runtime._hooks import has_hooks
+from rewriter.runtime._rows import written_by_rows
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -53,7 +53,9 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
     if isinstance(model, fx.GraphModule) and mode in ("auto", "graph"):
         own = _calls_of_own_forwards(model, owners)
         if not own:
-            return Capture("graph", copy.deepcopy(model.graph))
+            graph = copy.deepcopy(model.graph)
+            written_by_rows(graph)
+            return Capture("graph", graph)
         if mode == "graph" or isinstance(model, RewrittenModule):
             raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and cannot be handed tensors")
         return Capture("module", why=_OWN_FORWARD.format(own[0]))
@@ -105,12 +107,6 @@ def is_torch_leaf(module: nn.Module) -> bool:
     if has_own_forward(module):
         return False
     return kind.__module__.startswith(("torch.nn.modules.", "torch.ao.nn")) and not isinstance(module, _CONTAINERS)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a user's hooks run when the module is called, so that the call has to stay one."""
-    own, for_all = module.__dict__, vars(nn.modules.module)
-    return any(map(own.get, _HOOKS)) or any(map(for_all.get, _GLOBAL_HOOKS))
 
 
 def _inside(model: nn.Module, owners: Sequence[str]) -> set[str]:

@@ -14,6 +14,7 @@ from rewriter.passes._open import open_pass
 from rewriter.passes._print import print_graph
 from rewriter.passes._prune import prune_pass
 from rewriter.passes._restore import restore_pass
+from rewriter.passes._rows import rows_pass
 from rewriter.passes._samples import few_of_each
 from rewriter.passes._transpose import transpose_pass
 from rewriter.passes._unfold import scriptable, unfolded
@@ -41,6 +42,7 @@ __all__ = [
     "print_graph",
     "prune_pass",
     "restore_pass",
+    "rows_pass",
     "run_passes",
     "scriptable",
     "transpose_pass",

@@ -11,12 +11,13 @@ from torch import fx
 from rewriter.passes._infra import Pass, PassError, Rewriting, evaluations_of
 from rewriter.passes._transpose import uses_of
 from rewriter.runtime._linear import factors_of, times_transposed
+from rewriter.runtime._rows import linear_of_rows
 
 CASTING = frozenset(
     {
         F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
         torch.addmm, torch.baddbmm, torch.bmm, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm,
-        operator.matmul, times_transposed, factors_of,
+        operator.matmul, times_transposed, factors_of, linear_of_rows,
     }
 )  # fmt: skip
 """Functions that autocast runs in its own precision on every device: whatever they get, they cast."""

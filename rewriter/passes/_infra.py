@@ -9,9 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from rewriter.runtime import HANDED, ParametrizedTensor, Session
-
-META = "reparam"
-"""Key of our entries in ``node.meta``; their content is plain data, so that it survives saving."""
+from rewriter.runtime._places import META as META
 
 
 class PassError(RuntimeError):

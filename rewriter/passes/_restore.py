@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Set
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import fx
 from rewriter.passes._batch import batch_evaluations, dissolve_batches
 from rewriter.passes._expand import collapse, groups_of
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, keep_place, note
+from rewriter.passes._rows import join_rows
 from rewriter.passes._transpose import transpose_once, write_linear_calls
 from rewriter.runtime import HANDED, ParametrizedTensor
+from rewriter.runtime._rows import written_by_rows
 from rewriter.runtime._sites import handed_sites
 
 
@@ -23,15 +26,18 @@ def restore_graph(rewriting: Rewriting, baked: Set[ParametrizedTensor]) -> None:
     """
     transposed = write_linear_calls(rewriting)
     batched = dissolve_batches(rewriting)
-    kept_names = {name for name, site in rewriting.sites.items() if site not in baked}
+    joined = written_by_rows(rewriting.graph)
+    kept = {name: site for name, site in rewriting.sites.items() if site not in baked}
     places: list[tuple[fx.Node, dict[str, Any]]] = []
     for site, nodes in evaluations_of(rewriting).items():
         if site in baked:
             places += [(node, place) for node in nodes for place in note(node).get("reads", ())]
-    _close_leaves(rewriting, kept_names)
+    _close_leaves(rewriting, set(kept))
     _take_back_values(rewriting, baked)
     _restore_reads(rewriting, places)
     _replace_rest(rewriting, baked)
+    if joined and kept:
+        join_rows(dataclasses.replace(rewriting, sites=kept))
     if batched:
         batch_evaluations(rewriting)
     if transposed:

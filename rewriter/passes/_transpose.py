@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from rewriter.capture import has_hooks, is_torch_leaf
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of, note
+from rewriter.passes._pure import nothing_written_between
 from rewriter.runtime._linear import factors_of, plus_product, product_plus, times_transposed
 
 LEAST = 8
@@ -24,8 +24,6 @@ TRANSPOSED = "transposed"
 """The keyword argument that makes a batch, or an evaluation that is part of one, give transposes."""
 
 _WRITTEN = {times_transposed: F.linear, factors_of: F.linear, plus_product: operator.add, product_plus: operator.add}
-_HARMLESS = frozenset({operator.getitem, F.linear, *_WRITTEN})
-"""Functions that write to nothing: a product may as well be made after them."""
 
 
 def transpose_once(rewriting: Rewriting) -> bool:
@@ -139,24 +137,10 @@ def _leave_sum_to(rewriting: Rewriting, call: fx.Node) -> None:
     summands = [one for one in following.args if one is not call and isinstance(one, fx.Node)]
     # An opened layer without a bias has None for it, which the call that baking writes again does not have.
     bare = len(call.args) == 2 or ("opened" in note(call) and call.args[2:] == (None,))
-    if bare and len(summands) == 1 and _nothing_written_between(rewriting, call, following):
+    if bare and len(summands) == 1 and nothing_written_between(rewriting, call, following):
         call.args = call.args[:2]
         call.target = factors_of
         following.target = plus_product if following.args[1] is call else product_plus
-
-
-def _nothing_written_between(rewriting: Rewriting, first: fx.Node, last: fx.Node) -> bool:
-    node = first.next
-    while node is not last and _writes_nothing(rewriting, node):
-        node = node.next
-    return node is last
-
-
-def _writes_nothing(rewriting: Rewriting, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module = rewriting.module(node.target)
-        return type(module) is nn.Linear and is_torch_leaf(module) and not has_hooks(module)
-    return node.op == "get_attr" or (node.op == "call_function" and node.target in _HARMLESS)
 
 
 def _only_linear_calls(rewriting: Rewriting) -> None:

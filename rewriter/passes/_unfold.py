@@ -12,6 +12,7 @@ from rewriter.errors import CaptureError
 from rewriter.passes._batch import is_batch
 from rewriter.passes._transpose import TRANSPOSED
 from rewriter.runtime import HANDED, Chunked, ParametrizedTensor, RewrittenModule
+from rewriter.runtime._rows import written_by_rows
 from rewriter.runtime._steps import apply_chain
 
 
@@ -48,7 +49,10 @@ def scriptable(model: RewrittenModule) -> fx.GraphModule:
                 f"{node.target} ({kind}) is handed its computed tensors by name, which cannot be scripted; "
                 "bake() the model first"
             )
-    return unfolded(model)
+    plain = unfolded(model)
+    if written_by_rows(plain.graph):  # TorchScript knows no modules among the arguments
+        plain.recompile()
+    return plain
 
 
 def _site(model: RewrittenModule, node: fx.Node) -> ParametrizedTensor | None:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import fx
 
 from rewriter.passes._infra import Pass, PassError, Rewriting, note, reads_of
+from rewriter.passes._rows import calls_of_rows
 from rewriter.passes._transpose import as_written
+from rewriter.runtime._rows import ROW
 
 
 def outline(graph: fx.Graph) -> Counter[tuple[str, Any]]:
@@ -20,8 +22,9 @@ def outline(graph: fx.Graph) -> Counter[tuple[str, Any]]:
             continue
         if "opened" in entry:
             found["call_module", entry["opened"]] += 1
-        elif node.op != "get_attr" and not entry.keys() & {"site", "member", "transposed"}:
+        elif node.op != "get_attr" and not entry.keys() & {"site", "member", "transposed", "rows", ROW}:
             found[node.op, as_written(node.target)] += 1
+    found.update(calls_of_rows(graph))
     return found
 
 

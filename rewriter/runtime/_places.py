@@ -1,7 +1,9 @@
-"""The names under which modules keep what belongs to their computed tensors."""
+"""The names under which modules keep what belongs to their computed tensors, and graphs what was done to them."""
 
 from __future__ import annotations
 
+META = "reparam"
+"""Key of our entries in ``node.meta``; their content is plain data, so that it survives saving."""
 CONTAINER = "parametrizations"
 """The submodule with an owner's sites, where torch has its own."""
 SESSION = "_reparam_session"

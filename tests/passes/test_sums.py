@@ -106,15 +106,15 @@ class Written(Recurrent):
         return state
 
 
-SUMS = [Recurrent(), Recurrent(True), Broadcast(), Wider(), Precise()]
-NO_SUMS = [Explicit(), Twice(), Doubled(), Recurrent(bias=True), Broadcast(True)]
+SUMS = [Recurrent(), Recurrent(True), Broadcast(), Broadcast(True), Wider(), Precise()]
+NO_SUMS = [Explicit(), Twice(), Doubled(), Recurrent(bias=True)]
 
 
 def _name(model: Any) -> str:
     return f"{type(model).__name__}{'-state-first' if getattr(model, 'state_first', False) else ''}"
 
 
-@pytest.mark.parametrize("model", SUMS[:4], ids=_name)
+@pytest.mark.parametrize("model", SUMS[:5], ids=_name)
 def test_a_sum_is_left_to_the_product(model: nn.Module) -> None:
     text = print_graph(rewrite(model, SPEC))
     assert text.count("factors_of(") == STEPS and "= add(" not in text and "times_transposed" not in text

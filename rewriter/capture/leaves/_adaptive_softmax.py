@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.adaptive import _ASMoutput
 
-from rewriter.capture._capture import has_hooks
 from rewriter.capture._leaves import Opened, Own, opens
 from rewriter.io._functions import graph_function
 from rewriter.runtime import plain_class
+from rewriter.runtime._hooks import has_hooks
 
 
 @graph_function

@@ -1,4 +1,4 @@
-"""The polynomial of degree 8: of matrices of norm about one, as trained weights have them, and so worth a way of its own.
+"""The polynomial of degree 8: for matrices of norm about one, as trained weights give them, so worth a way of its own.
 
 Autograd would go through each of its sums. By hand, those of the gradient are made along with its products, of which
 one falls away for a skew matrix: a quarter less time for forward and backward of a matrix of a hundred rows.

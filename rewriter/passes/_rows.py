@@ -1,0 +1,128 @@
+"""rows: linear calls with one row of a tensor after the other become one call with all of them.
+
+The inputs of an RNN that is unrolled over time are there from the start, and one matrix multiplies them all.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from rewriter.capture import has_hooks, is_torch_leaf
+from rewriter.passes._infra import META, Pass, PassError, Rewriting, note
+from rewriter.passes._pure import is_read_only, nothing_written_between
+from rewriter.runtime import plain_class
+from rewriter.runtime._rows import ROW, linear_of_rows, module_of_rows, written_by_rows
+
+LEAST = 8
+"""Fewer rows are not worth holding the results of all of them at one time."""
+
+Calls = dict[fx.Node, int]
+"""Calls in the graph's order, each with the index of its row."""
+
+
+def join_rows(rewriting: Rewriting) -> bool:
+    """Join the calls of at least `LEAST` rows that follow each other in one tensor."""
+    written_by_rows(rewriting.graph)
+    ranks = {node: rank for rank, node in enumerate(rewriting.graph.nodes)}
+    groups: dict[Any, Calls] = {}
+    for node in rewriting.graph.nodes:
+        found = _row_of(node.args[0]) if node.args and _is_linear(rewriting, node) else None
+        if found is not None:
+            x, dim, index = found
+            groups.setdefault((x, dim, node.target, node.args[1:]), {})[node] = index
+    joined = False
+    for (x, dim, _, _), calls in groups.items():
+        indices = sorted(set(calls.values()))
+        follow = len(indices) >= LEAST and indices[-1] - indices[0] + 1 == len(indices)
+        if follow and _is_in_order(rewriting, calls):
+            _join(rewriting.graph, x, dim, calls, indices, ranks)
+            joined = True
+    return joined
+
+
+def _is_linear(rewriting: Rewriting, node: fx.Node) -> bool:
+    if node.kwargs:
+        return False
+    if node.op == "call_function":
+        return node.target is F.linear and len(node.args) > 1 and node.args[0] not in node.args[1:]
+    if node.op != "call_module" or node.target in rewriting.holders or len(node.args) != 1:
+        return False
+    module = rewriting.module(node.target)
+    return plain_class(module) is nn.Linear and is_torch_leaf(module) and not has_hooks(module)
+
+
+def _row_of(value: Any) -> tuple[fx.Node, int, int] | None:
+    """Return the tensor that a row is taken from, along which dimension, and its index."""
+    if not isinstance(value, fx.Node) or value.op != "call_function" or value.target is not operator.getitem:
+        return None
+    x, index = value.args
+    *before, last = index if isinstance(index, tuple) and index else (index,)
+    if not isinstance(x, fx.Node) or type(last) is not int or last < 0:
+        return None
+    return (x, len(before), last) if all(one == slice(None) for one in before) else None
+
+
+def _is_in_order(rewriting: Rewriting, calls: Calls) -> bool:
+    """Whether the last call finds the tensors as the first one does, and each result is that of its own call only."""
+    first, *_, last = calls
+    return nothing_written_between(rewriting, first, last) and all(is_read_only(rewriting, call) for call in calls)
+
+
+def _join(graph: fx.Graph, x: fx.Node, dim: int, calls: Calls, indices: list[int], ranks: dict[fx.Node, int]) -> None:
+    first = next(iter(calls))
+    span = (dim, indices[0], len(indices))
+    places = {node: _place(node, ranks) for node in calls}
+    with graph.inserting_before(first):
+        if first.op == "call_module":
+            module = graph.create_node("get_attr", str(first.target))
+            module.meta[META] = {"synthetic": True}
+            joined = graph.call_function(module_of_rows, (x, module, *span))
+        else:
+            weight, bias = (*first.args[1:], None)[:2]
+            joined = graph.call_function(linear_of_rows, (x, weight, bias, *span))
+    joined.meta[META] = {"rows": True}
+    for node, index in calls.items():
+        (row, *_) = node.all_input_nodes
+        node.op, node.target, node.args = "call_function", operator.getitem, (joined, index - indices[0])
+        node.meta[META] = {**note(node), ROW: places[node]}
+        if not row.users:
+            graph.erase_node(row)
+
+
+def _place(call: fx.Node, ranks: dict[fx.Node, int]) -> dict[str, Any]:
+    row: Any = call.args[0]
+    place = {"name": row.name, "before": row.next.name, "rank": ranks[row], "note": dict(note(row))}
+    return {**place, "arguments": len(call.args)}
+
+
+def calls_of_rows(graph: fx.Graph) -> Iterator[tuple[str, Any]]:
+    """Return the operations of the model that joined calls stand for, as far as no pass before had changed them."""
+    names = {node.name for node in graph.nodes}
+    for node in graph.nodes:
+        place = note(node).get(ROW)
+        if place is None:
+            continue
+        if place["name"] not in names and "part" not in place["note"]:
+            names.add(place["name"])
+            yield "call_function", operator.getitem
+        joined: Any = node.args[0]
+        if joined.target is module_of_rows:
+            yield "call_module", str(joined.args[1].target)
+        elif not note(node).keys() & {"opened", "part"}:
+            yield "call_function", F.linear
+
+
+def _each_has_its_row(rewriting: Rewriting) -> None:
+    for node in rewriting.graph.nodes:
+        if node.target in (linear_of_rows, module_of_rows):
+            rows = range(node.args[-1])
+            if not all(user.target is operator.getitem and user.args[1] in rows for user in node.users):
+                raise PassError(f"{node.name}, the results of {len(rows)} rows, is used as something else")
+
+
+rows_pass = Pass("rows", join_rows, ensures=_each_has_its_row)
