@@ -25,19 +25,29 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of mallopt
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with the quartiles around it."""
+    """A median with the quartiles around it.
+
+    Arguments:
+        median: of the samples.
+        low: the first quartile.
+        high: the third quartile.
+        sure: where the median of ever more samples would lie, with 95 % confidence, by the ranks of the samples alone
+            (as many lie below it as heads fall in as many tosses).
+    """
 
     median: float
     low: float
     high: float
+    sure: tuple[float, float]
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
         """Summarise samples; one sample alone is its own quartile."""
         if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0])
+            return cls(samples[0], samples[0], samples[0], (samples[0], samples[0]))
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, low, high)
+        ranked, off = sorted(samples), max(0, math.floor((len(samples) - 1.96 * math.sqrt(len(samples))) / 2))
+        return cls(median, low, high, (ranked[off], ranked[-1 - off]))
 
 
 class Timings:

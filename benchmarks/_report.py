@@ -33,6 +33,10 @@ class Bound:
     def __contains__(self, value: float) -> bool:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
+    def cuts(self, interval: tuple[float, float]) -> bool:
+        """Whether an end of the bound lies within an interval."""
+        return any(end is not None and interval[0] < end < interval[1] for end in (self.low, self.high))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,7 +48,7 @@ class Row:
             (how many times as much of it as `against`), or ``"slope"``.
         against: whom it is measured against.
         bound: what is asked; ``None`` for a ratio that is only told.
-        measured: the ratio; it passes by its median.
+        measured: the ratio.
         also: a further condition, and whether it holds.
     """
 
@@ -56,11 +60,18 @@ class Row:
     also: tuple[str, bool] | None = None
 
     @property
-    def passed(self) -> bool | None:
-        """Whether the row keeps what is asked; ``None`` where nothing is."""
+    def verdict(self) -> str:
+        """Say whether the row ``"holds"`` or ``"fails"``; nothing where nothing is asked.
+
+        ``"even"`` is what the measurement cannot tell: the median lies on one side, and its error on both.
+        """
         if self.bound is None:
-            return None
-        return self.measured.median in self.bound and (self.also is None or self.also[1])
+            return ""
+        if self.also is not None and not self.also[1]:
+            return "fails"
+        if self.bound.cuts(self.measured.sure):
+            return "even"
+        return "holds" if self.measured.median in self.bound else "fails"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON data."""
@@ -71,7 +82,7 @@ class Row:
             "required": str(self.bound) if self.bound else None,
             "measured": asdict(self.measured),
             "also": None if self.also is None else {"condition": self.also[0], "holds": self.also[1]},
-            "passed": self.passed,
+            "verdict": self.verdict,
         }
 
 
@@ -153,7 +164,9 @@ Written by `python benchmarks/run.py`; the numbers behind it are in `benchmarks/
 
 All contenders of a table run in one process, one after the other in each round, in an order drawn anew for each
 round. A ratio is taken within a round; shown are its median over the rounds and, in brackets, the quartiles. *Speed*
-says how many times faster, *time* and *memory* how many times as much. A training step is forward and backward.
+says how many times faster, *time* and *memory* how many times as much. A training step is forward and backward. What is
+asked of a ratio holds (✓), fails (✗), or cannot be told (≈), where it lies within the 95 % confidence interval of the
+median.
 
 On a CPU everything is measured twice: with one thread, and with one for each core. Matrices as small as those of the
 RNN gain little from a second thread, while torch's matrix exponential, which works on a matrix of twice the size, gains
@@ -162,14 +175,17 @@ another up to half as long again, by chance.
 """
 
 
+_MARKS = {"holds": "✓", "fails": "✗", "even": "≈", "": ""}
+
+
 def _rows_table(group: Group) -> str:
     lines = ["| what is measured | ratio | against | asked | measured | |", "|---|---|---|---|---|---|"]
     for row in group.rows:
         ratio = f"**{row.measured.median:.3g}** ({row.measured.low:.3g} – {row.measured.high:.3g})"
         if row.also is not None:
             ratio += f", {row.also[0]}: {'yes' if row.also[1] else 'no'}"
-        verdict = {True: "✓", False: "✗", None: ""}[row.passed]
-        lines.append(f"| {row.name} | {row.what} | {row.against} | {row.bound or ''} | {ratio} | {verdict} |")
+        mark = _MARKS[row.verdict]
+        lines.append(f"| {row.name} | {row.what} | {row.against} | {row.bound or ''} | {ratio} | {mark} |")
     return "\n".join(lines) + "\n"
 
 

@@ -27,6 +27,7 @@ NAMES = (*ORTHOGONAL, "spectral_norm", "weight_norm")
 UNCACHED = {"householder": 30.0, "matrix_exp": 10.0}
 CACHED = {"householder": 1.3, "matrix_exp": 1.4, "cayley": 1 / 1.02, "spectral_norm": 1 / 1.02, "weight_norm": 1 / 1.02}
 PLAIN = {"householder": 1.12, "spectral_norm": 1.12, "weight_norm": 1.12, "cayley": 1.15, "matrix_exp": 1.3}
+MODULE_CACHED = 1 / 1.02
 BY_HAND = 1.05
 MEMORY = 1 / 5
 
@@ -39,8 +40,10 @@ def measure(settings: Settings) -> Group:
     group = Group(
         "Unrolled RNN, one training step",
         f"{steps} steps, {width} units, batch {batch}; the recurrent weight is parametrized, and as it "
-        "is some way into training. *graph* is the traced model, *module* the one that keeps its class. *By hand* "
-        "evaluates the same chain once and gives each step the weight explicitly. Memory is the most that tensors made "
+        "is some way into training. *graph* is the traced model, in which the loop is written out and the products of "
+        "all inputs are one; *module* is the one that keeps its class and runs its own loop, of which nothing more can "
+        "be asked than what *by hand* takes: it evaluates the same chain once and gives each step the weight "
+        "explicitly. Memory is the most that tensors made "
         "during the step hold at one time, counted from the storages that operators return until they are freed.",
     )
     torch.manual_seed(0)
@@ -53,7 +56,8 @@ def measure(settings: Settings) -> Group:
         for ours in ("graph", "module"):
             if name in UNCACHED:
                 group.faster(name, timings, ours, "torch uncached", settings.asked(UNCACHED[name]))
-            group.faster(name, timings, ours, "torch cached", settings.asked(CACHED[name]))
+            cached = CACHED[name] if ours == "graph" else MODULE_CACHED
+            group.faster(name, timings, ours, "torch cached", settings.asked(cached))
             group.costs(name, timings, ours, "plain", settings.asked(PLAIN[name]))
             group.costs(name, timings, ours, "by hand", settings.asked(BY_HAND))
         if name in ORTHOGONAL:

@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks._measure import Spread
+from benchmarks._report import Bound, Row
+
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 
@@ -17,7 +22,31 @@ def test_a_quick_run_writes_the_report_and_the_tables(tmp_path: Path) -> None:
     (group,) = report["benchmarks"]["cpu, 1 thread"]
     rows = {(row["name"], row["against"]): row for row in group["rows"]}
     assert rows["matrix_exp: evaluate_once", "torch uncached"]["measured"]["median"] > 0
-    assert rows["matrix_exp: evaluate_once", "torch uncached"]["passed"] is None
+    assert rows["matrix_exp: evaluate_once", "torch uncached"]["verdict"] == ""
     assert {"torch", "threads", "device"} <= report["environment"]["cpu, 1 thread"].keys()
     page = (tmp_path / "benchmarks.md").read_text()
     assert "| matrix_exp: evaluate_once | speed | torch uncached |" in page
+
+
+@pytest.mark.parametrize(
+    ("samples", "bound", "verdict"),
+    [
+        ([1.4, 1.5, 1.6] * 20, Bound(low=1.3), "holds"),
+        ([1.4, 1.5, 1.6] * 20, Bound(low=1.7), "fails"),
+        ([0.98, 0.99, 1.02] * 3, Bound(low=1.0), "even"),
+        ([0.98, 0.99, 0.995] * 30, Bound(low=1.0), "fails"),
+        ([0.96, 0.98, 1.0, 1.02] * 9, Bound(low=0.97, high=1.03), "holds"),
+        ([0.96, 0.98, 1.0, 1.02] * 9, Bound(low=0.991, high=1.03), "even"),
+        ([0.5], Bound(high=0.2), "fails"),
+        ([1.0], None, ""),
+    ],
+)
+def test_a_row_is_even_where_the_measurement_cannot_tell(
+    samples: list[float], bound: Bound | None, verdict: str
+) -> None:
+    assert Row("work", "speed", "other", bound, Spread.of(samples)).verdict == verdict
+
+
+def test_a_condition_that_does_not_hold_fails_the_row() -> None:
+    row = Row("work", "time", "plain", Bound(high=1.0), Spread.of([0.5]), also=("same graph", False))
+    assert row.verdict == "fails"
