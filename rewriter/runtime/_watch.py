@@ -5,7 +5,7 @@ A `Signature` writes everything down; a `Watch` has looked once at where everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -57,10 +57,10 @@ class Watch:
         """Whether all is as it was, and still in its holder: in one go, since this is asked at every forward."""
         if any(self.empty) or not all(map(is_, _flat(self.rows), self.held)):
             return False
-        for tensor, marks, address_of, address, is_like, former in self.tensors:
-            if _marks(tensor) != marks or address_of() != address or not is_like(former):
+        for tensor, marks, address_of, address, strides_of, strides, _ in self.tensors:
+            if _marks(tensor) != marks or address_of() != address or strides_of() != strides:
                 return False
-        return all(same_setting(state[name], value) for state, name, value in self.containers)
+        return not self.containers or all(same_setting(state[name], value) for state, name, value in self.containers)
 
     def same_forms(self) -> bool:
         """Whether all objects are the same, unchanged, and the tensors have the forms that they had."""
@@ -87,19 +87,11 @@ class Watch:
             (self.places if place else self.empty).append(place)
 
 
-# One call for what would be three look-ups: this is done for every tensor in every forward.
-_marks = attrgetter("_version", "requires_grad", "dtype")
+# One call for what would be four look-ups: this is done for every tensor in every forward.
+_marks = attrgetter("_version", "requires_grad", "dtype", "shape")
 _form = attrgetter("shape", "dtype", "device")
-_TOLD = frozenset({"cpu", "cuda", "mps"})
-"""Kinds of devices for whose tensors torch tells in one call whether two of them are the same memory in one form."""
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:
-    """Return all that `unchanged` compares of a tensor, and an alias that keeps its storage and the form it has now."""
-    former = tensor.detach()
-    is_like = tensor.is_set_to if tensor.device.type in _TOLD else _compared(tensor)
-    return (tensor, _marks(tensor), tensor.data_ptr, tensor.data_ptr(), is_like, former)
-
-
-def _compared(tensor: Tensor) -> Callable[[Tensor], bool]:
-    return lambda former: tensor.shape == former.shape and tensor.stride() == former.stride()
+    """Return all that `unchanged` compares of a tensor, and an alias that keeps its storage: its address stays taken."""
+    return (tensor, _marks(tensor), tensor.data_ptr, tensor.data_ptr(), tensor.stride, tensor.stride(), tensor.detach())
