@@ -93,5 +93,5 @@ _form = attrgetter("shape", "dtype", "device")
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:
-    """Return all that `unchanged` compares of a tensor, and an alias that keeps its storage: its address stays taken."""
+    """Return all that `unchanged` compares of a tensor, and an alias, for its address to stay taken."""
     return (tensor, _marks(tensor), tensor.data_ptr, tensor.data_ptr(), tensor.stride, tensor.stride(), tensor.detach())
