@@ -42,10 +42,10 @@ def measure(settings: Settings) -> Group:
         "Unrolled RNN, one training step",
         f"{steps} steps, {width} units, batch {batch}; the recurrent weight is parametrized, and as it "
         "is some way into training. *graph* is the traced model, in which the loop is written out and the products of "
-        "all inputs are one, except in *row by row*; *module* is the one that keeps its class and runs its own loop, of which nothing more can "
-        "be asked than what *by hand* takes: it evaluates the same chain once and gives each step the weight "
-        "explicitly. Memory is the most that tensors made "
-        "during the step hold at one time, counted from the storages that operators return until they are freed.",
+        "all inputs are one, except in *row by row*; *module* is the one that keeps its class and runs its own loop, "
+        "of which nothing more can be asked than what *by hand* takes: it evaluates the same chain once and gives each "
+        "step the weight explicitly. Memory is the most that tensors made during the step hold at one time, counted "
+        "from the storages that operators return until they are freed.",
     )
     torch.manual_seed(0)
     plain = Recurrent(steps, width).to(settings.device)
