@@ -33,14 +33,14 @@ def join_rows(rewriting: Rewriting) -> bool:
     for node in rewriting.graph.nodes:
         found = _row_of(node.args[0]) if node.args and _is_linear(rewriting, node) else None
         if found is not None:
-            x, dim, index = found
-            groups.setdefault((x, dim, node.target, node.args[1:]), {})[node] = index
+            *where, index = found
+            groups.setdefault((*where, node.target, node.args[1:]), {})[node] = index
     joined = False
-    for (x, dim, _, _), calls in groups.items():
+    for (x, before, after, *_), calls in groups.items():
         indices = sorted(set(calls.values()))
         follow = len(indices) >= LEAST and indices[-1] - indices[0] + 1 == len(indices)
         if follow and _is_in_order(rewriting, calls):
-            _join(rewriting.graph, x, dim, calls, indices, ranks)
+            _join(rewriting.graph, (x, before, after), calls, indices, ranks)
             joined = True
     return joined
 
@@ -56,15 +56,18 @@ def _is_linear(rewriting: Rewriting, node: fx.Node) -> bool:
     return plain_class(module) is nn.Linear and is_torch_leaf(module) and not has_hooks(module)
 
 
-def _row_of(value: Any) -> tuple[fx.Node, int, int] | None:
-    """Return the tensor that a row is taken from, along which dimension, and its index."""
+def _row_of(value: Any) -> tuple[fx.Node, int, int, int] | None:
+    """Return the tensor that a row is taken from, how many dimensions are named before and after its own, its index."""
     if not isinstance(value, fx.Node) or value.op != "call_function" or value.target is not operator.getitem:
         return None
     x, index = value.args
-    *before, last = index if isinstance(index, tuple) and index else (index,)
-    if not isinstance(x, fx.Node) or type(last) is not int or last < 0:
+    named = index if isinstance(index, tuple) else (index,)
+    chosen = [place for place, one in enumerate(named) if isinstance(one, fx.Node) or one != slice(None)]
+    if not isinstance(x, fx.Node) or len(chosen) != 1:
         return None
-    return (x, len(before), last) if all(one == slice(None) for one in before) else None
+    (place,) = chosen
+    one = named[place]
+    return (x, place, len(named) - place - 1, one) if type(one) is int and one >= 0 else None
 
 
 def _is_in_order(rewriting: Rewriting, calls: Calls) -> bool:
@@ -73,9 +76,9 @@ def _is_in_order(rewriting: Rewriting, calls: Calls) -> bool:
     return nothing_written_between(rewriting, first, last) and all(is_read_only(rewriting, call) for call in calls)
 
 
-def _join(graph: fx.Graph, x: fx.Node, dim: int, calls: Calls, indices: list[int], ranks: dict[fx.Node, int]) -> None:
-    first = next(iter(calls))
-    span = (dim, indices[0], len(indices))
+def _join(graph: fx.Graph, where: tuple[Any, ...], calls: Calls, indices: list[int], ranks: dict[fx.Node, int]) -> None:
+    first, (x, *dimensions) = next(iter(calls)), where
+    span = (*dimensions, indices[0], len(indices))
     places = {node: _place(node, ranks) for node in calls}
     with graph.inserting_before(first):
         if first.op == "call_module":

@@ -23,49 +23,51 @@ _KINDS = frozenset({Tensor, nn.Parameter})
 
 @graph_function
 def linear_of_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dim: int, first: int, count: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, before: int, after: int, first: int, count: int
 ) -> Sequence[Tensor]:
-    """Return what `torch.nn.functional.linear` gives for each of `count` rows of a tensor.
+    """Return what `torch.nn.functional.linear` gives for each of `count` rows of a tensor, which follow each other.
 
     Arguments:
         x: of shape ``(..., in)``.
         weight: of shape ``(out, in)``.
         bias: of shape ``(out,)``.
-        dim: along which the rows follow each other.
-        first: the first one's index.
-        count: how many.
+        before: how many dimensions come before the one along which the rows follow each other.
+        after: how many the model names that come after it.
+        first: the first row's index.
+        count: how many rows.
     """
-    if type(x) not in _KINDS or x.dim() < dim + 2 or x.size(dim) < first + count:  # or it is no tensor at all
-        return [functional.linear(_row(x, dim, first + index), weight, bias) for index in range(count)]
-    rows = x if x.size(dim) == count else x.narrow(dim, first, count)
-    return functional.linear(rows, weight, bias).unbind(dim)
+    known = type(x) in _KINDS and type(weight) in _KINDS  # a list of tensors is none, and others have their own rules
+    if not known or x.dim() < before + max(after + 1, 2) or x.size(before) < first + count:
+        indices = range(first, first + count)
+        return [functional.linear(x[row_index(before, after, index)], weight, bias) for index in indices]
+    rows = x if x.size(before) == count else x.narrow(before, first, count)
+    # Each result lies in one piece, as that of a call for one row does.
+    return functional.linear(rows.movedim(before, 0) if before else rows, weight, bias).contiguous().unbind()
 
 
 @graph_function
-def module_of_rows(x: Tensor, module: nn.Module, dim: int, first: int, count: int) -> Sequence[Tensor]:
-    """Return what a linear layer gives for each of `count` rows of a tensor.
+def module_of_rows(x: Tensor, module: nn.Module, before: int, after: int, first: int, count: int) -> Sequence[Tensor]:
+    """Return what a linear layer gives for each of `count` rows of a tensor, which follow each other.
 
     It is called for each of them where it has hooks by now, or another module is in its place.
 
     Arguments:
         x: of shape ``(..., in)``.
         module: the layer.
-        dim: along which the rows follow each other.
-        first: the first one's index.
-        count: how many.
+        before: how many dimensions come before the one along which the rows follow each other.
+        after: how many the model names that come after it.
+        first: the first row's index.
+        count: how many rows.
     """
     if type(module) is not nn.Linear or is_compiling() or "forward" in module.__dict__ or has_hooks(module):
-        return [module(_row(x, dim, first + index)) for index in range(count)]
-    return linear_of_rows(x, module.weight, module.bias, dim, first, count)
+        return [module(x[row_index(before, after, index)]) for index in range(first, first + count)]
+    return linear_of_rows(x, module.weight, module.bias, before, after, first, count)
 
 
-def _row(x: Any, dim: int, index: int) -> Any:
-    return x[row_index(dim, index)]
-
-
-def row_index(dim: int, index: int) -> Any:
+def row_index(before: int, after: int, index: int) -> Any:
     """Return what a model writes in brackets for one row."""
-    return (*[slice(None)] * dim, index) if dim else index
+    whole = slice(None)
+    return (*[whole] * before, index, *[whole] * after) if before + after else index
 
 
 ROW = "row"
@@ -90,11 +92,10 @@ def written_by_rows(graph: fx.Graph) -> bool:
         joined: Any = node.args[0]
         row = by_name.get(place["name"])
         if row is None:
-            x, dim, first = joined.args[0], joined.args[-3], joined.args[-2]
+            before, after, first = joined.args[-4:-1]
+            index = row_index(before, after, first + node.args[1])
             with graph.inserting_before(by_name.get(place["before"], node)):
-                row = graph.create_node(
-                    "call_function", operator.getitem, (x, row_index(dim, first + node.args[1])), name=place["name"]
-                )
+                row = graph.create_node("call_function", operator.getitem, (joined.args[0], index), name=place["name"])
             row.name = place["name"]
             if place["note"]:
                 row.meta[META] = place["note"]

@@ -44,6 +44,21 @@ class BatchFirst(Recurrent):
         return x[:, index]
 
 
+class AllNamed(Recurrent):
+    def row(self, x: Tensor, index: int) -> Tensor:
+        return x[:, index, :]
+
+
+class Flattened(BatchFirst):
+    """Views its products as vectors, which only what lies in one piece can be viewed as."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(self.row(x, 0))
+        for index in range(STEPS):
+            state = torch.tanh(self.input(self.row(x, index)).view(-1).view(state.shape) + self.step(state))
+        return state
+
+
 class Later(Recurrent):
     def row(self, x: Tensor, index: int) -> Tensor:
         return x[index + 1]
@@ -77,10 +92,10 @@ class Gates(Recurrent):
 
 
 JOINED: list[Callable[[], nn.Module]] = [
-    Recurrent, lambda: Recurrent(bias=False), BatchFirst, Later, Backwards, RowsAhead, Gates,
+    Recurrent, lambda: Recurrent(bias=False), BatchFirst, AllNamed, Flattened, Later, Backwards, RowsAhead, Gates,
 ]  # fmt: skip
 """Models of which the calls of `input` are one."""
-NAMES = ["rows", "without bias", "batch first", "later", "backwards", "rows ahead", "gates"]
+NAMES = ["rows", "without bias", "batch first", "all named", "flattened", "later", "backwards", "rows ahead", "gates"]
 
 
 def spec(*select: str) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def test_the_graph_multiplies_all_rows_ahead() -> None:
         "%2 = getitem(%1, 0)",
         "%3 = zeros_like(%2)",
         "%4 = input",
-        "%5 = module_of_rows(%1, %4, 0, 0, 9)",
+        "%5 = module_of_rows(%1, %4, 0, 0, 0, 9)",
         "%6 = getitem(%5, 0)",
         "%7 = evaluate step.weight [cast once]: original >> symmetric",
         "%8 = .t(%7)",
@@ -320,6 +335,19 @@ def test_what_is_no_tensor_and_what_is_too_short_is_as_in_the_model() -> None:
             new(x[:8])
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             new(torch.randn(STEPS, 3, 5))
+        with pytest.raises(IndexError, match="too many indices"):
+            rewrite(AllNamed(), select)(torch.randn(4, STEPS))
+
+
+def test_a_row_along_the_last_dimension_is_no_row_of_a_product() -> None:
+    class Last(Recurrent):
+        def row(self, x: Tensor, index: int) -> Tensor:
+            return x[:, :, index]
+
+    torch.manual_seed(0)
+    model, x = Last(), torch.randn(3, 4, STEPS)
+    for select in (STEP, BOTH):
+        torch.testing.assert_close(rewrite(model, select)(x), rewrite(model, select, without="rows")(x))
 
 
 @pytest.mark.parametrize("make", JOINED, ids=NAMES)
