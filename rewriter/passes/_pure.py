@@ -47,12 +47,13 @@ _NOWHERE: frozenset[Any] = frozenset()
 def nothing_written_between(rewriting: Rewriting, first: fx.Node, last: fx.Node) -> bool:
     """Whether the nodes that follow the first, up to the last, leave every tensor as they found it."""
     node = first.next
-    while node is not last and _writes_nothing(rewriting, node):
+    while node is not last and writes_nothing(rewriting, node):
         node = node.next
     return node is last
 
 
-def _writes_nothing(rewriting: Rewriting, node: fx.Node) -> bool:
+def writes_nothing(rewriting: Rewriting, node: fx.Node) -> bool:
+    """Whether a node leaves every tensor as it found it; what is not known does not."""
     if node.op == "call_module" and isinstance(rewriting.module(node.target), (ParametrizedTensor, BatchedEvaluation)):
         return True
     return node.op == "get_attr" or _is_new(rewriting, node) or _is_view(rewriting, node)

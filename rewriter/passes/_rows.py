@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from rewriter.capture import has_hooks, is_torch_leaf
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, note
-from rewriter.passes._pure import is_read_only, nothing_written_between
+from rewriter.passes._pure import is_read_only, writes_nothing
 from rewriter.runtime import plain_class
 from rewriter.runtime._rows import ROW, linear_of_rows, module_of_rows, written_by_rows
 
@@ -28,21 +29,39 @@ Calls = dict[fx.Node, int]
 def join_rows(rewriting: Rewriting) -> bool:
     """Join the calls of at least `LEAST` rows that follow each other in one tensor."""
     written_by_rows(rewriting.graph)
-    ranks = {node: rank for rank, node in enumerate(rewriting.graph.nodes)}
+    groups = _groups(rewriting)
+    if not groups:
+        return False
+    ranks, written = _writes(rewriting)
+    joined = False
+    for (x, before, after, *_), calls in groups.items():
+        first, *_, last = calls
+        nothing_written = written[ranks[first]] == written[ranks[last]]
+        if nothing_written and all(is_read_only(rewriting, call) for call in calls):
+            _join(rewriting.graph, (x, before, after), calls, ranks)
+            joined = True
+    return joined
+
+
+def _groups(rewriting: Rewriting) -> dict[Any, Calls]:
+    """Return the calls of one layer with rows of one tensor that follow each other: by tensor, layer and the rest."""
     groups: dict[Any, Calls] = {}
     for node in rewriting.graph.nodes:
         found = _row_of(node.args[0]) if node.args and _is_linear(rewriting, node) else None
         if found is not None:
             *where, index = found
             groups.setdefault((*where, node.target, node.args[1:]), {})[node] = index
-    joined = False
-    for (x, before, after, *_), calls in groups.items():
-        indices = sorted(set(calls.values()))
-        follow = len(indices) >= LEAST and indices[-1] - indices[0] + 1 == len(indices)
-        if follow and _is_in_order(rewriting, calls):
-            _join(rewriting.graph, (x, before, after), calls, indices, ranks)
-            joined = True
-    return joined
+    return {key: calls for key, calls in groups.items() if _follow(set(calls.values()))}
+
+
+def _follow(indices: set[int]) -> bool:
+    return len(indices) >= LEAST and max(indices) - min(indices) + 1 == len(indices)
+
+
+def _writes(rewriting: Rewriting) -> tuple[dict[fx.Node, int], list[int]]:
+    """Return the place of each node, and how many of the nodes up to there may write to a tensor."""
+    ranks = {node: rank for rank, node in enumerate(rewriting.graph.nodes)}
+    return ranks, [*accumulate(not writes_nothing(rewriting, node) for node in ranks)]
 
 
 def _is_linear(rewriting: Rewriting, node: fx.Node) -> bool:
@@ -70,15 +89,9 @@ def _row_of(value: Any) -> tuple[fx.Node, int, int, int] | None:
     return (x, place, len(named) - place - 1, one) if type(one) is int and one >= 0 else None
 
 
-def _is_in_order(rewriting: Rewriting, calls: Calls) -> bool:
-    """Whether the last call finds the tensors as the first one does, and each result is that of its own call only."""
-    first, *_, last = calls
-    return nothing_written_between(rewriting, first, last) and all(is_read_only(rewriting, call) for call in calls)
-
-
-def _join(graph: fx.Graph, where: tuple[Any, ...], calls: Calls, indices: list[int], ranks: dict[fx.Node, int]) -> None:
-    first, (x, *dimensions) = next(iter(calls)), where
-    span = (*dimensions, indices[0], len(indices))
+def _join(graph: fx.Graph, where: tuple[Any, ...], calls: Calls, ranks: dict[fx.Node, int]) -> None:
+    first, (x, *dimensions), start = next(iter(calls)), where, min(calls.values())
+    span = (*dimensions, start, max(calls.values()) - start + 1)
     places = {node: _place(node, ranks) for node in calls}
     with graph.inserting_before(first):
         if first.op == "call_module":
@@ -91,7 +104,7 @@ def _join(graph: fx.Graph, where: tuple[Any, ...], calls: Calls, indices: list[i
     joined.meta[META] = {"rows": True}
     for node, index in calls.items():
         (row, *_) = node.all_input_nodes
-        node.op, node.target, node.args = "call_function", operator.getitem, (joined, index - indices[0])
+        node.op, node.target, node.args = "call_function", operator.getitem, (joined, index - start)
         node.meta[META] = {**note(node), ROW: places[node]}
         if not row.users:
             graph.erase_node(row)
