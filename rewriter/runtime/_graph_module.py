@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, overload
@@ -70,11 +71,19 @@ class RewrittenModule(fx.GraphModule):
         writer.__dict__ = self.__dict__
         code = fx.GraphModule.recompile(writer)
         kind.forward = traceable(kind.forward)
+        for child in self._children_named():
+            setattr(kind, child, property(functools.partial(_child, child)))
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
             kind = _classes.setdefault((name, code.src, functions), kind)
         self.__class__ = kind
         return code
+
+    def _children_named(self) -> set[str]:
+        """Return the submodules that the code of the graph starts from, but for names that this class has itself."""
+        nodes = [node for node in self.graph.nodes if node.op in ("call_module", "get_attr")]
+        reached = {str(node.target).partition(".")[0] for node in nodes}
+        return {name for name in reached if name in self._modules and not hasattr(RewrittenModule, name)}
 
     def _is_sequential(self) -> bool:
         return issubclass(self.__dict__.get(GRAPH_OF, nn.Module), nn.Sequential)
@@ -235,6 +244,14 @@ def rebuild_rewritten(graph: dict[str, Any]) -> Shell:
         _revive(clone, state, graph_from_data(graph, clone))
 
     return Shell(become)
+
+
+def _child(name: str, model: RewrittenModule) -> Any:
+    # What `__getattr__` would find, in a third of the time: graphs come here for every node.
+    try:
+        return model._modules[name]
+    except KeyError:
+        raise AttributeError(name) from None
 
 
 def _own_class(name: str, base: type[RewrittenModule] = RewrittenModule) -> Any:
