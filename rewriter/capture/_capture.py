@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.runtime import RewrittenModule, plain_class
 from rewriter.runtime._hooks import has_hooks
-from rewriter.runtime._rows import written_by_rows
+from rewriter.runtime._rows import row_by_row
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -53,9 +52,7 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
     if isinstance(model, fx.GraphModule) and mode in ("auto", "graph"):
         own = _calls_of_own_forwards(model, owners)
         if not own:
-            graph = copy.deepcopy(model.graph)
-            written_by_rows(graph)
-            return Capture("graph", graph)
+            return Capture("graph", row_by_row(model.graph))
         if mode == "graph" or isinstance(model, RewrittenModule):
             raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and cannot be handed tensors")
         return Capture("module", why=_OWN_FORWARD.format(own[0]))

@@ -17,7 +17,7 @@ from rewriter.capture import has_hooks, is_torch_leaf
 from rewriter.passes._infra import META, Pass, PassError, Rewriting, note
 from rewriter.passes._pure import is_read_only, writes_nothing
 from rewriter.runtime import plain_class
-from rewriter.runtime._rows import ROW, linear_of_rows, module_of_rows, written_by_rows
+from rewriter.runtime._rows import ROW, linear_of_rows, module_of_rows
 
 LEAST = 8
 """Fewer rows are not worth holding the results of all of them at one time."""
@@ -28,7 +28,6 @@ Calls = dict[fx.Node, int]
 
 def join_rows(rewriting: Rewriting) -> bool:
     """Join the calls of at least `LEAST` rows that follow each other in one tensor."""
-    written_by_rows(rewriting.graph)
     groups = _groups(rewriting)
     if not groups:
         return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, overload
@@ -16,7 +15,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
 from rewriter.runtime._mixed import refuse_mixed
-from rewriter.runtime._owner_class import plain_class
+from rewriter.runtime._owner_class import child_property, plain_class
 from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._retrace import traceable
@@ -72,7 +71,7 @@ class RewrittenModule(fx.GraphModule):
         code = fx.GraphModule.recompile(writer)
         kind.forward = traceable(kind.forward)
         for child in self._children_named():
-            setattr(kind, child, property(functools.partial(_child, child)))
+            setattr(kind, child, child_property(child))
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
             kind = _classes.setdefault((name, code.src, functions), kind)
@@ -244,14 +243,6 @@ def rebuild_rewritten(graph: dict[str, Any]) -> Shell:
         _revive(clone, state, graph_from_data(graph, clone))
 
     return Shell(become)
-
-
-def _child(name: str, model: RewrittenModule) -> Any:
-    # What `__getattr__` would find, in a third of the time: graphs come here for every node.
-    try:
-        return model._modules[name]
-    except KeyError:
-        raise AttributeError(name) from None
 
 
 def _own_class(name: str, base: type[RewrittenModule] = RewrittenModule) -> Any:

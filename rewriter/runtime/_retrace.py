@@ -7,7 +7,6 @@ with each site as one node, and a site that is met in any other way says what to
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import fx
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from rewriter.runtime._batch import BatchedEvaluation
-from rewriter.runtime._rows import written_by_rows
+from rewriter.runtime._rows import row_by_row
 from rewriter.runtime._taken_in import refuse_replaced
 from rewriter.runtime._tensor import ParametrizedTensor
 
@@ -45,9 +44,7 @@ class _Copy(fx.Interpreter):
     """Runs a graph of values of another tracer, which writes down what is done to them."""
 
     def __init__(self, model: fx.GraphModule, tracer: fx.Tracer, given: Sequence[Any]) -> None:
-        graph = copy.deepcopy(model.graph)
-        written_by_rows(graph)
-        super().__init__(model, graph=graph)
+        super().__init__(model, graph=row_by_row(model.graph))
         self.tracer = tracer
         self.given = iter(given)  # in the order of the placeholders, which make the signature
 

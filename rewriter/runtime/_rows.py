@@ -6,6 +6,7 @@ gradient, where a call for each row has as many of both, and adds the gradients 
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,7 @@ from torch.nn import functional
 from rewriter.io._functions import graph_function
 from rewriter.runtime._hooks import has_hooks
 from rewriter.runtime._places import META
-
-_KINDS = frozenset({Tensor, nn.Parameter})
+from rewriter.runtime._signature import PLAIN
 
 
 @graph_function
@@ -36,7 +36,7 @@ def linear_of_rows(
         first: the first row's index.
         count: how many rows.
     """
-    known = type(x) in _KINDS and type(weight) in _KINDS  # a list of tensors is none, and others have their own rules
+    known = type(x) in PLAIN and type(weight) in PLAIN  # a list of tensors is none, and others have their own rules
     if not known or x.dim() < before + max(after + 1, 2) or x.size(before) < first + count:
         indices = range(first, first + count)
         return [functional.linear(x[row_index(before, after, index)], weight, bias) for index in indices]
@@ -72,6 +72,13 @@ def row_index(before: int, after: int, index: int) -> Any:
 
 ROW = "row"
 """Key of the entry that such a row has in our part of a node's metadata: where the model took it, and what it calls."""
+
+
+def row_by_row(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph in which every row has a call of its own, as in the model."""
+    graph = copy.deepcopy(graph)
+    written_by_rows(graph)
+    return graph
 
 
 def written_by_rows(graph: fx.Graph) -> bool:
