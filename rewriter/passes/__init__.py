@@ -16,6 +16,7 @@ from rewriter.passes._prune import prune_pass
 from rewriter.passes._restore import restore_pass
 from rewriter.passes._rows import rows_pass
 from rewriter.passes._samples import few_of_each
+from rewriter.passes._start import keeps_values, start_of_graph
 from rewriter.passes._transpose import transpose_pass
 from rewriter.passes._unfold import scriptable, unfolded
 from rewriter.passes._verify import outline, verify_against
@@ -36,6 +37,7 @@ __all__ = [
     "hoist",
     "hoist_pass",
     "insert_pass",
+    "keeps_values",
     "note",
     "open_pass",
     "outline",
@@ -45,6 +47,7 @@ __all__ = [
     "rows_pass",
     "run_passes",
     "scriptable",
+    "start_of_graph",
     "transpose_pass",
     "unfolded",
     "verify_against",

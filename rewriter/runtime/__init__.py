@@ -11,7 +11,7 @@ from rewriter.runtime._layout import Layout, layout_of
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._owner import attach, detach, open_path, open_root, release
 from rewriter.runtime._owner_class import plain_class
-from rewriter.runtime._places import HANDED
+from rewriter.runtime._places import CONTAINER, HANDED
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
 from rewriter.runtime._sites import site_path, sites_of
@@ -19,6 +19,7 @@ from rewriter.runtime._taken_in import refuse_replaced
 from rewriter.runtime._tensor import ParametrizedTensor
 
 __all__ = [
+    "CONTAINER",
     "HANDED",
     "Chunked",
     "Inverse",

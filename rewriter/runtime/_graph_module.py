@@ -16,11 +16,12 @@ from rewriter.io._graph_data import graph_from_data, graph_to_data
 from rewriter.io._names import loadable
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._owner_class import child_property, plain_class
-from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION
+from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION, STANDING
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._sites import sites_of
+from rewriter.runtime._standing import given_what_holds
 from rewriter.runtime._tensor import ParametrizedTensor
 
 _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
@@ -29,7 +30,7 @@ _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
 WRITTEN_AT_ONCE = 1000
 """The most nodes of a graph whose code is written without being asked for."""
 
-_NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls"})
+_NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", STANDING})
 
 
 class RewrittenModule(fx.GraphModule):
@@ -62,6 +63,8 @@ class RewrittenModule(fx.GraphModule):
         _join(self)
 
     def recompile(self) -> Any:
+        from rewriter.passes import keeps_values
+
         name = type(self).__name__
         # torch.fx writes `forward` into the class, which other models may have too. The model keeps its class until
         # the new one is complete, since another thread may call it.
@@ -70,11 +73,15 @@ class RewrittenModule(fx.GraphModule):
         writer.__dict__ = self.__dict__
         code = fx.GraphModule.recompile(writer)
         kind.forward = traceable(kind.forward)
+        keeps = keeps_values(writer)
+        if keeps:
+            kind.forward = given_what_holds(kind.forward)
+        self.__dict__.pop(STANDING, None)
         for child in self._children_named():
             setattr(kind, child, child_property(child))
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
-            kind = _classes.setdefault((name, code.src, functions), kind)
+            kind = _classes.setdefault((name, code.src, functions, keeps), kind)
         self.__class__ = kind
         return code
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import rewrite
+from rewriter.runtime._holding import Holding
+from tests.layers import Layers
 from tests.maps import Smooth
 
 
@@ -112,3 +114,27 @@ def recurrent(capture: str, spec: Callable[..., dict[str, Any]]) -> Callable[...
 @pytest.fixture
 def plain() -> type[Recurrent]:
     return Recurrent
+
+
+@pytest.fixture
+def world() -> Layers:
+    return Layers()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many values were looked at by themselves since it was last asked."""
+    seen: list[Holding] = []
+    look = Holding.kept_value
+
+    def counted(self: Holding, inputs: Any) -> Any:
+        seen.append(self)
+        return look(self, inputs)
+
+    def count() -> int:
+        number = len(seen)
+        seen.clear()
+        return number
+
+    monkeypatch.setattr(Holding, "kept_value", counted)
+    return count
