@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
-
-_FORMATS: Mapping[str, Format] = {".pt2": "pt2", ".onnx": "onnx", ".safetensors": "safetensors"}
 
 
 @app.command()
@@ -80,11 +77,13 @@ def bake(
 def _format_of(model: nn.Module | ExportedProgram, output: Path) -> Format:
     from torch import nn
 
+    from rewriter.export import formats_called
     from rewriter.io import check_suffix
 
+    called: list[Format] = formats_called(output)
+    if called and "module" not in called:
+        return called[0]
     if isinstance(model, nn.Module):
-        return _FORMATS.get(output.suffix.lower(), "module")
-    if output.suffix.lower() in _FORMATS:
-        return _FORMATS[output.suffix.lower()]
+        return "module"
     check_suffix(model, output)
     return "pt2"

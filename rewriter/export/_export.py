@@ -25,7 +25,7 @@ FORMATS: tuple[str, ...] = get_args(Format)
 
 Inputs = tuple[Any, ...]
 
-_SUFFIXES: Mapping[str, tuple[str, ...]] = {
+_SUFFIXES: Mapping[Format, tuple[str, ...]] = {
     "module": (".pt", ".pth"),
     "torchscript": (".pt", ".pth", ".ts"),
     "pt2": (".pt2",),
@@ -81,13 +81,22 @@ def export_model(
             ) from problem
 
 
-def _check_suffix(path: Path, format: str) -> None:
+def formats_called(path: str | os.PathLike[str]) -> list[Format]:
+    """Return the formats whose files have names like `path`.
+
+    >>> formats_called("model.onnx"), formats_called("model.pt"), formats_called("model")
+    (['onnx'], ['module', 'torchscript'], [])
+    """
+    suffix = Path(path).suffix.lower()
+    return [format for format, suffixes in _SUFFIXES.items() if suffix in suffixes]
+
+
+def _check_suffix(path: Path, format: Format) -> None:
     """Refuse a name that says the file is of another format."""
-    suffix = path.suffix.lower()
-    meant = {known: name for name, suffixes in _SUFFIXES.items() for known in suffixes}
-    if suffix in meant and suffix not in _SUFFIXES[format]:
+    meant = formats_called(path)
+    if meant and format not in meant:
         raise ModelFileError(
-            f"{path} is called like the format {meant[suffix]}; a file of the format {format} ends in "
+            f"{path} is called like the format {meant[0]}; a file of the format {format} ends in "
             f"{' or '.join(_SUFFIXES[format])}"
         )
 

@@ -71,10 +71,11 @@ def test_the_original_can_be_kept(reparam, folder):
     assert torch.equal(load_model("back.pt")[0].weight, load_model("model.pt")[0].weight)
 
 
-def test_bake_writes_torchscript(reparam, folder):
+@pytest.mark.parametrize("written", [("scripted.pt", "--format", "torchscript"), ("scripted.ts",)])
+def test_bake_writes_torchscript(reparam, folder, written):
     reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt")
-    assert reparam("bake", "rewritten.pt", "-o", "scripted.pt", "--format", "torchscript").code == 0
-    assert torch.allclose(torch.jit.load("scripted.pt")(X), load_model("rewritten.pt")(X))
+    assert reparam("bake", "rewritten.pt", "-o", *written).code == 0
+    assert torch.allclose(torch.jit.load(written[0])(X), load_model("rewritten.pt")(X))
 
 
 def test_bake_writes_pt2_with_an_example(reparam, folder):
