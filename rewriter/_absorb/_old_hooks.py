@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rewriter._absorb._holder import Holder
 from rewriter.catalog._spectral_norm import SpectralNorm
 from rewriter.catalog._weight_norm import WeightNorm
+from rewriter.runtime._random import nothing_drawn
 
 # torch.nn.utils has functions of the names of these modules.
 _weight_norm: Any = importlib.import_module("torch.nn.utils.weight_norm")
@@ -53,8 +54,8 @@ def _spectral(module: nn.Module, key: int, hook: Any) -> Holder:
     names = [f"{hook.name}_{part}" for part in ("orig", "u", "v")]
 
     def steps() -> list[nn.Module]:
-        with torch.random.fork_rng(devices=[]):
-            weight = getattr(module, names[0])
+        weight = getattr(module, names[0])
+        with nothing_drawn([weight]):
             step = HookedSpectralNorm(hook.n_power_iterations, hook.dim, hook.eps, weight=weight)
         if weight.ndim > 1:
             step._u.copy_(getattr(module, names[1]))

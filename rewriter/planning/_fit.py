@@ -14,6 +14,7 @@ from rewriter.planning._construct import BuildError, construct_steps, layout_of_
 from rewriter.planning._resolve import Claim
 from rewriter.runtime._batch import likeness_of_step, stacked_step
 from rewriter.runtime._inverse import parts_of, right_inverse
+from rewriter.runtime._random import nothing_drawn
 from rewriter.runtime._signature import same_setting, settings_of, snapshot
 from rewriter.spec import Rule
 
@@ -101,7 +102,7 @@ def _fitted(rule: Rule, group: Sequence[_Member]) -> Mapping[int, Fitted]:
     if not sums_to_a_number(value):
         return {}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with nothing_drawn([value]):
             whole, parts = _all_at_once(steps, value)
             if any(type(part) is not Tensor or part.shape[:1] != value.shape[:1] for part in parts):
                 return {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -21,6 +20,7 @@ from rewriter.program._insert import Edited, insert_site, tied
 from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
 from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
 from rewriter.runtime import Layout, Member, Record, site_path
+from rewriter.runtime._random import nothing_drawn
 from rewriter.spec import Spec
 
 _WHY = "the program's graph"
@@ -72,7 +72,7 @@ def rewrite_program(program: ExportedProgram, spec: Spec, *, inplace: bool = Fal
     keep_parameters(prepared)
     try:
         for _, site in prepared.new:
-            with torch.random.fork_rng(devices=[]):
+            with nothing_drawn(tensors):
                 insert_site(edited, site, site_path(site), _values(edited), training)
     except BaseException:
         for tensor, data, content, trained in before:
