@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rewriter import _registry
 from rewriter._given import kind_of
 from rewriter.errors import RewriterError
-from rewriter.runtime._random import devices_in_use
+from rewriter.runtime._random import nothing_drawn
 
 __all__ = ["LAWS", "LawError", "Report", "check_parametrization"]
 
@@ -112,7 +112,7 @@ def check_parametrization(
     unknown = set(skip) - set(LAWS)
     if unknown:
         raise ValueError(f"no law is called {sorted(unknown)}; there are {list(LAWS)}")
-    with torch.random.fork_rng(devices=devices_in_use()), warnings.catch_warnings():
+    with nothing_drawn(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.*|Complex modules are a new feature")
         torch.manual_seed(seed)
         case = _case(subject, shape, dtype, arguments or {}, originals, tolerance)

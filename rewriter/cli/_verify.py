@@ -14,7 +14,7 @@ from rewriter._bake import bake
 from rewriter.cli._models import entries_of, state_of
 from rewriter.errors import CaptureError, NumericError
 from rewriter.planning import Plan
-from rewriter.runtime._random import devices_in_use
+from rewriter.runtime._random import nothing_drawn
 
 Model = nn.Module | ExportedProgram
 
@@ -136,7 +136,7 @@ def _outputs(model: Model, examples: tuple[Any, ...]) -> list[Tensor]:
     try:
         for child in modes:
             child.training = False
-        with torch.random.fork_rng(devices=devices_in_use()):
+        with nothing_drawn():
             torch.manual_seed(0)
             return _tensors(module(*torch.utils._pytree.tree_map(torch.clone, examples)))
     except Exception as problem:

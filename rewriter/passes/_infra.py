@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from rewriter.runtime import HANDED, ParametrizedTensor, Session
 from rewriter.runtime._places import META as META
+from rewriter.runtime._sites import ways_to
 
 
 class PassError(RuntimeError):
@@ -39,13 +40,7 @@ class Rewriting:
     _modules: dict[str, nn.Module] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        holders: set[str] = set()
-        for name in self.sites:
-            path = name.rpartition(".")[0]
-            while path not in holders:
-                holders.add(path)
-                path = path.rpartition(".")[0]
-        self.holders = frozenset(holders)
+        self.holders = frozenset(ways_to(self.sites))
 
     def module(self, path: object) -> nn.Module:
         """Return a module of the model that was there before the passes, looked up once."""

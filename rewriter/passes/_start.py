@@ -29,8 +29,7 @@ def start_of_graph(model: RewrittenModule) -> Start:
 
 def keeps_values(model: RewrittenModule) -> bool:
     """Whether the graph of a model reads values that are kept from one forward to the next."""
-    reading = Rewriting(model, model.graph, {}, {}, Session())
-    return any(_is_kept_value(reading, node) for node in model.graph.nodes)
+    return any(_is_kept_value(model, node) for node in model.graph.nodes)
 
 
 def _start(reading: Rewriting) -> tuple[list[fx.Node], list[str]]:
@@ -41,7 +40,7 @@ def _start(reading: Rewriting) -> tuple[list[fx.Node], list[str]]:
     passed: list[str] = []
     plain = type(graph._codegen) is fx.graph.CodeGen and graph._codegen._body_transformer is None
     for node in graph.nodes if plain else ():
-        if _is_kept_value(reading, node) or _is_own_tensor(reading, node):
+        if _is_kept_value(reading.root, node) or _is_own_tensor(reading, node):
             given.append(node)
             called += passed
             passed = []
@@ -52,10 +51,10 @@ def _start(reading: Rewriting) -> tuple[list[fx.Node], list[str]]:
     return given, called
 
 
-def _is_kept_value(reading: Rewriting, node: fx.Node) -> bool:
+def _is_kept_value(model: nn.Module, node: fx.Node) -> bool:
     if node.op != "call_module" or node.args or node.kwargs.keys() - {"cast"} or CONTAINER not in str(node.target):
         return False
-    site: nn.Module | None = reading.root
+    site: nn.Module | None = model
     for name in str(node.target).split("."):  # somebody may have put another module there
         site = None if site is None else site._modules.get(name)
     return isinstance(site, ParametrizedTensor) and site.holding.versioned

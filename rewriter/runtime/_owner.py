@@ -16,7 +16,7 @@ from torch.jit import ScriptModule
 from rewriter.runtime._owner_class import owner_class, plain_class
 from rewriter.runtime._places import CONTAINER, SESSION
 from rewriter.runtime._scope import Session
-from rewriter.runtime._sites import Sites, sites_of
+from rewriter.runtime._sites import Sites, sites_of, ways_to
 from rewriter.runtime._tensor import ParametrizedTensor
 
 
@@ -66,14 +66,7 @@ def open_path(root: nn.Module, names: Iterable[str], session: Session, itself: b
         session: of the model.
         itself: open `root` too.
     """
-    paths: set[str] = set()
-    for name in names:
-        path = name.rpartition(".")[0]
-        while path:
-            path = path.rpartition(".")[0]
-            if path in paths:
-                break
-            paths.add(path)
+    paths = ways_to({name.rpartition(".")[0] for name in names} - {""})
     for path in paths if itself else paths - {""}:
         module = root.get_submodule(path)
         if SESSION not in module.__dict__ and _is_callable(module):

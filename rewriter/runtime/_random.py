@@ -39,6 +39,6 @@ def same_states(before: Iterable[Tensor], after: Iterable[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def nothing_drawn(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """Return a context that puts the generators back which a computation from `tensors` draws from."""
-    return torch.random.fork_rng(devices=devices_of(tensors))
+def nothing_drawn(tensors: Iterable[Tensor] | None = None) -> contextlib.AbstractContextManager[None]:
+    """Return a context that puts the generators back which a computation from `tensors` draws from; without, all."""
+    return torch.random.fork_rng(devices=devices_in_use() if tensors is None else devices_of(tensors))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -76,6 +76,21 @@ def path_for(name: str) -> str:
     """
     owner, _, tensor = name.rpartition(".")
     return f"{owner}.{CONTAINER}.{tensor}" if owner else f"{CONTAINER}.{tensor}"
+
+
+def ways_to(names: Iterable[str]) -> set[str]:
+    """Return the paths of all modules in which one looks for what has these names, the root among them.
+
+    >>> sorted(ways_to(["encoder.fc.weight", "encoder.norm.bias"]))
+    ['', 'encoder', 'encoder.fc', 'encoder.norm']
+    """
+    ways: set[str] = set()
+    for name in names:
+        way = name.rpartition(".")[0]
+        while way not in ways:
+            ways.add(way)
+            way = way.rpartition(".")[0]
+    return ways
 
 
 def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:

@@ -17,6 +17,7 @@ from torch import nn
 from rewriter.runtime._holding import Kept
 from rewriter.runtime._hooks import hooks_for_all, hooks_of
 from rewriter.runtime._places import STANDING
+from rewriter.runtime._sites import ways_to
 from rewriter.runtime._tracers import ordinary
 from rewriter.runtime._watch import Watch
 
@@ -92,7 +93,7 @@ class Standing:
         self.hooks = [*chain.from_iterable(map(hooks_of, (*self.sites, *called))), *hooks_for_all()]
         read = [(module_at(path), name) for path, _, name in (name.rpartition(".") for name in start.tensors)]
         slots = {id(slot): slot for owner, _ in read for slot in (owner._parameters, owner._buffers) if slot}
-        ways = [module_at(way)._modules for way in _ways((*start.sites, *start.called, *start.tensors))]
+        ways = [module_at(way)._modules for way in ways_to((*start.sites, *start.called, *start.tensors))]
         common = Watch(places=[*ways, *slots.values()], empty=[*self.hooks, *map(_OwnForward, called)])
         together = Kept.joined(found, common)
         if together is None:  # nor will it be another time
@@ -125,15 +126,6 @@ def start_of(model: Any) -> Start:
     from rewriter.passes import start_of_graph
 
     return start_of_graph(model)
-
-
-def _ways(paths: Sequence[str]) -> list[str]:
-    """Return the paths of all modules in which one looks for what is at some paths, from the root on."""
-    found: dict[str, None] = {}
-    for path in paths:
-        parts = path.split(".")
-        found.update(dict.fromkeys(".".join(parts[:count]) for count in range(len(parts))))
-    return [*found]
 
 
 def given_what_holds(forward: Callable[..., Any]) -> Callable[..., Any]:
