@@ -19,28 +19,29 @@ from rewriter.errors import (
 )
 
 if TYPE_CHECKING:
-    from rewriter._absorb import absorb
     from rewriter._bake import bake
-    from rewriter._chain import chain
     from rewriter._once import evaluate_once
-    from rewriter._registry import register
     from rewriter._rewrite import rewrite
+    from rewriter.absorbing import absorb
+    from rewriter.language import Spec, load_spec
+    from rewriter.parametrizations._chain import chain
+    from rewriter.parametrizations._registry import register
     from rewriter.planning import Plan, Site, plan
-    from rewriter.spec import Spec, load_spec
 
 _HOMES = {
     "Plan": "rewriter.planning",
     "Site": "rewriter.planning",
-    "Spec": "rewriter.spec",
-    "absorb": "rewriter._absorb",
+    "Spec": "rewriter.language",
+    "absorb": "rewriter.absorbing",
     "bake": "rewriter._bake",
     "evaluate_once": "rewriter._once",
-    "chain": "rewriter._chain",
-    "load_spec": "rewriter.spec",
+    "chain": "rewriter.parametrizations._chain",
+    "load_spec": "rewriter.language",
     "plan": "rewriter.planning",
-    "register": "rewriter._registry",
+    "register": "rewriter.parametrizations._registry",
     "rewrite": "rewriter._rewrite",
 }
+_MODULES = frozenset({"export", "io", "state", "testing"})
 
 __all__ = [
     "CaptureError",
@@ -65,6 +66,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"rewriter.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
@@ -73,4 +76,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

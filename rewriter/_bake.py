@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
 from rewriter._given import check_model
-from rewriter._registry import suggestion
 from rewriter.errors import PlanError
+from rewriter.language._glob import Glob
+from rewriter.parametrizations._registry import suggestion
 from rewriter.passes import Rewriting, restore_pass, run_passes
 from rewriter.planning import Entry, dtype_name, refuse_strays, survey
 from rewriter.runtime import (
@@ -29,7 +30,6 @@ from rewriter.runtime import (
     site_path,
 )
 from rewriter.runtime._places import SESSION
-from rewriter.spec._glob import Glob
 
 Keep = Literal["value", "original"]
 

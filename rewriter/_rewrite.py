@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewriter._absorb import Taken, take_over, taken_over
 from rewriter._attach import attach_sites, keep_parameters, take_off
 from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._pause import collector_paused
+from rewriter.absorbing import Taken, take_over, taken_over
 from rewriter.capture import Call, call_for
 from rewriter.errors import RewriterError
+from rewriter.language import Spec, load_spec
 from rewriter.passes import (
     Rewriting,
     batch_pass,
@@ -44,7 +45,6 @@ from rewriter.runtime import (
     site_path,
 )
 from rewriter.runtime._places import SESSION
-from rewriter.spec import Spec, load_spec
 
 _OPTIONAL = {
     "hoist": hoist_pass,

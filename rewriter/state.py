@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rewriter._bake import _chosen, _present
 from rewriter._given import check_model
-from rewriter._registry import suggestion
 from rewriter._remap import remap_optimizer
 from rewriter.errors import PlanError, RewriterError
+from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
 from rewriter.runtime import ParametrizedTensor, assign_value, check_shape
 

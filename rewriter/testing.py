@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter import _registry
 from rewriter._given import kind_of
 from rewriter.errors import RewriterError
+from rewriter.parametrizations import _registry
 from rewriter.runtime._random import nothing_drawn
 
 __all__ = ["LAWS", "LawError", "Report", "check_parametrization"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rewriter._given import kind_of
 from rewriter.errors import CaptureError
-from rewriter.io import graph_function
+from rewriter.serialization import graph_function
 
 
 @graph_function

@@ -56,7 +56,7 @@ def apply(
         raise typer.BadParameter("say where to write the model: -o OUT (or --dry-run)")
     import rewriter
     from rewriter.cli._verify import verify_rewritten
-    from rewriter.io import check_suffix, check_writable, save_model
+    from rewriter.serialization import check_suffix, check_writable, save_model
 
     if str(output) == "-":
         raise RewriterError("a model is written to a file, not to stdout: -o OUT")

@@ -50,7 +50,7 @@ def bake(
 
     import rewriter
     from rewriter.export import export_model
-    from rewriter.io import check_writable
+    from rewriter.serialization import check_writable
 
     if str(output) == "-":
         raise RewriterError("a model is written to a file, not to stdout: -o OUT")
@@ -78,7 +78,7 @@ def _format_of(model: nn.Module | ExportedProgram, output: Path) -> Format:
     from torch import nn
 
     from rewriter.export import formats_called
-    from rewriter.io import check_suffix
+    from rewriter.serialization import check_suffix
 
     called: list[Format] = formats_called(output)
     if called and "module" not in called:

@@ -13,7 +13,7 @@ from rewriter.cli._outcome import Outcome
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
-    from rewriter.catalog import Entry
+    from rewriter.parametrizations import Entry
 
 
 @app.command()
@@ -25,8 +25,7 @@ def catalog(
     debug: Debug = False,
 ) -> Outcome:
     """List the parametrizations that specs know by name, or describe one."""
-    from rewriter import _registry
-    from rewriter.catalog import describe
+    from rewriter.parametrizations import _registry, describe
 
     try:
         if name is not None:

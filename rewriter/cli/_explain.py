@@ -14,8 +14,8 @@ from rewriter.cli._outcome import Outcome
 from rewriter.errors import PlanError
 
 if TYPE_CHECKING:
+    from rewriter.language import Rule, Selector
     from rewriter.planning import Entry
-    from rewriter.spec import Rule, Selector
 
 
 @app.command()
@@ -33,8 +33,8 @@ def explain(
     """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
     from torch import nn
 
-    from rewriter._absorb import held_entries
-    from rewriter._registry import suggestion
+    from rewriter.absorbing import held_entries
+    from rewriter.parametrizations._registry import suggestion
 
     read = read_spec(spec, allow_import)
     loaded = read_model(model_file, model, allow, trust)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-    from rewriter.spec import Spec
+    from rewriter.language import Spec
 
 stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
@@ -35,7 +35,7 @@ def read_spec(path: Path, allow_import: Sequence[str] | None) -> Spec:
     Raises:
         SpecError: also where the file cannot be read.
     """
-    from rewriter.spec import load_spec
+    from rewriter.language import load_spec
 
     source = _from_stdin() if str(path) == "-" else path
     with step(f"reading {path}"), working_folder_importable(bool(allow_import)):
@@ -47,7 +47,7 @@ def read_model(
 ) -> nn.Module | ExportedProgram:
     """Read the model file of a command line."""
     with step(f"reading {path}"), working_folder_importable(bool(factory or allow or trust)):
-        from rewriter.io import load_model
+        from rewriter.serialization import load_model
 
         return load_model(path, model=factory, allow=tuple(allow or ()), trust=trust)
 

@@ -12,7 +12,7 @@ from rewriter.cli._outcome import Outcome
 @app.command()
 def schema(json: Json = False, debug: Debug = False) -> Outcome:
     """Print the JSON Schema of specs, for editors that check and complete while one writes."""
-    from rewriter.spec import json_schema
+    from rewriter.language import json_schema
 
     document = json_schema()
     return Outcome(document, to_json.dumps(document, indent=2, ensure_ascii=False))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from rewriter._absorb import taken_over
 from rewriter._bake import bake
+from rewriter.absorbing import taken_over
 from rewriter.cli._models import entries_of, state_of
 from rewriter.errors import CaptureError, NumericError
 from rewriter.planning import Plan

@@ -26,7 +26,7 @@ from rewriter.demo._train import (
 )
 from rewriter.errors import ModelFileError, NumericError
 from rewriter.export import export_model
-from rewriter.io import check_writable, save_model, written_atomically
+from rewriter.serialization import check_writable, save_model, written_atomically
 
 SPEC = "orthogonal_rnn.yaml"
 ARTEFACTS = ("rewritten.pt", "baked.pt", "scripted.pt", SPEC, "report.json")

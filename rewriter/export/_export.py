@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 
 from rewriter._given import check_model
 from rewriter.errors import CaptureError, ModelFileError, RewriterError
-from rewriter.io._atomic import written_atomically
-from rewriter.io._save import write_model
+from rewriter.serialization._atomic import written_atomically
+from rewriter.serialization._save import write_model
 
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
 FORMATS: tuple[str, ...] = get_args(Format)

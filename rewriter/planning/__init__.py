@@ -11,11 +11,11 @@ from torch.export import ExportedProgram
 from rewriter._given import check_model
 from rewriter._pause import collector_paused
 from rewriter.capture import call_for
+from rewriter.language import Spec, load_spec
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
 from rewriter.planning._survey import Entry, dtype_name, refuse_strays, survey
 from rewriter.runtime._random import nothing_drawn
-from rewriter.spec import Spec, load_spec
 
 __all__ = ["Entry", "Plan", "Prepared", "Site", "dtype_name", "plan", "plan_of", "prepare", "refuse_strays", "survey"]
 
@@ -49,7 +49,7 @@ def plan(
         PlanError: the spec does not fit the model; every reason is listed.
         CaptureError: the capture asked for is not possible.
     """
-    from rewriter._absorb import taken_over
+    from rewriter.absorbing import taken_over
 
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     check_model(model, "plan")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._given import kind_of
+from rewriter.language import Rule, Step
 from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
@@ -18,7 +19,6 @@ from rewriter.planning._survey import Entry, dtype_name
 from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
 from rewriter.runtime._inverse import Inverse, invert_chain, parts_of, right_inverse
 from rewriter.runtime._signature import PLAIN, settings_of
-from rewriter.spec import Rule, Step
 
 Description = tuple[tuple[str, ...], str]
 """Chain and options as a record has them."""

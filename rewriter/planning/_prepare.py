@@ -22,6 +22,7 @@ from rewriter.capture import (
     part_with,
 )
 from rewriter.errors import CaptureError, Diagnostic, PlanError
+from rewriter.language import Rule, Spec
 from rewriter.planning._build import Description, build, check_value, describe
 from rewriter.planning._construct import BuildError, Extra
 from rewriter.planning._fit import Fitted, fitted_together
@@ -33,10 +34,9 @@ from rewriter.planning._survey import Entry, refuse_strays, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.runtime import ParametrizedTensor, Record, RewrittenModule, Session
-from rewriter.spec import Rule, Spec
 
 if TYPE_CHECKING:
-    from rewriter._absorb import Taken
+    from rewriter.absorbing import Taken
 
 
 @dataclass
@@ -93,7 +93,7 @@ def prepare(
         PlanError: the spec does not fit the model; every reason is listed.
         CaptureError: `mode` asks for a graph and there is none.
     """
-    from rewriter._absorb._take import held_entries, sites_for  # it surveys models with what is defined here
+    from rewriter.absorbing._take import held_entries, sites_for  # it surveys models with what is defined here
 
     entries = survey(model)
     if isinstance(model, fx.GraphModule):

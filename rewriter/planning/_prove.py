@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewriter.capture import Capture
 from rewriter.errors import Diagnostic
+from rewriter.language import Rule
 from rewriter.passes import (
     few_of_each,
     fuse,
@@ -23,7 +24,6 @@ from rewriter.passes import (
     why_not_hoisted,
 )
 from rewriter.runtime import ParametrizedTensor
-from rewriter.spec import Rule
 
 Inputs = Callable[[ParametrizedTensor], Sequence[Tensor]]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch.nn.parameter import is_lazy
 
 from rewriter.errors import Diagnostic
+from rewriter.language import Rule, Selector, Spec
 from rewriter.planning._survey import Entry
-from rewriter.spec import Rule, Selector, Spec
 
 _MODULE = re.compile(r"\bmodule: '?([\w.]+)")
 

@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rewriter.errors import PlanError
+from rewriter.language import TensorInfo, class_names
 from rewriter.runtime import ParametrizedTensor, plain_class, sites_of
 from rewriter.runtime._places import CONTAINER
-from rewriter.spec import TensorInfo, class_names
 
 
 @dataclass

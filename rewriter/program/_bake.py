@@ -10,11 +10,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from rewriter._bake import check_originals
-from rewriter._registry import suggestion
 from rewriter.errors import PlanError
+from rewriter.language._glob import Glob
+from rewriter.parametrizations._registry import suggestion
 from rewriter.program._insert import Edited, _fake
 from rewriter.program._sites import ProgramSite, evaluate, note, placeholder_values, sites_of_program
-from rewriter.spec._glob import Glob
 
 
 def bake_program(

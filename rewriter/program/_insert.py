@@ -14,10 +14,10 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import CaptureError
-from rewriter.io._graph_data import graph_to_data
 from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, write_site
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._sites import path_for
+from rewriter.serialization._graph_data import graph_to_data
 
 Specs = list[InputSpec]
 

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from rewriter._attach import keep_parameters
 from rewriter.capture import Capture
 from rewriter.errors import Diagnostic, PlanError
+from rewriter.language import Spec
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, _build_all, _in_order, _split_present
 from rewriter.planning._resolve import Claim, resolve
@@ -21,7 +22,6 @@ from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, s
 from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
 from rewriter.runtime import Layout, Member, Record, site_path
 from rewriter.runtime._random import nothing_drawn
-from rewriter.spec import Spec
 
 _WHY = "the program's graph"
 

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from rewriter.errors import ModelFileError
-from rewriter.io._graph_data import graph_from_data
 from rewriter.runtime._random import nothing_drawn
+from rewriter.serialization._graph_data import graph_from_data
 
 CUSTOM = "custom"
 KEY = "reparam"

@@ -12,8 +12,6 @@ from weakref import WeakValueDictionary
 from torch import fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-from rewriter.io._graph_data import graph_from_data, graph_to_data
-from rewriter.io._names import loadable
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._owner_class import child_property, plain_class
 from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION, STANDING
@@ -23,6 +21,8 @@ from rewriter.runtime._shell import Shell
 from rewriter.runtime._sites import sites_of
 from rewriter.runtime._standing import given_what_holds
 from rewriter.runtime._tensor import ParametrizedTensor
+from rewriter.serialization._graph_data import graph_from_data, graph_to_data
+from rewriter.serialization._names import loadable
 
 _classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
 """Generated class of each graph: models with equal graphs share theirs, as models of a hand-written class do."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional
 
-from rewriter.io._functions import graph_function
 from rewriter.runtime._checkpoint import saving_hooks
 from rewriter.runtime._places import CONTAINER, SESSION
 from rewriter.runtime._scope import Session
+from rewriter.serialization._functions import graph_function
 
 
 @graph_function

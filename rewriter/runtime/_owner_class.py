@@ -16,7 +16,6 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from rewriter.errors import ModelFileError, RewriterError
-from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import graph_task, saving_hooks
 from rewriter.runtime._linear import linear_forward
 from rewriter.runtime._mixed import refuse_mixed
@@ -29,6 +28,7 @@ from rewriter.runtime._shell import Shell
 from rewriter.runtime._sites import handed_sites, sites_of
 from rewriter.runtime._taken_in import hook_methods, tell_of_setting
 from rewriter.runtime._tensor import ParametrizedTensor
+from rewriter.serialization._names import loadable
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

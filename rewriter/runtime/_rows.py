@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 from torch.nn import functional
 
-from rewriter.io._functions import graph_function
 from rewriter.runtime._hooks import has_hooks
 from rewriter.runtime._places import META
 from rewriter.runtime._signature import PLAIN
+from rewriter.serialization._functions import graph_function
 
 
 @graph_function

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from rewriter.errors import RewriterError
-from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import (
     Region,
     graph_task,
@@ -26,6 +25,7 @@ from rewriter.runtime._checkpoint import (
 from rewriter.runtime._lost_writes import warn_of_write
 from rewriter.runtime._random import devices_in_use, random_states, same_states, set_random_states
 from rewriter.runtime._signature import transformed
+from rewriter.serialization._names import loadable
 
 if TYPE_CHECKING:
     from rewriter.runtime._tensor import ParametrizedTensor

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import CaptureError
-from rewriter.io._names import loadable
 from rewriter.runtime._checkpoint import may_run_again
 from rewriter.runtime._fused import Group, evaluated_steps
 from rewriter.runtime._holding import Holding
@@ -21,6 +20,7 @@ from rewriter.runtime._scope import Session
 from rewriter.runtime._settled import evaluated_again, note_state, settled_copy, varies
 from rewriter.runtime._steps import apply_chain, apply_steps
 from rewriter.runtime._tracers import ordinary, others_trace
+from rewriter.serialization._names import loadable
 
 
 class ParametrizedTensor(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import RewriterError, rewrite
-from rewriter._registry import find
+from rewriter.parametrizations._registry import find
 from tests.members import members
 
 

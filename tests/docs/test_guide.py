@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rewriter import _registry
 from rewriter.cli import main
+from rewriter.parametrizations import _registry
 from rewriter.testing import check_parametrization
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()

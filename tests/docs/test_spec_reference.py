@@ -11,8 +11,8 @@ import pytest
 from torch import nn
 
 from rewriter import load_spec
-from rewriter.spec import json_schema
-from rewriter.spec._source import read
+from rewriter.language import json_schema
+from rewriter.language._source import read
 
 PAGE = (Path(__file__).parents[2] / "docs" / "spec.md").read_text()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rewriter.capture._leaves import Opened, Own, opens
 from rewriter.capture.leaves._masks import float_masks
-from rewriter.io._functions import graph_function
+from rewriter.serialization._functions import graph_function
 
 
 @graph_function

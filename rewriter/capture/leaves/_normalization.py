@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.capture._leaves import Opened, Own, opens
-from rewriter.io._functions import graph_function
+from rewriter.serialization._functions import graph_function
 
 
 @opens(nn.LayerNorm)

@@ -13,7 +13,7 @@ from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rewriter.capture._leaves import Opened, Own, opens
-from rewriter.io._functions import graph_function
+from rewriter.serialization._functions import graph_function
 
 
 @graph_function

@@ -11,7 +11,7 @@ from torch.nn.modules._functions import SyncBatchNorm
 
 from rewriter.capture._leaves import Opened, Own, opens
 from rewriter.capture.leaves._normalization import counted_momentum
-from rewriter.io._functions import graph_function
+from rewriter.serialization._functions import graph_function
 
 
 @graph_function

@@ -17,7 +17,7 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from rewriter.capture._expansions import Expanded, Parts, expands, has_parts
 from rewriter.capture.leaves._masks import float_masks
-from rewriter.io._functions import graph_function, name_of_function
+from rewriter.serialization._functions import graph_function, name_of_function
 
 _FEED_FORWARD = ("linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
 

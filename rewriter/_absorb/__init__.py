@@ -1,8 +1,0 @@
-"""Taking over what other tools did to a model: each source of parametrized tensors in a file of its own."""
-
-from __future__ import annotations
-
-from rewriter._absorb._absorb import absorb
-from rewriter._absorb._take import Taken, held_entries, take_over, taken_over
-
-__all__ = ["Taken", "absorb", "held_entries", "take_over", "taken_over"]

@@ -1,0 +1,113 @@
+"""Matrices of stable linear systems."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.errors import RewriterError
+from rewriter.parametrizations._registry import register
+from rewriter.parametrizations.maths._checks import require_real, require_shape, require_square, require_values
+from rewriter.parametrizations.maths._cholesky import cholesky, positive_triangle, positive_triangle_inverse
+from rewriter.parametrizations.maths._precision import wide_dtype, widen
+
+
+@register("hurwitz_stable")
+class HurwitzStable(nn.Module):
+    """Matrices whose eigenvalues all have a negative real part, so that ``x' = W x`` decays.
+
+    >>> import torch
+    >>> step = HurwitzStable(decay=0.5, weight=torch.empty(3, 3))
+    >>> bool((torch.linalg.eigvals(step.sample()).real < -0.5).all())
+    True
+
+    The matrix is ``P (S - Q/2) - decay I`` with P and Q positive definite and S skew. Two tensors are stored:
+    ``original0`` holds S in its strict upper triangle and the Cholesky factor of Q in the rest, ``original1`` holds
+    the Cholesky factor of P.
+
+    Arguments:
+        decay: how far left of zero the real parts stay.
+        weight: real, of shape ``(..., n, n)``, filled in by the site.
+
+    Raises:
+        RewriterError: the weight is not a square real matrix or `decay` is negative.
+    """
+
+    guarantee = "the real parts of the eigenvalues are below -decay, up to n eps |W|"
+    cost = "6 n^3"
+    reference = "Duan and Patton, J. Dyn. Syst. Meas. Control 120 (1998)"
+    batched = True
+
+    def __init__(self, decay: float = 0.0, *, weight: Tensor) -> None:
+        super().__init__()
+        require_square("hurwitz_stable", weight)
+        require_real("hurwitz_stable", weight)
+        if decay < 0:
+            raise RewriterError(f"hurwitz_stable: decay must not be negative, it is {decay}")
+        self.decay = float(decay)
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+
+    def forward(self, X0: Tensor, X1: Tensor) -> Tensor:
+        X, Y = widen(X0), widen(X1)
+        L, C = positive_triangle(X), positive_triangle(Y)
+        upper = X.triu(1)
+        inner = upper - upper.mT - L @ L.mT / 2
+        eye = torch.eye(X.size(-1), dtype=X.dtype, device=X.device)
+        return (C @ (C.mT @ inner) - self.decay * eye).to(X0.dtype)
+
+    @torch.no_grad()
+    def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two tensors that stand for `value`.
+
+        Raises:
+            RewriterError: an eigenvalue of `value` does not lie left of -decay, or almost not.
+        """
+        require_shape("hurwitz_stable", value, self.shape)
+        require_values("hurwitz_stable", value)
+        W = widen(value).double()
+        eye = torch.eye(W.size(-1), dtype=W.dtype, device=W.device)
+        A = W + self.decay * eye
+        if not (torch.linalg.eigvals(A).real < 0).all():
+            raise RewriterError(
+                f"hurwitz_stable: the weight has an eigenvalue with a real part of -{self.decay} or more; "
+                "use `init: sample`"
+            )
+        P = _lyapunov(A)
+        inner = P @ A
+        S, Q = (inner - inner.mT) / 2, -(inner + inner.mT)
+        X0 = S.triu(1) + positive_triangle_inverse(cholesky(Q)).tril()
+        X1 = positive_triangle_inverse(cholesky(torch.linalg.inv(P)))
+        if not torch.allclose(self.forward(X0, X1), W, rtol=1e-4, atol=1e-4 * float(W.abs().max())):
+            raise RewriterError(
+                "hurwitz_stable: the weight is so close to having an unstable eigenvalue that its Lyapunov equation "
+                "cannot be solved; use `init: sample`"
+            )
+        return X0.to(value.dtype), X1.to(value.dtype)
+
+    def sample(self) -> Tensor:
+        """Return the matrix of two normal tensors of variance 1/n."""
+        noise = torch.randn(2, *self.shape, dtype=wide_dtype(self.dtype), device=self.device)
+        noise = noise / self.shape[-1] ** 0.5
+        return self.forward(noise[0], noise[1]).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"decay={self.decay}"
+
+
+def _lyapunov(A: Tensor) -> Tensor:
+    """Return the P with ``A^T P + P A = -I`` for stable A, by Newton's iteration for the matrix sign function.
+
+    Roberts, Int. J. Control 32 (1980); the scaling is Byers'.
+    """
+    n = A.size(-1)
+    E = torch.eye(n, dtype=A.dtype, device=A.device).expand_as(A)
+    for _ in range(60):
+        inverse = torch.linalg.inv(A)
+        scale = torch.exp(-torch.linalg.slogdet(A)[1] / n)[..., None, None]
+        E = (E * scale + inverse.mT @ E @ inverse / scale) / 2
+        following = (A * scale + inverse / scale) / 2
+        done = torch.allclose(following, A, rtol=0.0, atol=1e-14 * n)
+        A = following
+        if done:
+            break
+    return E / 2

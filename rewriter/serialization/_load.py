@@ -1,0 +1,204 @@
+"""Reading a model file without running what is in it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from rewriter._given import kind_of
+from rewriter.errors import ModelFileError, RewriterError
+from rewriter.serialization._exported import load_exported
+from rewriter.serialization._inspect import ModelFile, inspect_file
+from rewriter.serialization._names import import_object, is_listed, known_object, needs_no_leave
+
+ModelFactory = Callable[[], nn.Module]
+
+_STATE_KEYS = ("state_dict", "model_state_dict", "model")
+_unpickling = threading.Lock()
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    model: str | ModelFactory | None = None,
+    allow: Iterable[str] = (),
+    trust: bool = False,
+) -> nn.Module | ExportedProgram:
+    """Read a model: a saved module or GraphModule, an ExportedProgram, or weights for what `model` makes.
+
+    >>> import tempfile, torch
+    >>> from rewriter.serialization import save_model
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(torch.nn.Linear(2, 3), f"{folder}/linear.pt")
+    ...     load_model(f"{folder}/linear.pt")
+    Linear(in_features=2, out_features=3, bias=True)
+
+    Modules made of torch.nn classes, and what reparam wrote, load as they are. Every other class or function
+    that a file asks for has to be allowed: whoever wrote it decides what is called with which arguments.
+    Tensors are read to the CPU.
+
+    Arguments:
+        path: ``.pt`` (module or state dict), ``.pt2`` or ``.safetensors``; what counts is the content.
+        model: for weights, what makes the module they belong to: ``"package.module:factory"`` or a callable.
+        allow: dotted names that the file may use, or ``package.*``.
+        trust: run whatever the file says.
+
+    Raises:
+        ModelFileError: the file cannot be read, is of another kind, or asks for names that are not allowed.
+    """
+    file = inspect_file(Path(path))
+    if file.kind == "exported":
+        if model is not None:
+            raise ModelFileError(f"{path} holds an ExportedProgram, a whole model; leave the model factory out")
+        return load_exported(file.path, allow=tuple(allow), trust=trust)
+    factory = _factory(model)
+    loaded = _read(file, tuple(allow), trust)
+    if isinstance(loaded, nn.Module):
+        if factory is not None:
+            raise ModelFileError(f"{path} holds a whole {type(loaded).__name__}; leave the model factory out")
+        return loaded
+    weights = _weights(file.path, loaded)
+    if factory is None:
+        raise ModelFileError(f"{path} holds weights without their model; say whose (--model package.module:factory)")
+    return _filled(file.path, factory, weights)
+
+
+def _read(file: ModelFile, allow: tuple[str, ...], trust: bool) -> Any:
+    if file.kind == "safetensors":
+        return _read_safetensors(file.path)
+    leave = [] if trust else _leave(file, allow)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if trust:
+                return torch.load(file.path, map_location="cpu", weights_only=False)
+            # The list of safe names is one per process: whoever reads next must not inherit this one.
+            with _unpickling:
+                known = torch.serialization.get_safe_globals()
+                with torch.serialization.safe_globals([entry for entry in leave if entry not in known]):
+                    return torch.load(file.path, map_location="cpu", weights_only=True)
+    except RewriterError:
+        raise
+    except Exception as problem:
+        text = str(problem).partition("WeightsUnpickler error:")[2] or str(problem)
+        reason = text.strip().partition("\n")[0] or type(problem).__name__
+        if file.kind == "legacy" and "persistent_load" in reason:
+            reason = "a module in torch.save's old format needs --trust; save it again, or save its state dict"
+        raise ModelFileError(f"{file.path} cannot be read: {reason}") from problem
+
+
+def _leave(file: ModelFile, allow: tuple[str, ...]) -> list[Any]:
+    leave: list[Any] = []
+    refused: list[str] = []
+    for name in file.names:
+        if needs_no_leave(name):
+            continue
+        known = known_object(name)
+        if known is None and is_listed(name, allow):
+            known = [(import_object(name), name)]
+        if known is None:
+            refused.append(name)
+        else:
+            leave.extend(known)
+    if refused:
+        raise ModelFileError(_refusal(file, refused))
+    return leave
+
+
+def _refusal(file: ModelFile, refused: list[str]) -> str:
+    lines = [
+        f"{file.path} asks for classes or functions that are not torch.nn's:",
+        *(f"  {name}{_warning(name)}" for name in refused),
+        "If you know where the file comes from, allow them: " + " ".join(f"--allow {name}" for name in refused),
+        "or trust the file as a whole: --trust (it may then run any code).",
+    ]
+    return "\n".join(lines)
+
+
+def _warning(name: str) -> str:
+    if name == "torch.fx.graph_module.reduce_graph_module":
+        return "   (a GraphModule that torch.save wrote as source code; allowing this runs it)"
+    if name in ("builtins.getattr", "builtins.eval", "builtins.exec", "builtins.__import__", "builtins.open"):
+        return "   (allowing this allows everything)"
+    return ""
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        load_file = importlib.import_module("safetensors.torch").load_file
+    except ImportError:
+        raise ModelFileError(f"reading {path} needs safetensors (pip install safetensors)") from None
+    try:
+        return load_file(path)
+    except Exception as problem:
+        raise ModelFileError(f"{path} cannot be read as safetensors: {problem}") from problem
+
+
+def _weights(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
+    if isinstance(loaded, Mapping):
+        for key in _STATE_KEYS:
+            if _is_state_dict(loaded.get(key)):
+                return cast("dict[str, torch.Tensor]", loaded[key])
+        if _is_state_dict(loaded):
+            return cast("dict[str, torch.Tensor]", loaded)
+        keys = ", ".join(repr(key) for key in list(loaded)[:5])
+        raise ModelFileError(f"{path} holds a dict with the keys {keys}, which is no state dict")
+    if isinstance(loaded, torch.Tensor):
+        raise ModelFileError(f"{path} holds a single tensor, not a model")
+    raise ModelFileError(f"{path} holds {kind_of(loaded)}, not a model")
+
+
+def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # safetensors stores tied tensors under one of their names.
+    tensors = module.state_dict(keep_vars=True)
+    stored = {id(tensors[name]): value for name, value in weights.items() if name in tensors}
+    return {name: stored[id(tensor)] for name, tensor in tensors.items() if id(tensor) in stored}
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(key, str) for key in value) and any(isinstance(item, torch.Tensor) for item in value.values())
+
+
+def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
+    if not isinstance(model, str):
+        return model
+    module, colon, name = model.partition(":")
+    if not colon or not module or not name:
+        raise ModelFileError(f"a model factory is given as package.module:factory, not {model!r}")
+    factory = import_object(model)
+    if not callable(factory):
+        raise ModelFileError(f"{model!r} is {kind_of(factory)}, not something that makes a model")
+    return cast("ModelFactory", factory)
+
+
+def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor]) -> nn.Module:
+    name = getattr(factory, "__qualname__", type(factory).__name__)
+    try:
+        inspect.signature(factory).bind()
+    except ValueError:  # what is written in C may not say
+        pass
+    except TypeError as problem:
+        raise ModelFileError(
+            f"the model factory {name} is called without arguments: {problem}; write a function that makes the model"
+        ) from problem
+    module = factory()
+    if not isinstance(module, nn.Module):
+        raise ModelFileError(f"the model factory made {kind_of(module)}, not a torch.nn.Module")
+    try:
+        module.load_state_dict({**_tied(module, weights), **weights})
+    except RuntimeError as problem:
+        lines = [line.strip() for line in str(problem).splitlines()]
+        raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem
+    return module

@@ -1,0 +1,103 @@
+"""Writing a model file that can be read back without trusting it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from rewriter._given import check_model
+from rewriter.errors import ModelFileError, RewriterError
+from rewriter.serialization._atomic import written_atomically
+from rewriter.serialization._graph_data import graph_from_data, graph_to_data
+from rewriter.serialization._names import loadable
+
+_GRAPH_MODULE_OWN = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
+_MADE_FROM_GRAPH = _GRAPH_MODULE_OWN | {"_in_spec", "_out_spec"}
+
+
+def save_model(model: nn.Module | ExportedProgram, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write `model` to `path`, for `load_model`: all of it, or nothing.
+
+    A torch.fx graph is stored as data rather than as source code, so that reading the file runs none.
+
+    Arguments:
+        path: ``.pt`` for a module, ``.pt2`` for an ExportedProgram.
+        force: overwrite what is there.
+
+    Raises:
+        ModelFileError: something is there already, or the model holds what cannot be stored.
+    """
+    check_model(model, "save_model")
+    check_suffix(model, path)
+    with written_atomically(path, force=force) as temporary:
+        write_model(model, temporary)
+
+
+def check_suffix(model: nn.Module | ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Refuse a file name that says it is another kind of file.
+
+    Raises:
+        ModelFileError: such as a module as ``.pt2``.
+    """
+    suffix = Path(path).suffix.lower()
+    if isinstance(model, nn.Module) and suffix in (".pt2", ".safetensors", ".onnx"):
+        raise ModelFileError(f"a module is saved as .pt; {suffix} is an export (export_model, bake --format)")
+    if isinstance(model, ExportedProgram) and suffix in (".pt", ".pth", ".safetensors", ".onnx"):
+        raise ModelFileError(f"an ExportedProgram is saved as .pt2, not {suffix}")
+
+
+def write_model(model: nn.Module | ExportedProgram, path: Path) -> None:
+    """Write `model` to `path` in place, whatever is there."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # A file and not its path: torch.save would write the temporary file's name into the archive.
+            with path.open("wb") as file:
+                if isinstance(model, ExportedProgram):
+                    torch.export.save(model, file)
+                else:
+                    torch.save(model, file, pickle_module=_Pickling)
+    except (RewriterError, OSError):
+        raise
+    except Exception as problem:
+        text = str(problem).partition("\n")[0] or type(problem).__name__
+        raise ModelFileError(
+            f"the {type(model).__name__} cannot be saved: {text} (what it holds needs module-level names)"
+        ) from problem
+
+
+@loadable()
+def restore_graph_module(name: str, graph: dict[str, Any], state: dict[str, Any]) -> fx.GraphModule:
+    """Return the GraphModule that `save_model` stored.
+
+    Arguments:
+        name: what its class is called.
+        graph: as `graph_to_data` gave it.
+        state: its modules, tensors and plain attributes.
+    """
+    if not (isinstance(name, str) and name.isidentifier()) or not isinstance(state, dict):
+        raise ModelFileError(f"the file's graph module is damaged: it is called {name!r}")
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
+    module.__dict__.update({key: value for key, value in state.items() if key not in _MADE_FROM_GRAPH})
+    module.graph = graph_from_data(graph, module)
+    return module
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        # A subclass with a __reduce__ of its own knows better.
+        if isinstance(obj, fx.GraphModule) and type(obj).__reduce__ is fx.GraphModule.__reduce__:
+            state = {key: value for key, value in vars(obj).items() if key not in _MADE_FROM_GRAPH}
+            return restore_graph_module, (type(obj).__name__, graph_to_data(obj.graph), state)
+        return NotImplemented
+
+
+_Pickling: Any = types.SimpleNamespace(Pickler=_Pickler, __name__="rewriter.io", dumps=pickle.dumps)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from rewriter.language import json_schema
+from rewriter.language._source import read
+
+EVERY_KEY = Path(__file__).with_name("every_key.yaml")
+
+
+def test_the_schema_is_valid_and_accepts_the_spec_with_every_key() -> None:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(read(EVERY_KEY).data, schema)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 3},
+        {"cache": "sometimes"},
+        {"selct": "x"},
+        {"chain": [3]},
+        {"chain": [{"a": {}, "b": {}}]},
+        {"chain": [{"a": {"inputs": "x"}}]},
+        {"select": {"kind": "both"}},
+        {"per": {"dim": 0}},
+        {"joint": ["weight"]},
+        {"except": []},
+    ],
+)
+def test_the_schema_refuses_what_loading_refuses(change: dict[str, Any]) -> None:
+    spec = {"reparam": 1, "rules": [{"name": "a", "select": "x", "chain": ["orthogonal"]} | change]}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(spec, json_schema())
+
+
+def test_every_key_is_described() -> None:
+    schema = json_schema()
+    forms = [schema, *schema["$defs"].values()]
+    assert len(forms) == 4
+    for form in forms:
+        assert form["additionalProperties"] is False
+        for name, key in form["properties"].items():
+            assert key.get("description"), name

@@ -1,0 +1,134 @@
+"""Masks, adapters, factors, quantizers and glue by their names in a spec, through rewrite and bake."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from rewriter import bake, rewrite
+from rewriter.parametrizations import describe
+
+IN_PLACE: list[dict[str, Any]] = [
+    {"l1_unstructured": {"amount": 0.5}},
+    {"ln_structured": {"amount": 1, "n": "inf", "dim": 0}},
+    {"n_m": {"n": 1, "m": 2}},
+    {"block_sparse": {"amount": 2, "block_shape": [2, 2]}},
+    {"fake_quantize": {"bits": 4, "scheme": "per_group", "group_size": 2}},
+    {"binary": {}},
+    {"ternary": {"threshold": 0.5}},
+    {"detach": {}},
+    {"identity": {}},
+    {"weight_dropout": {"p": 0.5}},
+]
+ADAPTERS: list[dict[str, Any]] = [
+    {"lora": {"r": 2, "lora_alpha": 4}},
+    {"lora": {"r": 2, "init_lora_weights": "pissa"}},
+    {"dora": {"r": 2}},
+    {"adalora": {"r": 2}},
+    {"vera": {"r": 2}},
+    {"loha": {"r": 2}},
+    {"lokr": {"r": 1, "init_weights": "lycoris"}},
+    {"ia3": {}},
+    {"hira": {"r": 2}},
+    {"delora": {"r": 2}},
+    {"oft": {"oft_block_size": 2}},
+    {"hra": {"r": 2}},
+    {"road": {"group_size": 2, "variant": "road_2"}},
+    {"shira": {"r": 1}},
+    {"fourierft": {"n_frequency": 3}},
+    {"c3a": {"block_size": 2}},
+    {"miss": {"r": 2}},
+    {"gralora": {"r": 2}},
+    {"trainable_tokens": {"token_indices": [0]}},
+]
+FACTORS: list[dict[str, Any]] = [
+    {"low_rank": {"rank": 2}},
+    {"fixed_rank": {"rank": 2}},
+    {"kronecker": {"factor_shape": [2, 2], "rank": 2}},
+]
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+
+
+def spec(*chain: Any, select: str = "*.weight", **rule: Any) -> dict[str, Any]:
+    return {"reparam": 1, "rules": [{"name": "all", "select": select, "chain": list(chain), **rule}]}
+
+
+def name_of(step: dict[str, Any]) -> str:
+    return next(iter(step))
+
+
+@pytest.mark.parametrize("step", [*IN_PLACE, *ADAPTERS, *FACTORS], ids=name_of)
+def test_bakes_into_a_model_of_the_same_values(step: dict[str, Any]) -> None:
+    x, new = torch.randn(3, 6), rewrite(model(), spec(step))
+    plain = bake(new)
+    torch.testing.assert_close(plain(x), new(x))
+    assert list(plain.state_dict()) == list(model().state_dict())
+
+
+@pytest.mark.parametrize("step", ADAPTERS, ids=name_of)
+def test_an_adapter_starts_where_the_model_is_and_only_its_parameters_train(step: dict[str, Any]) -> None:
+    plain, x = model(), torch.randn(3, 6)
+    new = rewrite(plain, spec(step))
+    torch.testing.assert_close(new(x), plain(x))
+    frozen = [name for name, parameter in new.named_parameters() if not parameter.requires_grad]
+    assert frozen == [f"{i}.parametrizations.weight.original" for i in (0, 2)]
+    optimizer = torch.optim.SGD([p for p in new.parameters() if p.requires_grad], lr=0.1)
+    before = new(x).detach()
+    new(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(new(x), before)
+
+
+def test_a_global_budget_is_torchs() -> None:
+    plain = model()
+    new = bake(rewrite(plain, spec({"global_l1": {"amount": 0.4}})))
+    prune.global_unstructured([(plain[0], "weight"), (plain[2], "weight")], prune.L1Unstructured, amount=0.4)
+    assert torch.equal(new[0].weight, plain[0].weight)
+    assert torch.equal(new[2].weight, plain[2].weight)
+
+
+def test_pruned_entries_come_back() -> None:
+    plain = model()
+    back = bake(rewrite(plain, spec({"l1_unstructured": {"amount": 0.9}})), keep="original")
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), back.parameters(), strict=True))
+
+
+def test_an_adapter_on_a_base_stored_in_int8() -> None:
+    plain, x = model(), torch.randn(3, 6)
+    new = rewrite(plain, spec("quantized_storage", {"lora": {"r": 2}}))
+    assert new.state_dict()["0.parametrizations.weight.original"].dtype == torch.int8
+    torch.testing.assert_close(new(x), plain(x), rtol=0.05, atol=0.02)
+    new(x).sum().backward()
+    torch.testing.assert_close(bake(new)(x), new(x))
+
+
+def test_affine_reads_another_tensor_and_keeps_the_value() -> None:
+    plain, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(3, 6)
+    new = rewrite(plain, spec({"affine": {"inputs": ["0.weight"], "b": 0.5}}, select="1.weight"))
+    torch.testing.assert_close(new(x), plain(x))
+    with torch.no_grad():
+        new.get_submodule("0").weight.add_(1.0)
+    torch.testing.assert_close(bake(new)[1].weight, plain[1].weight + 0.5)
+
+
+def test_a_head_is_the_transpose_of_an_embedding() -> None:
+    plain, x = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 6, bias=False)), torch.randn(3, 6)
+    new = rewrite(plain, spec("transpose", select="1.weight", **{"from": "0.weight"}))
+    torch.testing.assert_close(new(x), x @ plain[0].weight.T @ plain[0].weight)
+
+
+@pytest.mark.parametrize("step", [*IN_PLACE, *ADAPTERS, *FACTORS], ids=name_of)
+def test_the_description_is_complete(step: dict[str, Any]) -> None:
+    entry = describe(name_of(step))
+    assert entry.summary.endswith((".", ":"))
+    assert entry.guarantee
+    assert entry.cost
+    assert entry.example
+    assert entry.right_inverse

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
+
+from rewriter.errors import RewriterError
+from rewriter.parametrizations import ConvSpectralNorm, SpectralNorm, WeightNorm
+from rewriter.parametrizations._torch import SpectralNorm as TorchSpectralNorm
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_weight_norm_has_the_values_and_gradients_of_torch(dim: int | None) -> None:
+    weight = torch.randn(3, 4, 5, dtype=torch.float64)
+    theirs = parametrizations._WeightNorm(dim)
+    ours = WeightNorm(dim, weight=weight)
+    g, v = (part.clone().requires_grad_() for part in ours.right_inverse(weight))
+    for mine, other in zip((g, v), theirs.right_inverse(weight), strict=True):
+        torch.testing.assert_close(mine, other)
+    G = torch.randn_like(weight)
+    torch.testing.assert_close(ours(g, v), theirs(g, v))
+    for mine, other in zip(
+        torch.autograd.grad(ours(g, v), (g, v), G), torch.autograd.grad(theirs(g, v), (g, v), G), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -3, None])
+@pytest.mark.parametrize("zero", [False, True])
+def test_weight_norm_is_the_same_evaluated_traced_and_scripted(dim: int | None, zero: bool) -> None:
+    weight = torch.randn(3, 4, 5, dtype=torch.float64)
+    step = WeightNorm(dim, weight=weight)
+    g, v = (part.clone() for part in step.right_inverse(weight))
+    if zero:
+        v[1], v[..., 2] = 0, 0
+    g, v = g.requires_grad_(), v.requires_grad_()
+    G, H = torch.randn_like(weight), torch.randn_like(weight)
+
+    def found(run: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        value = run(g, v)
+        first = torch.autograd.grad(value, (g, v), G, create_graph=True)
+        second = torch.autograd.grad((first[1] * H).sum() + first[0].sum(), (g, v))
+        return [value, *torch.autograd.grad(run(g, v), (g, v), G), *first, *second]
+
+    expected, given = found(step._value), found(step)
+    assert all(one.isfinite().all() for one in given)
+    # At zero slices, the traced form has no second derivative.
+    known = 5 if zero else 7
+    torch.testing.assert_close(given[:known], expected[:known], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(found(torch.jit.script(step))[:known], expected[:known], atol=1e-12, rtol=1e-10)
+
+
+def test_weight_norm_of_frozen_parts_has_the_other_gradient() -> None:
+    step = WeightNorm(weight=torch.randn(3, 4))
+    g, v = torch.randn(3, 1), torch.randn(3, 4)
+    for one in (g, v):
+        one.requires_grad_()
+        (gradient,) = torch.autograd.grad(step(g, v).sum(), one)
+        torch.testing.assert_close(gradient, torch.autograd.grad(step._value(g, v).sum(), one)[0])
+        one.requires_grad_(False)
+
+
+def test_weight_norm_has_forward_derivatives() -> None:
+    step = WeightNorm(weight=torch.randn(3, 4, dtype=torch.float64))
+    g, v, T = torch.randn(3, 1).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    with torch.autograd.forward_ad.dual_level():
+        value = step(g, torch.autograd.forward_ad.make_dual(v, T))
+        tangent = torch.autograd.forward_ad.unpack_dual(value).tangent
+    rows = torch.func.vmap(lambda V: step(g, V))(torch.stack([v, T]))
+    torch.testing.assert_close(rows[1], step(g, T))
+    torch.testing.assert_close(tangent, (step(g, v + 1e-6 * T) - step(g, v - 1e-6 * T)) / 2e-6, atol=1e-7, rtol=1e-6)
+
+
+@settings(max_examples=30)
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), data=st.data())
+def test_weight_norm_slices_have_the_norms_g_for_every_dim(shape: list[int], data: st.DataObject) -> None:
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    weight = torch.randn(*shape, dtype=torch.float64)
+    step = WeightNorm(dim, weight=weight)
+    g, v = step.right_inverse(weight)
+    torch.testing.assert_close(step(g, v), weight)
+    W = step(2 * g, 3 * v)
+    torch.testing.assert_close(W.movedim(dim, 0).reshape(W.size(dim), -1).norm(dim=1), 2 * g.flatten().abs())
+
+
+def test_weight_norm_of_a_zero_row_is_zero_and_can_leave_it() -> None:
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    step = WeightNorm(weight=weight)
+    g, v = (part.requires_grad_() for part in step.right_inverse(weight))
+    W = step(g, v)
+    assert torch.equal(W, weight)
+    for gradient in torch.autograd.grad(W.sum(), (g, v)):
+        assert gradient.isfinite().all()
+    (towards,) = torch.autograd.grad(step(g, v).sum(), g)
+    assert towards[1] != 0
+    still = torch.zeros(2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(step(g, still).sum(), still)
+    assert gradient.isfinite().all()
+
+
+def test_weight_norm_state_dicts_are_interchangeable_with_torch() -> None:
+    theirs = parametrizations.weight_norm(nn.Linear(3, 4))
+    ours = nn.Linear(3, 4)
+    parametrize.register_parametrization(ours, "weight", WeightNorm(weight=ours.weight), unsafe=True)
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_norms_refuse_dimensions_that_do_not_exist() -> None:
+    with pytest.raises(RewriterError, match=r"dim 2 is out of range for shape \[3, 4\]"):
+        WeightNorm(2, weight=torch.ones(3, 4))
+    with pytest.raises(RewriterError, match=r"dim -3 is out of range for shape \[3, 4\]"):
+        SpectralNorm(dim=-3, weight=torch.ones(3, 4))
+    with pytest.raises(RewriterError, match="n_power_iterations must be positive"):
+        SpectralNorm(0, weight=torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_spectral_norm_advances_and_differentiates_as_torch_does(dim: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 3, 5, dtype=dtype)
+    torch.manual_seed(7)
+    theirs = TorchSpectralNorm(weight, 2, dim)
+    torch.manual_seed(7)
+    ours = SpectralNorm(2, dim, weight=weight)
+    stored = ours.right_inverse(weight).requires_grad_()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for training in (True, True, False):
+        ours.train(training), theirs.train(training)
+        one, other = ours(stored), theirs(stored)
+        torch.testing.assert_close(one, other)
+        G = torch.randn_like(weight)
+        grads = [torch.autograd.grad(value, stored, G)[0] for value in (one, other)]
+        torch.testing.assert_close(grads[0], grads[1])
+        for key, buffer in ours.state_dict().items():
+            torch.testing.assert_close(buffer, theirs.state_dict()[key])
+
+
+def test_spectral_norm_is_the_same_evaluated_and_scripted() -> None:
+    weight = torch.randn(4, 3, dtype=torch.float64)
+    step = SpectralNorm(weight=weight)
+    scripted = torch.jit.script(copy.deepcopy(step))
+    for X in (weight, torch.zeros_like(weight), torch.randn_like(weight)):
+        X.requires_grad_()
+        G = torch.randn_like(weight)
+        values = [run(X) for run in (step, scripted)]
+        torch.testing.assert_close(values[0], values[1])
+        grads = [torch.autograd.grad(value, X, G)[0] for value in values]
+        torch.testing.assert_close(grads[0], grads[1])
+        torch.testing.assert_close(step.state_dict(), scripted.state_dict())
+
+
+def test_spectral_norm_follows_an_assigned_value() -> None:
+    step = SpectralNorm(weight=torch.randn(20, 30)).eval()
+    other = 5 * torch.randn(20, 30)
+    assert torch.linalg.matrix_norm(step(step.right_inverse(other)), 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_spectral_norm_keeps_a_graph_valid_over_two_forwards() -> None:
+    step = SpectralNorm(weight=torch.randn(4, 3))
+    X = torch.randn(4, 3, requires_grad=True)
+    (step(X).sum() + step(X).square().sum()).backward()
+    assert X.grad is not None
+
+
+def test_spectral_norm_of_zero_is_zero_and_recovers() -> None:
+    step = SpectralNorm(weight=torch.zeros(3, 3))
+    X = torch.zeros(3, 3, requires_grad=True)
+    value = step(X)
+    assert torch.equal(value, torch.zeros(3, 3))
+    assert torch.autograd.grad(value.sum(), X)[0].isfinite().all()
+    later = torch.randn(3, 3)
+    for _ in range(100):
+        value = step(later)
+    assert torch.linalg.matrix_norm(value, 2).item() == pytest.approx(1, abs=1e-4)
+
+
+def operator(kernel: Tensor, size: list[int], stride: int, padding: int, dilation: int) -> Tensor:
+    """Return the matrix of a convolution, one column per input entry."""
+    inputs = torch.eye(kernel.size(1) * size[0] * size[1], dtype=kernel.dtype)
+    outputs = functional.conv2d(inputs.view(-1, kernel.size(1), *size), kernel, None, stride, padding, dilation)
+    return outputs.flatten(1).T
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (1, 1, 1), (2, 1, 1), (2, 0, 2), (3, 2, 1)])
+def test_conv_spectral_norm_is_the_norm_of_the_operator(stride: int, padding: int, dilation: int) -> None:
+    kernel = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    size = [7, 8]
+    step = ConvSpectralNorm(size, stride, padding, dilation, n_power_iterations=300, weight=kernel)
+    value = step(kernel)
+    norm = torch.linalg.matrix_norm(operator(value, size, stride, padding, dilation), 2).item()
+    assert norm == pytest.approx(1, abs=1e-6)
+
+
+def test_conv_spectral_norm_differentiates_the_norm() -> None:
+    kernel = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    step = ConvSpectralNorm([5, 5], 1, 1, n_power_iterations=2000, weight=kernel)
+    exact = kernel / torch.linalg.matrix_norm(operator(kernel, [5, 5], 1, 1, 1), 2)
+    G = torch.randn_like(kernel)
+    grads = [torch.autograd.grad(value, kernel, G)[0] for value in (step(kernel), exact)]
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-6)
+
+
+def test_conv_spectral_norm_refuses_what_is_no_kernel_for_the_input() -> None:
+    with pytest.raises(RewriterError, match="does not go with an input of size"):
+        ConvSpectralNorm([5, 5], weight=torch.ones(3, 3))
+    with pytest.raises(RewriterError, match="larger than an input"):
+        ConvSpectralNorm([2, 2], weight=torch.ones(1, 1, 3, 3))
