@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import RewriterError, _registry, bake, rewrite
+from rewriter import RewriterError, bake, rewrite
+from rewriter.parametrizations import _registry
 
 
 def _spec(*chain: Any, **options: Any) -> dict[str, Any]:
