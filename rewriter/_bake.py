@@ -9,25 +9,23 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
 from rewriter._given import check_model
+from rewriter.bindings.graph import lower_again, refuse_edited
 from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
-from rewriter.passes import Rewriting, restore_pass, run_passes
 from rewriter.planning import Entry, dtype_name, refuse_strays, survey
 from rewriter.runtime import (
     ParametrizedTensor,
     RewrittenModule,
-    Session,
     detach,
     refuse_mixed,
     refuse_replaced,
     release,
-    site_path,
 )
 from rewriter.runtime._places import SESSION
 
@@ -104,9 +102,10 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
     shorter = [without_step(site, label, keep) for site, label in labels]
     baked = [Baked(site, entries, _values(site, keep)) for site, entries in chosen.items()]
     graphs = [(path, module) for path, module in target.named_modules() if isinstance(module, RewrittenModule)]
-    restored = [(module, _restored(module, set(chosen))) for _, module in graphs]
-    for module, graph in restored:
-        module.graph = graph
+    for _, module in graphs:
+        refuse_edited(module)
+        if module.was_graph:
+            refuse_replaced(module)
     uses = Counter(id(parameter) for module in target.modules() for parameter in module._parameters.values())
     for one in baked:
         _put_back(one, uses)
@@ -242,18 +241,6 @@ def _trained(site: ParametrizedTensor, before: bool) -> bool:
     return any(original.requires_grad for original in site.originals)
 
 
-def _restored(module: RewrittenModule, chosen: set[ParametrizedTensor]) -> fx.Graph:
-    """Return the module's graph without the evaluations of `chosen`."""
-    paths = {child: site_path(child) for child in module.modules() if isinstance(child, ParametrizedTensor)}
-    sites = {name: site for site in paths for name in site.record.names}
-    session = next(iter(paths)).session if paths else Session()
-    rewriting = Rewriting(module, copy.deepcopy(module.graph), paths, sites, session, tuple(paths))
-    run_passes(rewriting, [restore_pass(chosen & set(paths))])
-    if module.was_graph:
-        refuse_replaced(module, rewriting.graph)
-    return rewriting.graph
-
-
 def _put_back(baked: Baked, uses: Mapping[int, int]) -> None:
     places: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
     for entry, value in zip(baked.entries, _plain_tensors(baked, uses), strict=True):
@@ -270,7 +257,9 @@ def _put_back(baked: Baked, uses: Mapping[int, int]) -> None:
 def _plain_roots(target: nn.Module, graphs: Sequence[tuple[str, RewrittenModule]]) -> nn.Module:
     """Give every rewritten model that holds no site any more its own class back."""
     for path, module in reversed(graphs):
-        if any(isinstance(child, ParametrizedTensor) for child in module.modules()):
+        if module.sites:
+            if module.without is not None:
+                lower_again(module)
             continue
         plain = module.restored()
         if not path:

@@ -14,26 +14,11 @@ from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._pause import collector_paused
 from rewriter.absorbing import Taken, take_over, taken_over
+from rewriter.bindings.graph import lowered_model
 from rewriter.capture import Call, call_for
 from rewriter.errors import RewriterError
 from rewriter.language import Spec, load_spec
-from rewriter.passes import (
-    Rewriting,
-    batch_pass,
-    cache_pass,
-    cast_pass,
-    expand_pass,
-    fuse_pass,
-    hoist_pass,
-    insert_pass,
-    open_pass,
-    outline,
-    prune_pass,
-    rows_pass,
-    run_passes,
-    transpose_pass,
-    verify_against,
-)
+from rewriter.passes import OPTIONAL
 from rewriter.planning._prepare import Prepared, prepare
 from rewriter.runtime import (
     RewrittenModule,
@@ -42,18 +27,8 @@ from rewriter.runtime import (
     open_path,
     refuse_mixed,
     refuse_replaced,
-    site_path,
 )
 from rewriter.runtime._places import SESSION
-
-_OPTIONAL = {
-    "hoist": hoist_pass,
-    "fuse": fuse_pass,
-    "rows": rows_pass,
-    "cast": cast_pass,
-    "batch": batch_pass,
-    "transpose": transpose_pass,
-}
 
 
 @overload
@@ -128,9 +103,10 @@ def rewrite(
         CaptureError: the capture asked for is not possible.
     """
     without = (without,) if isinstance(without, str) else without
-    unknown = set(without) - _OPTIONAL.keys()
+    names = [step.name for step in OPTIONAL]
+    unknown = set(without) - set(names)
     if unknown:
-        raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(_OPTIONAL)}")
+        raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(names)}")
     read = spec if isinstance(spec, Spec) else load_spec(spec)
     check_model(model, "rewrite")
     call = call_for(model, capture, example_inputs, example_kwargs, dynamic_shapes)
@@ -193,34 +169,9 @@ def _rewrite_attached(target: nn.Module, prepared: Prepared, session: Session, w
     return target if in_place else _rewrite_graph(target, prepared, session, without)
 
 
-def rewriting_of(root: nn.Module, prepared: Prepared, session: Session) -> Rewriting:
-    """Return what the passes work on: the captured graph and the sites attached to `root`."""
-    graph = prepared.capture.graph
-    assert graph is not None
-    sites = [site for _, site in (*prepared.new, *prepared.absorbed, *prepared.present)]
-    if isinstance(root, RewrittenModule):
-        called = {node.target for node in graph.nodes if node.op == "call_module"}
-        sites += [site for site in prepared.standing if site not in sites and site_path(site) in called]
-    return Rewriting(
-        root=root,
-        graph=graph,
-        paths={site: site_path(site) for site in sites},
-        sites={name: site for site in sites for name in site.record.names},
-        session=session,
-        order=sites,
-    )
-
-
 def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session, without: Collection[str]) -> nn.Module:
     for name, tensor in prepared.capture.constants.items():
         root.register_buffer(name, tensor, persistent=False)
-    rewriting = rewriting_of(root, prepared, session)
-    graph = rewriting.graph
-    before = outline(graph)
-    optional = [step for name, step in _OPTIONAL.items() if name not in without]
-    passes = [expand_pass, open_pass, insert_pass, cache_pass, prune_pass, *optional, verify_against(before)]
-    run_passes(rewriting, passes)
-    if isinstance(root, RewrittenModule):
-        root.graph = graph
-        return root
-    return RewrittenModule(root, graph)
+    captured = prepared.capture.graph
+    assert captured is not None
+    return lowered_model(root, captured, without)

@@ -13,7 +13,6 @@ from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.runtime import RewrittenModule, plain_class
 from rewriter.runtime._hooks import has_hooks
-from rewriter.runtime._rows import row_by_row
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -52,7 +51,7 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
     if isinstance(model, fx.GraphModule) and mode in ("auto", "graph"):
         own = _calls_of_own_forwards(model, owners)
         if not own:
-            return Capture("graph", row_by_row(model.graph))
+            return Capture("graph", getattr(model, "captured", model.graph))
         if mode == "graph" or isinstance(model, RewrittenModule):
             raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and cannot be handed tensors")
         return Capture("module", why=_OWN_FORWARD.format(own[0]))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter.passes._costs import pays
-from rewriter.passes._infra import META, Pass, PassError, Rewriting, evaluations_of
-from rewriter.passes._transpose import write_linear_calls
+from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._batch import BatchedEvaluation, evaluate_together, likeness, stacked
 from rewriter.runtime._places import BATCHES
@@ -24,35 +23,19 @@ NEIGHBOURS = 64
 """How many are compared with what they give in a batch of so many."""
 
 
-def batch_evaluations(rewriting: Rewriting) -> bool:
+def batch_evaluations(lowering: Lowering) -> None:
     """Give the evaluations of every group of equal sites one node that does their work."""
-    write_linear_calls(rewriting)  # they use transposes that batches give
-    dissolve_batches(rewriting)
-    evaluations = evaluations_of(rewriting).items()
+    evaluations = evaluations_of(lowering).items()
     nodes = {site: found[0] for site, found in evaluations if len(found) == 1}
     groups = groups_to_batch(sorted(nodes, key=nodes.__getitem__))
     chosen = [group for group in groups if _wanted(group) and _equal(group)]
     if chosen:
-        rewriting.root.add_module(BATCHES, nn.ModuleList(map(BatchedEvaluation, chosen)))
+        lowering.root.add_module(BATCHES, nn.ModuleList(map(BatchedEvaluation, chosen)))
     for index, group in enumerate(chosen):
-        with rewriting.graph.inserting_before(nodes[group[0]]):
-            batch = rewriting.graph.create_node("call_module", f"{BATCHES}.{index}")
-        batch.meta[META] = {"member": True}
+        with lowering.graph.inserting_before(nodes[group[0]]):
+            batch = lowering.graph.create_node("call_module", f"{BATCHES}.{index}")
         for slot, site in enumerate(group):
             nodes[site].kwargs = {**nodes[site].kwargs, "batch": batch, "slot": slot}
-    return bool(chosen)
-
-
-def dissolve_batches(rewriting: Rewriting) -> bool:
-    """Take every batch out again, so that each site is evaluated by itself; none gives transposes any more."""
-    batches = [node for node in rewriting.graph.nodes if is_batch(rewriting.root, node)]
-    for batch in batches:
-        for node in list(batch.users):
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("batch", "slot")}
-        rewriting.graph.erase_node(batch)
-    if batches:
-        del rewriting.root._modules[BATCHES]
-    return bool(batches)
 
 
 def is_batch(root: nn.Module, node: fx.Node) -> bool:
@@ -187,11 +170,11 @@ def _tolerances(value: torch.Tensor) -> tuple[float, float]:
     return 1e2 * rounding, 1e2 * rounding
 
 
-def _each_has_its_slot(rewriting: Rewriting) -> None:
-    for node in rewriting.graph.nodes:
-        if is_batch(rewriting.root, node):
-            sites: Any = rewriting.root.get_submodule(str(node.target))
-            paths = [rewriting.paths[site] for site in sites.sites]
+def _each_has_its_slot(lowering: Lowering) -> None:
+    for node in lowering.graph.nodes:
+        if is_batch(lowering.root, node):
+            sites: Any = lowering.root.get_submodule(str(node.target))
+            paths = [lowering.paths[site] for site in sites.sites]
             if [paths[user.kwargs["slot"]] for user in node.users] != [user.target for user in node.users]:
                 raise PassError(f"{node.target} gives its values to other sites than it computes")
 

@@ -8,16 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewriter.passes._infra import Pass, PassError, Rewriting, evaluations_of
-from rewriter.passes._transpose import uses_of
-from rewriter.runtime._linear import factors_of, times_transposed
+from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of
 from rewriter.runtime._rows import linear_of_rows
 
 CASTING = frozenset(
     {
         F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
         torch.addmm, torch.baddbmm, torch.bmm, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, torch.mm,
-        operator.matmul, times_transposed, factors_of, linear_of_rows,
+        operator.matmul, linear_of_rows,
     }
 )  # fmt: skip
 """Functions that autocast runs in its own precision on every device: whatever they get, they cast."""
@@ -28,18 +26,18 @@ _VIEW_ATTRIBUTES = frozenset({"T", "mT"})
 _VIEW_FUNCTIONS = frozenset({torch.t, torch.transpose, torch.permute, torch.reshape, torch.unsqueeze, torch.squeeze})
 
 
-def cast_once(rewriting: Rewriting) -> bool:
+def cast_once(lowering: Lowering) -> bool:
     """Mark the evaluations whose every use casts, and that have more than one.
 
     A plain weight is cast once in a region of autocast, since autocast remembers what it made of a Parameter; a
     computed value is none. Gradients of the uses then add up in autocast's precision, as a plain weight's do.
     """
     marked = False
-    for site, nodes in evaluations_of(rewriting).items():
+    for site, nodes in evaluations_of(lowering).items():
         wanted = len(site.record.members) == 1 and site.record.members[0].dtype == "float32"
         for node in nodes:
             kwargs = {name: value for name, value in node.kwargs.items() if name != "cast"}
-            if wanted and len(list(uses_of(node))) > 1 and all(casts(user, node) for user in node.users):
+            if wanted and len(node.users) > 1 and all(casts(user, node) for user in node.users):
                 kwargs["cast"] = True
                 marked = True
             if kwargs != node.kwargs:
@@ -62,8 +60,8 @@ def casts(user: fx.Node, value: fx.Node) -> bool:
     return view and user.args[:1] == (value,) and bool(user.users) and all(casts(use, user) for use in user.users)
 
 
-def _only_where_all_cast(rewriting: Rewriting) -> None:
-    for site, nodes in evaluations_of(rewriting).items():
+def _only_where_all_cast(lowering: Lowering) -> None:
+    for site, nodes in evaluations_of(lowering).items():
         for node in nodes:
             if node.kwargs.get("cast") and not all(casts(user, node) for user in node.users):
                 raise PassError(f"{site.record.name} is cast for a use that wants it as it is")

@@ -57,4 +57,4 @@ def why_not_fused(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
     return ""
 
 
-fuse_pass = Pass("fuse", lambda rewriting: fuse(rewriting.order), ensures=same_values(why_not_fused))
+fuse_pass = Pass("fuse", lambda lowering: fuse(lowering.order), ensures=same_values(why_not_fused))

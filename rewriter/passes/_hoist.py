@@ -73,4 +73,4 @@ def why_not_hoisted(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
     return "it has another value when its first steps are hoisted; they are not a function of their tensors alone"
 
 
-hoist_pass = Pass("hoist", lambda rewriting: hoist(rewriting.order), ensures=same_values(why_not_hoisted))
+hoist_pass = Pass("hoist", lambda lowering: hoist(lowering.order), ensures=same_values(why_not_hoisted))

@@ -1,4 +1,4 @@
-"""What a pass is: a change of one graph, with what must hold before it and after it."""
+"""What a pass is: a change of one lowered graph, with what holds after it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from rewriter.runtime import HANDED, ParametrizedTensor, Session
-from rewriter.runtime._places import META as META
+from rewriter.runtime import ParametrizedTensor, site_path
 from rewriter.runtime._sites import ways_to
 
 
@@ -18,32 +17,33 @@ class PassError(RuntimeError):
 
 
 @dataclass
-class Rewriting:
-    """One model on its way through the passes.
+class Lowering:
+    """One graph in the passes.
 
     Arguments:
-        root: the model, with the sites attached.
-        graph: its graph, edited in place.
-        paths: site → where it is in the module tree.
-        sites: tensor name → the site that computes it, for every tied name.
-        session: of the rewritten model.
+        root: the model, with its sites attached.
+        graph: the lowered graph, edited in place.
         order: the sites, each one before the sites it reads.
     """
 
     root: nn.Module
     graph: fx.Graph
-    paths: dict[ParametrizedTensor, str]
-    sites: dict[str, ParametrizedTensor]
-    session: Session
-    order: Sequence[ParametrizedTensor] = ()
-    holders: frozenset[str] = field(init=False)
+    order: Sequence[ParametrizedTensor]
+    paths: dict[ParametrizedTensor, str] = field(init=False)
+    """Site → its path in the module tree."""
+    sites: dict[str, ParametrizedTensor] = field(init=False)
+    """Tensor name → the site that computes it, for every tied name."""
+    owners: frozenset[str] = field(init=False)
+    """Paths of the modules at and above the owners of computed tensors."""
     _modules: dict[str, nn.Module] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.holders = frozenset(ways_to(self.sites))
+        self.paths = {site: site_path(site) for site in self.order}
+        self.sites = {name: site for site in self.order for name in site.record.names}
+        self.owners = frozenset(ways_to(self.sites))
 
     def module(self, path: object) -> nn.Module:
-        """Return a module of the model that was there before the passes, looked up once."""
+        """Return a module of the model; each one is looked up once."""
         found = self._modules.get(str(path))
         if found is None:
             found = self._modules[str(path)] = self.root.get_submodule(str(path))
@@ -55,18 +55,18 @@ class Pass:
     """A named change of a graph.
 
     Arguments:
-        name: as it shows in messages.
-        run: makes the change, returns whether there was one.
+        name: as messages show it, and as `rewrite(without=…)` takes it.
+        run: makes the change.
         ensures: raises PassError unless the pass did what it promises.
     """
 
     name: str
-    run: Callable[[Rewriting], bool]
-    ensures: Callable[[Rewriting], None] = lambda rewriting: None
+    run: Callable[[Lowering], Any]
+    ensures: Callable[[Lowering], None] = lambda lowering: None
 
 
-def run_passes(rewriting: Rewriting, passes: Sequence[Pass]) -> None:
-    """Run the passes in order, and see after each that it did what it promises.
+def run_passes(lowering: Lowering, passes: Sequence[Pass]) -> None:
+    """Run the passes in order, and check after each one what it ensures.
 
     Raises:
         PassError: a condition does not hold; the message names the pass and those that ran before it.
@@ -74,65 +74,19 @@ def run_passes(rewriting: Rewriting, passes: Sequence[Pass]) -> None:
     done: list[str] = []
     for step in passes:
         try:
-            step.run(rewriting)
-            step.ensures(rewriting)
+            step.run(lowering)
+            step.ensures(lowering)
         except PassError as problem:
             before = f" after {', '.join(done)}" if done else ""
             raise PassError(f"pass {step.name}{before}: {problem}") from problem
         done.append(step.name)
 
 
-def note(node: fx.Node) -> dict[str, Any]:
-    """Return our entry in the node's metadata; empty where there is none."""
-    entry: dict[str, Any] = node.meta.get(META, {})
-    return entry
-
-
-def call_note(node: fx.Node, given: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the entry of a call that is about to become one of a function, for putting the call back.
-
-    Arguments:
-        node: the call.
-        given: its arguments in the order of the module's forward, as the function will get them.
-    """
-
-    def position(value: object) -> int:
-        return next(index for index, argument in enumerate(given) if argument is value)
-
-    return {
-        **note(node),
-        "opened": str(node.target),
-        "arity": len(given),
-        "positional": len(node.args),
-        "keywords": {name: position(value) for name, value in node.kwargs.items()},
-    }
-
-
-def unhand(node: fx.Node) -> None:
-    """Make a call that is handed values one that is not: what kept the call one, a hook, may be gone."""
-    if HANDED in node.kwargs:
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name != HANDED}
-        keep_place(node)
-
-
-def keep_place(node: fx.Node) -> None:
-    """Take our entry out of the node's metadata, but for the node's place in an expanded call."""
-    place = {name: value for name, value in note(node).items() if name in ("part", "result")}
-    node.meta.pop(META, None)
-    if place:
-        node.meta[META] = place
-
-
-def reads_of(rewriting: Rewriting) -> list[fx.Node]:
-    """Return the nodes that read a selected tensor from its old place."""
-    return [node for node in rewriting.graph.nodes if node.op == "get_attr" and node.target in rewriting.sites]
-
-
-def evaluations_of(rewriting: Rewriting) -> dict[ParametrizedTensor, list[fx.Node]]:
+def evaluations_of(lowering: Lowering) -> dict[ParametrizedTensor, list[fx.Node]]:
     """Return the nodes that evaluate each site, in the graph's order."""
-    site_at = {path: site for site, path in rewriting.paths.items()}
-    found: dict[ParametrizedTensor, list[fx.Node]] = {site: [] for site in rewriting.paths}
-    for node in rewriting.graph.nodes:
+    site_at = {path: site for site, path in lowering.paths.items()}
+    found: dict[ParametrizedTensor, list[fx.Node]] = {site: [] for site in lowering.paths}
+    for node in lowering.graph.nodes:
         if node.op == "call_module" and node.target in site_at:
             found[site_at[node.target]].append(node)
     return found

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from rewriter.passes._transpose import TRANSPOSED
 from rewriter.runtime import ParametrizedTensor
 from rewriter.runtime._batch import BatchedEvaluation
 
@@ -72,7 +71,6 @@ def _evaluation(site: ParametrizedTensor, node: fx.Node, numbers: dict[fx.Node, 
         policies += [f"steps {start + 1}–{stop} as one" for start, stop in site.fused]
     else:
         policies.append(f"from {_value(node.kwargs['batch'], numbers)}")
-        policies += ["transposed"] if TRANSPOSED in node.kwargs else []
     shown = f" [{', '.join(policies)}]" if policies else ""
     names = " & ".join(" = ".join(member.names) for member in site.record.members)
     return f"evaluate {names}{shown}: {', '.join(start)} >> {' >> '.join(site.record.chain)}"

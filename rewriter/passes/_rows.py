@@ -6,7 +6,6 @@ The inputs of an RNN that is unrolled over time are there from the start, and on
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rewriter.capture import has_hooks, is_torch_leaf
-from rewriter.passes._infra import META, Pass, PassError, Rewriting, note
-from rewriter.passes._pure import is_read_only, writes_nothing
+from rewriter.passes._effects import is_read_only, may_write
+from rewriter.passes._infra import Lowering, Pass, PassError
 from rewriter.runtime import plain_class
-from rewriter.runtime._rows import ROW, linear_of_rows, module_of_rows
+from rewriter.runtime._rows import linear_of_rows, module_of_rows
 
 LEAST = 8
 """Fewer rows are not worth holding the results of all of them at one time."""
@@ -26,27 +25,24 @@ Calls = dict[fx.Node, int]
 """Calls in the graph's order, each with the index of its row."""
 
 
-def join_rows(rewriting: Rewriting) -> bool:
+def join_rows(lowering: Lowering) -> None:
     """Join the calls of at least `LEAST` rows that follow each other in one tensor."""
-    groups = _groups(rewriting)
+    groups = _groups(lowering)
     if not groups:
-        return False
-    ranks, written = _writes(rewriting)
-    joined = False
+        return
+    ranks, written = _writes(lowering)
     for (x, before, after, *_), calls in groups.items():
         first, *_, last = calls
         nothing_written = written[ranks[first]] == written[ranks[last]]
-        if nothing_written and all(is_read_only(rewriting, call) for call in calls):
-            _join(rewriting.graph, (x, before, after), calls, ranks)
-            joined = True
-    return joined
+        if nothing_written and all(is_read_only(lowering, call) for call in calls):
+            _join(lowering.graph, (x, before, after), calls)
 
 
-def _groups(rewriting: Rewriting) -> dict[Any, Calls]:
+def _groups(lowering: Lowering) -> dict[Any, Calls]:
     """Return the calls of one layer with rows of one tensor that follow each other: by tensor, layer and the rest."""
     groups: dict[Any, Calls] = {}
-    for node in rewriting.graph.nodes:
-        found = _row_of(node.args[0]) if node.args and _is_linear(rewriting, node) else None
+    for node in lowering.graph.nodes:
+        found = _row_of(node.args[0]) if node.args and _is_linear(lowering, node) else None
         if found is not None:
             *where, index = found
             groups.setdefault((*where, node.target, node.args[1:]), {})[node] = index
@@ -57,20 +53,20 @@ def _follow(indices: set[int]) -> bool:
     return len(indices) >= LEAST and max(indices) - min(indices) + 1 == len(indices)
 
 
-def _writes(rewriting: Rewriting) -> tuple[dict[fx.Node, int], list[int]]:
+def _writes(lowering: Lowering) -> tuple[dict[fx.Node, int], list[int]]:
     """Return the place of each node, and how many of the nodes up to there may write to a tensor."""
-    ranks = {node: rank for rank, node in enumerate(rewriting.graph.nodes)}
-    return ranks, [*accumulate(not writes_nothing(rewriting, node) for node in ranks)]
+    ranks = {node: rank for rank, node in enumerate(lowering.graph.nodes)}
+    return ranks, [*accumulate(may_write(lowering, node) for node in ranks)]
 
 
-def _is_linear(rewriting: Rewriting, node: fx.Node) -> bool:
+def _is_linear(lowering: Lowering, node: fx.Node) -> bool:
     if node.kwargs:
         return False
     if node.op == "call_function":
         return node.target is F.linear and len(node.args) > 1 and node.args[0] not in node.args[1:]
-    if node.op != "call_module" or node.target in rewriting.holders or len(node.args) != 1:
+    if node.op != "call_module" or node.target in lowering.owners or len(node.args) != 1:
         return False
-    module = rewriting.module(node.target)
+    module = lowering.module(node.target)
     return plain_class(module) is nn.Linear and is_torch_leaf(module) and not has_hooks(module)
 
 
@@ -88,52 +84,25 @@ def _row_of(value: Any) -> tuple[fx.Node, int, int, int] | None:
     return (x, place, len(named) - place - 1, one) if type(one) is int and one >= 0 else None
 
 
-def _join(graph: fx.Graph, where: tuple[Any, ...], calls: Calls, ranks: dict[fx.Node, int]) -> None:
+def _join(graph: fx.Graph, where: tuple[Any, ...], calls: Calls) -> None:
     first, (x, *dimensions), start = next(iter(calls)), where, min(calls.values())
     span = (*dimensions, start, max(calls.values()) - start + 1)
-    places = {node: _place(node, ranks) for node in calls}
     with graph.inserting_before(first):
         if first.op == "call_module":
             module = graph.create_node("get_attr", str(first.target))
-            module.meta[META] = {"synthetic": True}
             joined = graph.call_function(module_of_rows, (x, module, *span))
         else:
             weight, bias = (*first.args[1:], None)[:2]
             joined = graph.call_function(linear_of_rows, (x, weight, bias, *span))
-    joined.meta[META] = {"rows": True}
     for node, index in calls.items():
         (row, *_) = node.all_input_nodes
         node.op, node.target, node.args = "call_function", operator.getitem, (joined, index - start)
-        node.meta[META] = {**note(node), ROW: places[node]}
         if not row.users:
             graph.erase_node(row)
 
 
-def _place(call: fx.Node, ranks: dict[fx.Node, int]) -> dict[str, Any]:
-    row: Any = call.args[0]
-    place = {"name": row.name, "before": row.next.name, "rank": ranks[row], "note": dict(note(row))}
-    return {**place, "arguments": len(call.args)}
-
-
-def calls_of_rows(graph: fx.Graph) -> Iterator[tuple[str, Any]]:
-    """Return the operations of the model that joined calls stand for, as far as no pass before had changed them."""
-    names = {node.name for node in graph.nodes}
-    for node in graph.nodes:
-        place = note(node).get(ROW)
-        if place is None:
-            continue
-        if place["name"] not in names and "part" not in place["note"]:
-            names.add(place["name"])
-            yield "call_function", operator.getitem
-        joined: Any = node.args[0]
-        if joined.target is module_of_rows:
-            yield "call_module", str(joined.args[1].target)
-        elif not note(node).keys() & {"opened", "part"}:
-            yield "call_function", F.linear
-
-
-def _each_has_its_row(rewriting: Rewriting) -> None:
-    for node in rewriting.graph.nodes:
+def _each_has_its_row(lowering: Lowering) -> None:
+    for node in lowering.graph.nodes:
         if node.target in (linear_of_rows, module_of_rows):
             rows = range(node.args[-1])
             if not all(user.target is operator.getitem and user.args[1] in rows for user in node.users):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from rewriter.passes._infra import PassError, Rewriting
+from rewriter.passes._infra import Lowering, PassError
 from rewriter.runtime import ParametrizedTensor
 
 SAMPLES = 8
@@ -29,15 +29,15 @@ def few_of_each(sites: Iterable[ParametrizedTensor]) -> Iterator[ParametrizedTen
             yield site
 
 
-def same_values(why_not: Callable[[ParametrizedTensor, Sequence[Tensor]], str]) -> Callable[[Rewriting], None]:
+def same_values(why_not: Callable[[ParametrizedTensor, Sequence[Tensor]], str]) -> Callable[[Lowering], None]:
     """Return what a pass ensures that leaves all values as they are.
 
     Arguments:
         why_not: a site and the tensors that it reads → in which way its value is another; nothing where it is not.
     """
 
-    def ensure(rewriting: Rewriting) -> None:
-        for site in few_of_each(rewriting.order):
+    def ensure(lowering: Lowering) -> None:
+        for site in few_of_each(lowering.order):
             problem = why_not(site, site.read_inputs())
             if problem:
                 raise PassError(f"{site.record.name}: {problem}")

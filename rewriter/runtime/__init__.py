@@ -7,6 +7,7 @@ from rewriter.runtime._chunked import Chunked
 from rewriter.runtime._graph_module import RewrittenModule
 from rewriter.runtime._graph_owners import open_graph_owners
 from rewriter.runtime._inverse import Inverse, invert_chain, right_inverse
+from rewriter.runtime._late_changes import refuse_replaced
 from rewriter.runtime._layout import Layout, layout_of
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._owner import attach, detach, open_path, open_root, release
@@ -15,7 +16,6 @@ from rewriter.runtime._places import CONTAINER, HANDED
 from rewriter.runtime._record import Member, Record
 from rewriter.runtime._scope import Session
 from rewriter.runtime._sites import site_path, sites_of
-from rewriter.runtime._taken_in import refuse_replaced
 from rewriter.runtime._tensor import ParametrizedTensor
 
 __all__ = [

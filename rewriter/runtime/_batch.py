@@ -40,18 +40,14 @@ class BatchedEvaluation(nn.Module):
         """The sites, in the order of the values."""
         return [reference.module for reference in self.references]  # type: ignore[misc]
 
-    def forward(self, transposed: bool = False) -> Batch | None:
-        """Return the sites' values, or ``None`` where each has to be evaluated by itself.
-
-        Arguments:
-            transposed: return their transposes; each value is a matrix.
-        """
+    def forward(self) -> Batch | None:
+        """Return the sites' values, or ``None`` if each has to be evaluated by itself."""
         if torch.compiler.is_compiling() or self.__dict__.get("_is_replica"):
             return None
         sites = self.sites
         if any(site.holding.busy for site in sites) or not self._alike(sites):
             return None
-        return evaluate_together(sites, transposed)
+        return evaluate_together(sites)
 
     def _alike(self, sites: Sequence[ParametrizedTensor]) -> bool:
         """As `alike`, looking closely only where something is not as it was when it last looked."""
@@ -89,13 +85,13 @@ def likeness(site: ParametrizedTensor) -> Hashable:
     return (site.record.layout, _form(site.originals[0]), *map(likeness_of_step, site.steps))
 
 
-def evaluate_together(sites: Sequence[ParametrizedTensor], transposed: bool = False) -> Batch:
-    """Return the values of sites that are `alike`, or their transposes, from one run of their chain."""
+def evaluate_together(sites: Sequence[ParametrizedTensor]) -> Batch:
+    """Return the values of sites that are `alike`, from one run of their chain."""
     if autocast_anywhere():
         device = sites[0].originals[0].device.type
         with torch.autocast(device, enabled=False):
-            return _together(sites, transposed)
-    return _together(sites, transposed)
+            return _together(sites)
+    return _together(sites)
 
 
 def stacked(sites: Sequence[ParametrizedTensor]) -> tuple[Tensor, list[Any]]:
@@ -109,15 +105,14 @@ def stacked(sites: Sequence[ParametrizedTensor]) -> tuple[Tensor, list[Any]]:
     return value, [stacked_step(steps, width) for steps in zip(*(site.steps for site in sites), strict=True)]
 
 
-def _together(sites: Sequence[ParametrizedTensor], transposed: bool) -> Batch:
+def _together(sites: Sequence[ParametrizedTensor]) -> Batch:
     layout = sites[0].record.layout
     value, steps = stacked(sites)
     for step in steps:
         value = step(value)
     if layout.plain:
-        return (value.mT if transposed else value).unbind(0)
-    parts = map(layout.outward, value.unbind(0))
-    return tuple(part.t() for part in parts) if transposed else tuple(parts)
+        return value.unbind(0)
+    return tuple(map(layout.outward, value.unbind(0)))
 
 
 def stacked_step(modules: Sequence[Any], width: int) -> Any:

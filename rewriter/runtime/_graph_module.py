@@ -1,98 +1,120 @@
-"""The rewritten model of a traceable root: its own module tree under a graph."""
+"""The rewritten model of a traceable root: its own module tree under a lowered graph."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, overload
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from rewriter.errors import RewriterError
+from rewriter.runtime._late_changes import refuse_late_change
 from rewriter.runtime._mixed import refuse_mixed
-from rewriter.runtime._owner_class import child_property, plain_class
-from rewriter.runtime._places import BATCHES, CONTAINER, GRAPH_OF, SESSION, STANDING
+from rewriter.runtime._owner_class import plain_class
+from rewriter.runtime._places import BATCHES, CAPTURED, CONTAINER, GRAPH_OF, SESSION
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._sites import sites_of
-from rewriter.runtime._standing import given_what_holds
 from rewriter.runtime._tensor import ParametrizedTensor
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
 from rewriter.serialization._names import loadable
 
-_classes: WeakValueDictionary[Any, type[fx.GraphModule]] = WeakValueDictionary()
-"""Generated class of each graph: models with equal graphs share theirs, as models of a hand-written class do."""
-
-WRITTEN_AT_ONCE = 1000
-"""The most nodes of a graph whose code is written without being asked for."""
-
-_NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", STANDING})
+_MARKS = "_reparam_marks"
+_NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS})
+_OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited")
 
 
-class RewrittenModule(fx.GraphModule):
-    """A graph over the module tree of the model that was rewritten.
+_classes: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+"""The class of each graph's code: equal models share one, as `torch.func.stack_module_state` requires."""
+
+
+class _GraphClass(type):
+    """A class that equal models share, so that its forward cannot be set for one of them."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name == "forward" and "_reparam_shared" in vars(cls):
+            raise RewriterError(
+                f"{cls.__name__} is the class of every rewritten model with this graph: set forward on the model itself"
+            )
+        super().__setattr__(name, value)
+
+
+class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
+    """A lowered graph over the module tree of the model that was rewritten.
 
     The submodules, tensors, hooks and plain attributes are the model's own, under their own names, so that the state
-    dict reads as torch's parametrizations would have it. The graph travels as data when the model is pickled: reading
-    it back runs no code and traces nothing. Its code is written when it is first asked for.
+    dict reads as torch's parametrizations would have it. The captured graph stays beside the lowered one: bake and
+    further rules lower it again. Both travel as data when the model is pickled: reading them back runs no code.
 
     Arguments:
         root: the model whose tree is taken over.
+        captured: the graph as it was captured.
         graph: the graph to run.
+        without: names of the optional passes that were left out; None if the graph runs as captured and reads its
+            tensors as attributes, inside a model that keeps its class.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        origin = plain_class(root)
-        super().__init__(nn.Module(), fx.Graph(), class_name=origin.__name__)
+    def __new__(cls, root: nn.Module, *_: Any) -> RewrittenModule:
+        return _blank(_origin_of(root))
+
+    def __init__(self, root: nn.Module, captured: fx.Graph, graph: fx.Graph, without: Collection[str] = ()) -> None:
+        self.__dict__.update({GRAPH_OF: _origin_of(root), "_reparam_name": plain_class(root).__name__})
+        super().__init__(nn.Module(), fx.Graph())
         added = set(self.__dict__) - set(root.__dict__)
         self.__dict__.update({name: value for name, value in root.__dict__.items() if name not in _NOT_COPIED})
-        self.__dict__[GRAPH_OF] = fx.GraphModule if issubclass(origin, fx.GraphModule) else origin
-        self.__dict__["_reparam_name"] = origin.__name__
+        self.__dict__[CAPTURED] = captured
         self.__dict__["_reparam_added"] = sorted(added)
-        for name in ("_code", "_lineno_map", "_prologue_start"):  # of the empty graph
-            del self.__dict__[name]
-        self.__dict__["_graph"] = graph
-        graph.owning_module = self
-        self.__class__ = _own_class(origin.__name__, _UnwrittenSequential if self._is_sequential() else _Unwritten)
-        if len(graph.nodes) <= WRITTEN_AT_ONCE:  # equal models are of one class from the start
-            self.recompile()
+        self.__dict__["_reparam_without"] = None if without is None else tuple(without)
+        self.take_lowered(graph)
         _join(self)
 
     def recompile(self) -> Any:
-        from rewriter.passes import keeps_values
-
-        name = type(self).__name__
-        # torch.fx writes `forward` into the class, which other models may have too. The model keeps its class until
-        # the new one is complete, since another thread may call it.
-        kind = _own_class(name, RewrittenSequential if self._is_sequential() else RewrittenModule)
+        kind: Any = type(_blank(self.__dict__[GRAPH_OF]))
+        kind.__name__ = kind.__qualname__ = self.__dict__["_reparam_name"]
+        # torch.fx writes `forward` into the class. The model keeps its own until the new one is complete, since
+        # another thread may call it.
         writer = object.__new__(kind)
         writer.__dict__ = self.__dict__
         code = fx.GraphModule.recompile(writer)
         kind.forward = traceable(kind.forward)
-        keeps = keeps_values(writer)
-        if keeps:
-            kind.forward = given_what_holds(kind.forward)
-        self.__dict__.pop(STANDING, None)
-        for child in self._children_named():
-            setattr(kind, child, child_property(child))
+        kind._reparam_shared = True
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
-        with contextlib.suppress(TypeError):  # what cannot be compared has a class of its own
-            kind = _classes.setdefault((name, code.src, functions, keeps), kind)
+        with contextlib.suppress(TypeError):  # a constant in the code may have no hash: then the class is not shared
+            kind = _classes.setdefault((kind.__name__, self.__dict__[GRAPH_OF], code.src, functions), kind)
         self.__class__ = kind
         return code
 
-    def _children_named(self) -> set[str]:
-        """Return the submodules that the code of the graph starts from, but for names that this class has itself."""
-        nodes = [node for node in self.graph.nodes if node.op in ("call_module", "get_attr")]
-        reached = {str(node.target).partition(".")[0] for node in nodes}
-        return {name for name in reached if name in self._modules and not hasattr(RewrittenModule, name)}
+    @property
+    def captured(self) -> fx.Graph:
+        """The graph as it was captured, without sites."""
+        return self.__dict__[CAPTURED]  # type: ignore[no-any-return]
 
-    def _is_sequential(self) -> bool:
-        return issubclass(self.__dict__.get(GRAPH_OF, nn.Module), nn.Sequential)
+    @property
+    def without(self) -> tuple[str, ...] | None:
+        """Names of the optional passes that were left out; None if the graph runs as captured."""
+        return self.__dict__["_reparam_without"]  # type: ignore[no-any-return]
+
+    def take_lowered(self, graph: fx.Graph) -> None:
+        """Run `graph`, which lowering wrote."""
+        self.graph = graph
+        self.__dict__[_MARKS] = _Marks(graph)
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody changed the graph after lowering wrote it; a copy knows of its original's edits."""
+        marks: _Marks | None = self.__dict__[_MARKS]
+        return marks is None or not marks.same(_Marks(self.graph))
+
+    @property
+    def sites(self) -> list[ParametrizedTensor]:
+        """The model's sites, in the order of the module tree."""
+        return [module for module in self.modules() if isinstance(module, ParametrizedTensor)]
 
     @property
     def was_graph(self) -> bool:
@@ -106,13 +128,14 @@ class RewrittenModule(fx.GraphModule):
             module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
         else:
             module = origin.__new__(origin)
-        added = {*self._reparam_added, *_NOT_COPIED, SESSION, GRAPH_OF, "_reparam_name", "_reparam_added"}
+        added = {*self._reparam_added, *_NOT_COPIED, *_OWN, SESSION, GRAPH_OF, "forward"}
         module.__dict__.update({name: value for name, value in self.__dict__.items() if name not in added})
         for name in [name for name in module._buffers if name.startswith("reparam_constant_")]:
             del module._buffers[name]
             module._non_persistent_buffers_set.discard(name)
+        module._modules.pop(BATCHES, None)
         if isinstance(module, fx.GraphModule):
-            module.graph = self.graph
+            module.graph = copy.deepcopy(self.captured)
         return module
 
     def __getattr__(self, name: str) -> Any:
@@ -144,25 +167,22 @@ class RewrittenModule(fx.GraphModule):
 
         return f"{nn.Module.__repr__(self)}\n\n{print_graph(self)}"
 
-    def written(self) -> RewrittenModule:
-        """Return this model with the code of its graph written."""
-        if isinstance(self, _Unwritten):
-            self.recompile()
-        return self
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_late_change(self, name, value)
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
-        clone: RewrittenModule = RewrittenModule.__new__(RewrittenModule)
+        clone = _blank(self.__dict__[GRAPH_OF])
         memo[id(self)] = clone
-        _revive(clone, copy.deepcopy(self.written()._carried(), memo), copy.deepcopy(self.graph, memo))
+        _revive(clone, copy.deepcopy(self._carried(), memo), copy.deepcopy(self.captured), copy.deepcopy(self.graph))
         return clone
 
     def __copy__(self) -> RewrittenModule:
-        clone: RewrittenModule = RewrittenModule.__new__(RewrittenModule)
-        _revive(clone, self.written()._carried(), copy.deepcopy(self.graph))
+        clone = _blank(self.__dict__[GRAPH_OF])
+        _revive(clone, self._carried(), self.captured, copy.deepcopy(self.graph))
         return clone
 
     def _replicate_for_data_parallel(self) -> Any:
-        self.written()
         replica: Any = super()._replicate_for_data_parallel()
         # What replaces a replica's children and tensors must not write into the dicts of the original.
         for name in ("_modules", "_buffers"):
@@ -171,11 +191,13 @@ class RewrittenModule(fx.GraphModule):
         return replica
 
     def __reduce__(self) -> Any:
-        return (rebuild_rewritten, (graph_to_data(self.graph),), self._carried())
+        return (rebuild_rewritten, (graph_to_data(self.captured), graph_to_data(self.graph)), self._carried())
 
     def _carried(self) -> dict[str, Any]:
         refuse_mixed([self])
-        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        carried = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        carried["_reparam_edited"] = self.edited
+        return carried
 
 
 class RewrittenSequential(RewrittenModule):
@@ -212,64 +234,58 @@ class RewrittenSequential(RewrittenModule):
         return {name: layer for name, layer in self._modules.items() if layer is not None and name != BATCHES}
 
 
-class _Unwritten(RewrittenModule, _LazyGraphModule):
-    """A rewritten model whose code nobody has asked for: whoever does makes it a RewrittenModule like any other.
-
-    Writing the code of a model of thousands of sites would be a quarter of the time of rewriting it. The base class
-    says so to torch.fx, which asks for the code of a class in its own way.
-    """
-
-    @property
-    def forward(self) -> Any:  # type: ignore[override]
-        return self.written().forward
-
-    @property
-    def __call__(self) -> Any:  # type: ignore[override]
-        return self.written().__call__
-
-    @property
-    def code(self) -> str:
-        return self.written().code
-
-    def real_recompile(self) -> None:
-        self.written()
-
-
-class _UnwrittenSequential(RewrittenSequential, _Unwritten):
-    """The same of an `nn.Sequential`."""
-
-
 @loadable(builds=[Shell])
-def rebuild_rewritten(graph: dict[str, Any]) -> Shell:
-    """Make a shell that becomes a rewritten model once its state is read: the first half of unpickling one."""
+def rebuild_rewritten(captured: dict[str, Any], graph: dict[str, Any]) -> Shell:
+    """Make a shell that becomes a rewritten model when its state is read: the first half of unpickling one."""
 
     def become(shell: nn.Module, state: dict[str, Any]) -> None:
         clone: Any = shell
-        clone.__class__ = type(RewrittenModule.__new__(RewrittenModule))
+        clone.__class__ = type(_blank(state[GRAPH_OF]))
         clone.__dict__.update(state)
-        _revive(clone, state, graph_from_data(graph, clone))
+        _revive(clone, state, graph_from_data(captured, clone), graph_from_data(graph, clone))
 
     return Shell(become)
 
 
-def _own_class(name: str, base: type[RewrittenModule] = RewrittenModule) -> Any:
-    """Return a new class of one model."""
-    kind: Any = type(base.__new__(base))
-    kind.__name__ = name
-    return kind
+def _origin_of(root: nn.Module) -> Any:
+    """Return the class to give back: of a model that is a graph, GraphModule."""
+    if isinstance(root, RewrittenModule):
+        return root.__dict__[GRAPH_OF]
+    kind = plain_class(root)
+    return fx.GraphModule if issubclass(kind, fx.GraphModule) else kind
 
 
-def _revive(clone: RewrittenModule, state: dict[str, Any], graph: fx.Graph) -> None:
+def _blank(origin: type[nn.Module]) -> RewrittenModule:
+    """Return an object without state, of a class of its own, which torch.fx makes for each graph."""
+    base = RewrittenSequential if issubclass(origin, nn.Sequential) else RewrittenModule
+    made: RewrittenModule = fx.GraphModule.__new__(base)
+    return made
+
+
+def _revive(clone: RewrittenModule, state: dict[str, Any], captured: fx.Graph, graph: fx.Graph) -> None:
     clone.__dict__.update(state)
     clone.__dict__["_tracer_cls"] = None
-    type(clone).__name__ = state["_reparam_name"]  # a class of its own still
-    clone.graph = graph
+    clone.__dict__[CAPTURED] = captured
+    type(clone).__name__ = state["_reparam_name"]
+    clone.take_lowered(graph)
+    if state["_reparam_edited"]:
+        clone.__dict__[_MARKS] = None
     _join(clone)
+
+
+class _Marks:
+    """The nodes of a graph as they are: torch.fx replaces the arguments of a node whole, so identity shows an edit."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.objects = [part for node in graph.nodes for part in (node, node.op, node.target, node.args, node.kwargs)]
+
+    def same(self, other: _Marks) -> bool:
+        """Say whether both graphs are one, without an edit between."""
+        return len(self.objects) == len(other.objects) and all(map(operator.is_, self.objects, other.objects))
 
 
 def _join(model: RewrittenModule) -> None:
     """Make the model known to the session of its sites."""
-    for module in model.modules():
-        if isinstance(module, ParametrizedTensor):
-            module.session.graphs.add(model)
-            break
+    for site in model.sites:
+        site.session.graphs.add(model)
+        return

@@ -15,7 +15,7 @@ def open_graph_owners(root: nn.Module) -> nn.Module:
     a module over the same tree and graph takes its place, `root`'s own included.
     """
     opened = {
-        module: RewrittenModule(module, module.graph)
+        module: RewrittenModule(module, module.graph, module.graph, None)
         for module in root.modules()
         if isinstance(module, fx.GraphModule) and not isinstance(module, RewrittenModule) and sites_of(module)
     }

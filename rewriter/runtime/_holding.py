@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from rewriter.runtime._watch import Watch
 if TYPE_CHECKING:
     from rewriter.runtime._fused import Merged
     from rewriter.runtime._once import Once
-    from rewriter.runtime._standing import Standing
     from rewriter.runtime._tensor import ParametrizedTensor
 
 
@@ -44,8 +42,6 @@ class Holding:
 
     def drop(self) -> None:
         """Forget what is held; a frozen site is evaluated again when it is next asked."""
-        for kept in [*self.kept.values()]:
-            kept.end()
         self.kept = {}
         self.merged = {}
         self.fixed, self.fixed_tensors = None, []
@@ -96,11 +92,6 @@ class Holding:
             return None
         kept = self.kept.get("value")
         return kept.value if kept is not None and kept.holds(inputs) else None
-
-    def standing(self) -> Kept | None:
-        """Return the value kept from an earlier forward with all that it depends on, where that still holds."""
-        kept = self.kept.get("value")
-        return kept if kept is not None and not (self.frozen or self.contexts) and kept.holds(()) else None
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
@@ -180,30 +171,6 @@ class Kept:
         self.inputs = tuple(inputs)
         self.first = first
         self.versions = [part._version for part in _tensors(value)]
-        self.noted = False
-        """Whether it was still there after a forward."""
-        self.within: weakref.WeakSet[Standing] = weakref.WeakSet()
-        """What looks at it together with others."""
-
-    @classmethod
-    def joined(cls, several: Sequence[Kept], watch: Watch) -> Kept | None:
-        """Return values that hold as one; ``None`` where their modes differ, as those of several GPUs do.
-
-        Arguments:
-            several: values that hold; none was given inputs.
-            watch: over what they have in common.
-        """
-        first = several[0]
-        if any(kept.modes != first.modes for kept in several):
-            return None
-        parts = tuple(part for kept in several for part in _tensors(kept.value))
-        watches = [watch, *(kept.watch for kept in several)]
-        return cls(parts, Watch.joined(watches), first.modes, (), first.first)
-
-    def end(self) -> None:
-        """Have those let go of it that look at it together with others."""
-        for standing in [*self.within]:
-            standing.end()
 
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""

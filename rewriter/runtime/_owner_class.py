@@ -17,16 +17,16 @@ from torch.compiler import is_compiling
 
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.runtime._checkpoint import graph_task, saving_hooks
+from rewriter.runtime._late_changes import guarded_methods, refuse_late_change
 from rewriter.runtime._linear import linear_forward
 from rewriter.runtime._mixed import refuse_mixed
 from rewriter.runtime._places import CONTAINER, HANDED, SESSION
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._pretrained import is_pretrained, methods_of
-from rewriter.runtime._recurrent import LIST_OF_WEIGHTS, lstm_call, one_list_a_call
+from rewriter.runtime._recurrent import LIST_OF_WEIGHTS, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._sites import handed_sites, sites_of
-from rewriter.runtime._taken_in import hook_methods, tell_of_setting
 from rewriter.runtime._tensor import ParametrizedTensor
 from rewriter.serialization._names import loadable
 
@@ -100,13 +100,13 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         "__doc__": plain.__doc__,
         "_reparam_plain": plain,
         "load_state_dict": explained(plain.load_state_dict),
-        **hook_methods(plain),
+        **guarded_methods(plain),
         **_methods(plain, tensors),
         "forward": functools.wraps(plain.forward)(_forward_of(plain, tensors)),
     }
     body.update({tensor: _value_property(tensor) for tensor in tensors})
     if tensors:
-        body[CONTAINER] = child_property(CONTAINER)
+        body[CONTAINER] = property(_container)
     if is_pretrained(plain):
         body.update(methods_of(plain))
     if issubclass(plain, nn.RNNBase):
@@ -117,8 +117,6 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 def _forward_of(plain: Any, tensors: tuple[str, ...]) -> Callable[..., Any]:
     """Return a forward that begins a forward of the model, where none is running."""
     run = one_list_a_call(plain.forward) if issubclass(plain, nn.RNNBase) else plain.forward
-    if plain.forward is nn.LSTM.forward:
-        run = lstm_call(run)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.
@@ -178,7 +176,7 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
                 if running is not None:
                     running.forget(site)
         else:
-            tell_of_setting(self, name, value)
+            refuse_late_change(self, name, value)
             plain.__setattr__(self, name, value)
 
     def delete(self: Any, name: str) -> None:
@@ -227,6 +225,14 @@ def _shared_session(module: nn.Module) -> Session:
     return session
 
 
+def _container(self: Any) -> Any:
+    """Find the submodule faster than nn.Module.__getattr__ does: time steps come here."""
+    try:
+        return self._modules[CONTAINER]
+    except KeyError:
+        raise AttributeError(CONTAINER) from None
+
+
 def _value_property(tensor: str) -> property:
     def read(self: Any) -> Any:
         # A forward may come here at every time step: what most reads find comes first.
@@ -252,18 +258,3 @@ def _value_property(tensor: str) -> property:
             raise RewriterError(f"computing {tensor} of {type(self).__name__} failed: {problem}") from problem
 
     return property(read, doc=f"The value of `{tensor}`, computed by its chain of parametrizations.")
-
-
-def child_property(name: str) -> property:
-    """Return the property of a class whose instances have a submodule by this name.
-
-    It finds what nn.Module.__getattr__ would, in a third of the time: graphs come there for every node.
-    """
-
-    def read(self: Any) -> Any:
-        try:
-            return self._modules[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    return property(read)

@@ -1,9 +1,7 @@
-"""The names under which modules keep what belongs to their computed tensors, and graphs what was done to them."""
+"""The names under which modules have what belongs to their computed tensors."""
 
 from __future__ import annotations
 
-META = "reparam"
-"""Key of our entries in ``node.meta``; their content is plain data, so that it survives saving."""
 CONTAINER = "parametrizations"
 """The submodule with an owner's sites, where torch has its own."""
 SESSION = "_reparam_session"
@@ -14,5 +12,5 @@ HANDED = "handed_tensors"
 """The keyword argument with the values that a graph hands to a module."""
 BATCHES = "batched_evaluations"
 """The submodule of a graph with what evaluates several tensors at once."""
-STANDING = "_reparam_standing"
-"""The attribute in which a graph keeps what it knows of its kept values."""
+CAPTURED = "_reparam_captured"
+"""The attribute in which a rewritten model has the graph as it was captured."""

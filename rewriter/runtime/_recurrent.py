@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -26,34 +25,6 @@ def one_list_a_call(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         finally:
             frame.uses.pop(self, None)
-
-    return call
-
-
-def lstm_call(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward of an LSTM that makes the usual call itself: a batch of sequences that start from zeros.
-
-    torch makes the zeros twice, and looks at everything that they and the weights might be.
-
-    Arguments:
-        forward: for all other calls.
-    """
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if len(args) == 1 and not kwargs else None
-        if type(x) is not Tensor or x.dim() != 3 or x.size(2) != self.input_size or self.proj_size:
-            return forward(self, *args, **kwargs)
-        frame = None if is_compiling() or saving_hooks(True) else self.__dict__[SESSION].running.frame
-        if frame is None:
-            return forward(self, *args, **kwargs)
-        weights: list[Any] = _weights(self, frame)
-        if weights[0].dtype is not x.dtype and not torch._C._is_any_autocast_enabled():
-            return forward(self, x)  # which says what is wrong
-        rows, batch = self.num_layers * (2 if self.bidirectional else 1), x.size(0 if self.batch_first else 1)
-        zeros = torch.zeros(rows, batch, self.hidden_size, dtype=x.dtype, device=x.device)
-        flags = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
-        output, h, c = torch.lstm(x, (zeros, zeros), weights, *flags)
-        return output, (h, c)
 
     return call
 

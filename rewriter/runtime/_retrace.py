@@ -15,9 +15,7 @@ from typing import Any
 from torch import fx
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from rewriter.runtime._batch import BatchedEvaluation
-from rewriter.runtime._rows import row_by_row
-from rewriter.runtime._taken_in import refuse_replaced
+from rewriter.runtime._late_changes import refuse_replaced
 from rewriter.runtime._tensor import ParametrizedTensor
 
 
@@ -43,8 +41,10 @@ def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
 class _Copy(fx.Interpreter):
     """Runs a graph of values of another tracer, which writes down what is done to them."""
 
-    def __init__(self, model: fx.GraphModule, tracer: fx.Tracer, given: Sequence[Any]) -> None:
-        super().__init__(model, graph=row_by_row(model.graph))
+    def __init__(self, model: Any, tracer: fx.Tracer, given: Sequence[Any]) -> None:
+        from rewriter.passes import lower
+
+        super().__init__(model, graph=lower(model, model.captured, model.sites))
         self.tracer = tracer
         self.given = iter(given)  # in the order of the placeholders, which make the signature
 
@@ -58,7 +58,7 @@ class _Copy(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         module = self.fetch_attr(target)
-        if not isinstance(module, (ParametrizedTensor, BatchedEvaluation)):
+        if not isinstance(module, ParametrizedTensor):
             return module(*args, **kwargs)
         return self.tracer.create_proxy("call_module", self.tracer.path_of_module(module), args, dict(kwargs))
 

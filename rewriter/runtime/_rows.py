@@ -6,17 +6,14 @@ gradient, where a call for each row has as many of both, and adds the gradients 
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional
 
 from rewriter.runtime._hooks import has_hooks
-from rewriter.runtime._places import META
 from rewriter.runtime._signature import PLAIN
 from rewriter.serialization._functions import graph_function
 
@@ -68,52 +65,3 @@ def row_index(before: int, after: int, index: int) -> Any:
     """Return what a model writes in brackets for one row."""
     whole = slice(None)
     return (*[whole] * before, index, *[whole] * after) if before + after else index
-
-
-ROW = "row"
-"""Key of the entry that such a row has in our part of a node's metadata: where the model took it, and what it calls."""
-
-
-def row_by_row(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of a graph in which every row has a call of its own, as in the model."""
-    graph = copy.deepcopy(graph)
-    written_by_rows(graph)
-    return graph
-
-
-def written_by_rows(graph: fx.Graph) -> bool:
-    """Give every row a call of its own again, as the model has it; return whether there were others.
-
-    Arguments:
-        graph: changed in place.
-    """
-    calls = [node for node in graph.nodes if ROW in node.meta.get(META, {})]
-    if not calls:
-        return False
-    by_name = {node.name: node for node in graph.nodes}
-    # From behind, since a row may stand ahead of the next one.
-    for node in sorted(calls, key=lambda node: node.meta[META][ROW]["rank"], reverse=True):
-        place = node.meta[META].pop(ROW)
-        if not node.meta[META]:
-            del node.meta[META]
-        joined: Any = node.args[0]
-        row = by_name.get(place["name"])
-        if row is None:
-            before, after, first = joined.args[-4:-1]
-            index = row_index(before, after, first + node.args[1])
-            with graph.inserting_before(by_name.get(place["before"], node)):
-                row = graph.create_node("call_function", operator.getitem, (joined.args[0], index), name=place["name"])
-            row.name = place["name"]
-            if place["note"]:
-                row.meta[META] = place["note"]
-            by_name[row.name] = row
-        if joined.target is module_of_rows:
-            node.op, node.target, node.args = "call_module", str(joined.args[1].target), (row,)
-        else:
-            node.target, node.args = functional.linear, (row, *joined.args[1 : place["arguments"]])
-        if not joined.users:
-            module = joined.args[1]
-            graph.erase_node(joined)
-            if not module.users and module.op == "get_attr" and META in module.meta:
-                graph.erase_node(module)
-    return True

@@ -88,9 +88,7 @@ class ParametrizedTensor(nn.Module):
         # Buffers are elsewhere, and so are the parameters of a replica.
         return [stored[name] if name in stored else getattr(self, name) for name in names]  # type: ignore[misc]
 
-    def forward(
-        self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0, transposed: bool = False
-    ) -> Any:
+    def forward(self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0) -> Any:
         """Return the value: a tensor, or a tuple of them for a joint site.
 
         Arguments:
@@ -98,12 +96,11 @@ class ParametrizedTensor(nn.Module):
             cast: give the value in autocast's precision where autocast is on: all its uses would cast it.
             batch: values that were evaluated together with those of other sites, if they were.
             slot: which of them is this site's.
-            transposed: give the transpose, which the batch has in the value's place.
 
         Raises:
             CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
-        if batch is None and not transposed and ordinary():
+        if batch is None and ordinary():
             if self.holding.busy:
                 kept = self.holding.kept_value(inputs)
                 if kept is not None:
@@ -114,8 +111,6 @@ class ParametrizedTensor(nn.Module):
                 if len(stored) == len(names) and not noted:  # none of them is a buffer, and this is no replica
                     return self._run(map(stored.__getitem__, names))
         value = self._value(inputs) if batch is None else batch[slot]
-        if transposed and batch is None:
-            value = value.t()
         return _autocast(value) if cast and autocast_anywhere() else value
 
     def _value(self, inputs: Sequence[Tensor]) -> Any:

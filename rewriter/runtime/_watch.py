@@ -29,8 +29,6 @@ class Watch:
         tensors: further tensors.
         content: whether what is in the tensors matters, or only their forms.
         holders: the modules that hold `modules` and `tensors`: they are watched for others in their place.
-        places: further dicts, watched for others among their values.
-        empty: dicts, or whatever else has to stay empty or false.
     """
 
     def __init__(
@@ -39,11 +37,9 @@ class Watch:
         tensors: Sequence[Tensor] = (),
         content: bool = True,
         holders: Sequence[nn.Module] = (),
-        places: Sequence[dict[str, Any]] = (),
-        empty: Sequence[Any] = (),
     ) -> None:
-        self.places: list[dict[str, Any]] = [*places]
-        self.empty: list[Any] = [*empty]
+        self.places: list[dict[str, Any]] = []
+        self.empty: list[Any] = []
         self.containers: list[tuple[dict[str, Any], str, Any]] = []
         watched = list(tensors)
         for holder in holders:  # of which nothing else counts; and it may itself hold this watch
@@ -56,14 +52,6 @@ class Watch:
         self.watched = watched
         self.forms = [*map(_form, watched)]
         self.tensors = [_content(tensor) for tensor in watched] if content else []
-
-    @classmethod
-    def joined(cls, watches: Sequence[Watch]) -> Watch:
-        """Return one watch over all that several watch, as it was when they began."""
-        joined = cls(content=False)
-        for name in ("empty", "containers", "rows", "held", "watched", "forms", "tensors"):
-            setattr(joined, name, [*_flat(getattr(watch, name) for watch in watches)])
-        return joined
 
     def unchanged(self) -> bool:
         """Whether all is as it was, and still in its holder: in one go, since this is asked at every forward."""

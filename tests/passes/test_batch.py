@@ -38,9 +38,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = _batch._together
 
-    def counted(sites: Any, transposed: bool) -> Any:
+    def counted(sites: Any) -> Any:
         found.append(len(sites))
-        return original(sites, transposed)
+        return original(sites)
 
     monkeypatch.setattr(_batch, "_together", counted)
     return found
@@ -59,9 +59,9 @@ def test_the_graph_before_and_after() -> None:
     assert together.splitlines()[:5] == [
         "%1 = input",
         "%2 = evaluate together 0.weight, 2.weight, 4.weight, 6.weight",
-        "%3 = evaluate 0.weight [from %2, transposed]: original >> orthogonal(map=householder)",
+        "%3 = evaluate 0.weight [from %2]: original >> orthogonal(map=householder)",
         "%4 = 0.bias",
-        "%5 = times_transposed(%1, %3, %4)",
+        "%5 = linear(%1, %3, %4)",
     ]
 
 

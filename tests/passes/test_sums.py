@@ -107,7 +107,7 @@ class Written(Recurrent):
 
 
 SUMS = [Recurrent(), Recurrent(True), Broadcast(), Broadcast(True), Wider(), Precise()]
-NO_SUMS = [Explicit(), Twice(), Doubled(), Recurrent(bias=True)]
+NO_SUMS = [Twice(), Doubled(), Recurrent(bias=True)]
 
 
 def _name(model: Any) -> str:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import RewriterError, bake, evaluate_once, rewrite
-from rewriter._rewrite import _OPTIONAL
-from rewriter.passes import print_graph
+from rewriter.passes import OPTIONAL, print_graph
 from rewriter.state import freeze, unfreeze
 
-PASSES = sorted(_OPTIONAL)
+PASSES = sorted(step.name for step in OPTIONAL)
 
 
 class _Net(nn.Module):

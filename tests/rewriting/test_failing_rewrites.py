@@ -101,7 +101,9 @@ def test_what_breaks_on_the_way_leaves_the_model_as_it_was(
     def broken(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rewriter._rewrite.run_passes" if capture == "graph" else "rewriter._rewrite.open_path", broken)
+    monkeypatch.setattr(
+        "rewriter._rewrite.lowered_model" if capture == "graph" else "rewriter._rewrite.open_path", broken
+    )
     with pytest.raises(KeyboardInterrupt):
         rewrite(model, _spec({"orthogonal": {"map": "cayley"}}), capture=capture, inplace=inplace)
     check()

@@ -1,4 +1,4 @@
-"""What is done later to modules whose forward is part of a graph: told where it would have no effect."""
+"""Late changes of modules whose forward is inlined in a graph: refused where they would have no effect."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def _loud() -> Iterator[None]:
 
 @pytest.mark.parametrize("register", REGISTERED)
 @pytest.mark.parametrize("path", ["conv", "blocks", "blocks.0", "blocks.1.linear"])
-def test_a_hook_that_would_never_run_is_told(path: str, register: str) -> None:
+def test_a_hook_that_would_never_run_warns(path: str, register: str) -> None:
     module = rewrite(Net(), SPEC, capture="graph").get_submodule(path)
-    with pytest.warns(UserWarning, match=f"this hook of module {path} will not run.*capture='module'") as told:
+    with pytest.warns(UserWarning, match=f"this hook of module {path} will not run.*capture='module'") as found:
         getattr(module, register)(lambda *_: None)
-    assert told[0].filename == __file__
+    assert found[0].filename == __file__
 
 
 @pytest.mark.parametrize("path", ["", "head", "blocks.0.norm"])
@@ -100,13 +100,13 @@ def test_a_module_with_hooks_from_before_takes_more() -> None:
     [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))],
     ids=["deep", "shallow", "pickle"],
 )
-def test_copies_tell_as_well(carry: Any) -> None:
+def test_copies_warn_as_well(carry: Any) -> None:
     model = carry(rewrite(Net(), SPEC, capture="graph"))
     with pytest.warns(UserWarning, match="this hook of module blocks.1 will not run"):
         model.blocks[1].register_forward_hook(lambda *_: None)
 
 
-def test_a_model_that_is_gone_tells_nothing() -> None:
+def test_a_baked_model_does_not_warn() -> None:
     model: Any = rewrite(Net(), SPEC, capture="graph")
     baked: Any = bake(model)
     kinds = [type(module) for module in baked.modules()]
@@ -114,28 +114,70 @@ def test_a_model_that_is_gone_tells_nothing() -> None:
     baked.conv.register_forward_hook(lambda *_: None)
 
 
-def test_a_setting_that_the_graph_has_taken_is_told() -> None:
-    model: Any = rewrite(Net(), SPEC, capture="graph")
-    with pytest.warns(UserWarning, match="setting conv.stride has no effect") as told:
-        model.conv.stride = (2,)
-    assert told[0].filename == __file__
-    with pytest.warns(UserWarning, match="setting blocks.0.forward has no effect"):
-        model.blocks[0].forward = lambda x: x
+class Tempered(nn.Module):
+    """Has a setting of every kind: an attribute, one of the class, one that only a helper reads."""
+
+    rate = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4))
+        self.tau = 1.0
+        self.offsets = [1.0]
+        self.steps_taken = 0
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return x + self.offsets[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shifted(self.body(x) / self.tau) * self.rate
 
 
-def test_other_attributes_are_set_in_silence() -> None:
-    model: Any = rewrite(Net(), SPEC, capture="graph")
-    model.conv.stride = (1,)  # as it is
-    model.conv.note = "of no forward"
-    model.conv.training = False
-    model.conv._note = 1
-    model.blocks[0].scale = 3.0  # of a class that nobody knows
-    model.head.out_features = 3
-    model.eval().train()
-    model.to(torch.float64)
-    kept: Any = rewrite(Net(), SPEC, capture="module")
-    kept.conv.stride = (2,)
-    assert kept.conv(x).shape[-1] == 3
+TEMPERED = {"reparam": 1, "rules": [{"name": "w", "select": "body.0.weight", "chain": ["weight_norm"]}]}
+LATE = {
+    "attribute": lambda model: setattr(model, "tau", 0.1),
+    "class attribute": lambda model: setattr(model, "rate", 2.0),
+    "read by a method": lambda model: setattr(model, "offsets", [2.0]),
+    "appended": lambda model: model.body.append(nn.Tanh()),
+    "inserted": lambda model: model.body.insert(0, nn.Tanh()),
+    "added": lambda model: model.body.add_module("tanh", nn.Tanh()),
+    "removed": lambda model: model.body.__delitem__(0),
+    "setting of a leaf": lambda model: setattr(model.body[0], "out_features", 3),
+    "forward of a child": lambda model: setattr(model.body, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("change", LATE.values(), ids=LATE.keys())
+@pytest.mark.parametrize("carry", [lambda model: model, copy.deepcopy], ids=["itself", "copy"])
+def test_a_late_change_of_an_inlined_module_is_refused(change: Any, carry: Any) -> None:
+    model: Any = carry(rewrite(Tempered(), TEMPERED, capture="graph"))
+    x = torch.ones(1, 4)
+    before = model(x)
+    with pytest.raises(RewriterError, match=r"would have no effect.*bake\(\).*capture='module'"):
+        change(model)
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(bake(model)(x), before)
+    change(bake(model))
+
+
+@pytest.mark.parametrize("change", [LATE["attribute"], LATE["appended"]])
+def test_module_capture_takes_late_changes(change: Any) -> None:
+    model: Any = rewrite(Tempered(), TEMPERED, capture="module")
+    x = torch.ones(1, 4)
+    before = model(x)
+    change(model)
+    assert not torch.equal(model(x), before)
+    torch.testing.assert_close(bake(model)(x), model(x))
+
+
+def test_attributes_that_no_forward_reads_can_be_set() -> None:
+    model: Any = rewrite(Tempered(), TEMPERED, capture="graph")
+    model.tau = 1.0  # as it is
+    model.steps_taken += 1
+    model.note = "new"
+    model._private = 1
+    model.body.training = False
+    model.eval().train().to(torch.float64)
 
 
 @pytest.mark.parametrize("path", ["conv", "blocks.1.linear", "blocks.0"])

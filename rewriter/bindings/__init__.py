@@ -1,0 +1,1 @@
+"""How uses of computed tensors ask for their values."""
