@@ -15,18 +15,22 @@ from torch import fx, nn
 from rewriter.errors import RewriterError
 from rewriter.runtime._late_changes import refuse_late_change
 from rewriter.runtime._mixed import refuse_mixed
-from rewriter.runtime._owner_class import plain_class
+from rewriter.runtime._owner_class import child_property, plain_class
 from rewriter.runtime._places import BATCHES, CAPTURED, CONTAINER, GRAPH_OF, SESSION
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
 from rewriter.runtime._sites import sites_of
 from rewriter.runtime._tensor import ParametrizedTensor
+from rewriter.runtime._validated import Validated
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
 from rewriter.serialization._names import loadable
 
 _MARKS = "_reparam_marks"
-_NOT_COPIED = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS})
+_VALIDATED = "_reparam_validated"
+_NOT_COPIED = frozenset(
+    {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED}
+)
 _OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited")
 
 
@@ -83,10 +87,14 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         writer.__dict__ = self.__dict__
         code = fx.GraphModule.recompile(writer)
         kind.forward = traceable(kind.forward)
+        for name in self._modules:
+            if not hasattr(RewrittenModule, name):
+                setattr(kind, name, child_property(name))
         kind._reparam_shared = True
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # a constant in the code may have no hash: then the class is not shared
-            kind = _classes.setdefault((kind.__name__, self.__dict__[GRAPH_OF], code.src, functions), kind)
+            key = (kind.__name__, self.__dict__[GRAPH_OF], tuple(self._modules), code.src, functions)
+            kind = _classes.setdefault(key, kind)
         self.__class__ = kind
         return code
 
@@ -104,6 +112,15 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         """Run `graph`, which lowering wrote."""
         self.graph = graph
         self.__dict__[_MARKS] = _Marks(graph)
+        self.__dict__.pop(_VALIDATED, None)
+
+    @property
+    def validated(self) -> Validated:
+        """The cached values of the model's sites."""
+        found: Validated | None = self.__dict__.get(_VALIDATED)
+        if found is None:
+            found = self.__dict__[_VALIDATED] = Validated(self.sites)
+        return found
 
     @property
     def edited(self) -> bool:

@@ -93,6 +93,10 @@ class Holding:
         kept = self.kept.get("value")
         return kept.value if kept is not None and kept.holds(inputs) else None
 
+    def lasting_value(self) -> Kept | None:
+        """Return what is cached across forwards, if this thread may use it; it may not be valid."""
+        return None if self.frozen or self.contexts else self.kept.get("value")
+
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
         own = site.originals
@@ -174,18 +178,24 @@ class Kept:
 
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
+        if not self.same_modes() or not self.unwritten():
+            return False
+        return (not inputs or same_objects(inputs, self.inputs)) and self.watch.unchanged()
+
+    def same_modes(self) -> bool:
+        """Whether the grad mode, inference mode, autocast and stream are as they were."""
         grad, inference, cast, stream = self.modes
         if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
             return False
-        if (cast or stream or torch._C._is_any_autocast_enabled()) and self.modes != _modes(self.first):
-            return False
+        plain = not (cast or stream or torch._C._is_any_autocast_enabled())
+        return plain or self.modes == _modes(self.first)
+
+    def unwritten(self) -> bool:
+        """Whether nobody wrote to the value itself."""
         value = self.value
         if type(value) is tuple:
-            if [part._version for part in value] != self.versions:
-                return False
-        elif value._version != self.versions[0]:
-            return False
-        return (not inputs or same_objects(inputs, self.inputs)) and self.watch.unchanged()
+            return [part._version for part in value] == self.versions
+        return value._version == self.versions[0]  # type: ignore[no-any-return]
 
 
 def _tensors(value: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from rewriter.runtime._late_changes import refuse_replaced
 from rewriter.runtime._tensor import ParametrizedTensor
+from rewriter.runtime._tracers import ordinary
 
 
 def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +28,9 @@ def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
         tracer = _tracer_of((args, kwargs)) if is_fx_symbolic_tracing() else None
         if tracer is None:
             try:
-                return forward(self, *args, **kwargs)
+                if not ordinary() or not self.validated.sites:
+                    return forward(self, *args, **kwargs)
+                return self.validated.run(forward, self, *args, **kwargs)
             except AttributeError:
                 refuse_replaced(self)
                 raise

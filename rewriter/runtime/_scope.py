@@ -216,6 +216,8 @@ class _Running(threading.local):
     def __init__(self) -> None:
         # Set from the start: torch.compile would notice that the attribute came to be, and compile again.
         self.frame: Frame | None = None
+        self.valid: dict[Any, Any] = {}
+        """Site → its cached value, found valid when the running forward of a graph started."""
 
 
 @loadable()

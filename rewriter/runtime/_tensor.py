@@ -100,6 +100,10 @@ class ParametrizedTensor(nn.Module):
         Raises:
             CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
+        if self.holding.versioned and not torch.compiler.is_compiling():
+            valid = self.session.running.valid
+            if self in valid:
+                return valid[self]
         if batch is None and ordinary():
             if self.holding.busy:
                 kept = self.holding.kept_value(inputs)

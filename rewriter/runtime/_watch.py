@@ -53,6 +53,14 @@ class Watch:
         self.forms = [*map(_form, watched)]
         self.tensors = [_content(tensor) for tensor in watched] if content else []
 
+    @classmethod
+    def joined(cls, watches: Sequence[Watch]) -> Watch:
+        """Return one watch over all that several watch, as it was when they began."""
+        joined = cls(content=False)
+        for name in ("empty", "containers", "rows", "held", "watched", "forms", "tensors"):
+            setattr(joined, name, [*_flat(getattr(watch, name) for watch in watches)])
+        return joined
+
     def unchanged(self) -> bool:
         """Whether all is as it was, and still in its holder: in one go, since this is asked at every forward."""
         if any(self.empty) or not all(map(is_, _flat(self.rows), self.held)):
