@@ -34,8 +34,8 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     drops what was gathered. Each thread has its own block. A chain whose policy is ``never``, and one over tensors
     that `functional_call` puts in, is evaluated as outside; so is a model that torch.compile has compiled.
 
-    Inside, no backward leads to the stored tensors: `torch.autograd.grad` with respect to one of them is an error, and
-    ``backward(inputs=…)`` gives gradients to those that it names and to no stored tensor, not even to one it names.
+    Inside, `torch.autograd.grad` with respect to originals gives their gradients at once. It is an error for originals
+    with gradient hooks, and under DistributedDataParallel.
 
     With DistributedDataParallel give the wrapped model, and run all forwards but the last under ``no_sync()``, as for
     every accumulation of gradients; the reduction completes at the end of the block, also when an exception ends it:
@@ -52,7 +52,7 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     """
     check_model(model, "evaluate_once", programs=False)
     _refuse(model)
-    once = Once()
+    once = Once(distributed=any(isinstance(module, DistributedDataParallel) for module in model.modules()))
     added: list[ParametrizedTensor] = []
     try:
         for site in model.modules():

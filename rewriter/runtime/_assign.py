@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewriter._given import kind_of
-from rewriter.errors import PlanError
+from rewriter.errors import PlanError, RewriterError
 from rewriter.runtime._inverse import invert_chain
 from rewriter.runtime._tensor import ParametrizedTensor
 
@@ -55,16 +55,40 @@ def check_shape(name: str, shape: tuple[int, ...], value: Any) -> None:
 
 @torch.no_grad()
 def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
-    """Set the stored tensors of `site` so that it computes `value`.
+    """Set the originals of `site` so that it computes `value`; they stay as they were if it cannot.
 
     Raises:
         PlanError: the value has another shape, or the chain cannot produce it.
     """
     record = site.record
-    expected = record.members[0].shape
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
-    check_shape(record.name, expected, value)
-    inputs = site.read_inputs()
-    for target, source in zip(site.originals, invert(site, value, inputs), strict=True):
-        target.copy_(source)
+    check_shape(record.name, record.members[0].shape, value)
+    tensors = [*site.parameters(), *site.buffers()]
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        inputs = site.read_inputs()
+        for target, source in zip(site.originals, invert(site, value, inputs), strict=True):
+            target.copy_(source)
+        site.holding.drop()
+        _check_reached(site, value, site.read(*inputs))
+    except Exception as problem:
+        for tensor, content in zip(tensors, before, strict=True):
+            tensor.copy_(content)
+        site.holding.drop()
+        if isinstance(problem, RewriterError):
+            raise
+        raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem
+
+
+def _check_reached(site: ParametrizedTensor, wanted: Tensor, reached: Tensor) -> None:
+    kind = torch.complex128 if reached.is_complex() else torch.float64
+    precision = torch.finfo(reached.dtype).eps if reached.is_floating_point() or reached.is_complex() else 0.0
+    distance = float((reached.to(kind) - wanted.to(kind)).norm())
+    norm = float(wanted.to(kind).norm())
+    if not distance <= precision**0.5 * max(norm, precision):  # a NaN compares as false
+        raise PlanError(
+            f"{site.record.name} cannot be set to this value: {' >> '.join(site.record.chain)} gives one that is "
+            f"{distance / norm if norm else distance:.1e} of its norm away; the value has to be in the chain's image, "
+            "and every step needs a right inverse"
+        )

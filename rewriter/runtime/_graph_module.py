@@ -11,6 +11,7 @@ from typing import Any, overload
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
+from torch.nn.modules.module import _WrappedHook
 
 from rewriter.errors import RewriterError
 from rewriter.runtime._late_changes import refuse_late_change
@@ -20,7 +21,7 @@ from rewriter.runtime._places import BATCHES, CAPTURED, CONTAINER, GRAPH_OF, SES
 from rewriter.runtime._plain_state import explained
 from rewriter.runtime._retrace import traceable
 from rewriter.runtime._shell import Shell
-from rewriter.runtime._sites import sites_of
+from rewriter.runtime._sites import computed_slots, refuse_override, sites_of
 from rewriter.runtime._tensor import ParametrizedTensor
 from rewriter.runtime._validated import Validated
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
@@ -28,9 +29,12 @@ from rewriter.serialization._names import loadable
 
 _MARKS = "_reparam_marks"
 _VALIDATED = "_reparam_validated"
+_SLOTS = "_reparam_slots"
 _NOT_COPIED = frozenset(
-    {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED}
+    {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED, _SLOTS}
 )
+_STATE_METHODS = ("get_extra_state", "set_extra_state", "_load_from_state_dict", "_save_to_state_dict")
+"""What the model's class may do to its state dict: the graph does the same."""
 _OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited")
 
 
@@ -75,8 +79,17 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         self.__dict__[CAPTURED] = captured
         self.__dict__["_reparam_added"] = sorted(added)
         self.__dict__["_reparam_without"] = None if without is None else tuple(without)
+        self._bind_hooks(root)
         self.take_lowered(graph)
         _join(self)
+
+    def _bind_hooks(self, root: nn.Module) -> None:
+        """Give hooks on the state dict this module in the place of `root`, which they only refer to weakly."""
+        for name in ("_load_state_dict_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks"):
+            hooks: dict[int, Any] = self.__dict__.get(name) or {}
+            for key, hook in hooks.items():
+                if isinstance(hook, _WrappedHook) and hook.with_module and hook.module() is root:
+                    hooks[key] = _WrappedHook(hook.hook, self)
 
     def recompile(self) -> Any:
         kind: Any = type(_blank(self.__dict__[GRAPH_OF]))
@@ -90,6 +103,10 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         for name in self._modules:
             if not hasattr(RewrittenModule, name):
                 setattr(kind, name, child_property(name))
+        origin = self.__dict__[GRAPH_OF]
+        for name in _STATE_METHODS:
+            if getattr(origin, name) is not getattr(nn.Module, name):
+                setattr(kind, name, getattr(origin, name))
         kind._reparam_shared = True
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # a constant in the code may have no hash: then the class is not shared
@@ -113,6 +130,7 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         self.graph = graph
         self.__dict__[_MARKS] = _Marks(graph)
         self.__dict__.pop(_VALIDATED, None)
+        self.__dict__.pop(_SLOTS, None)
 
     @property
     def validated(self) -> Validated:
@@ -121,6 +139,19 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         if found is None:
             found = self.__dict__[_VALIDATED] = Validated(self.sites)
         return found
+
+    def refuse_overridden(self) -> None:
+        """Refuse a call in which somebody put another tensor in the place of a computed one.
+
+        Raises:
+            RewriterError: `torch.func.functional_call` did.
+        """
+        slots: list[tuple[dict[str, Any], str]] | None = self.__dict__.get(_SLOTS)
+        if slots is None:
+            slots = self.__dict__[_SLOTS] = [*computed_slots(self)]
+        for tensors, name in slots:
+            if tensors[name] is not None:
+                refuse_override(name)
 
     @property
     def edited(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewriter.runtime._lost_writes import ReadOutside, read_outside, warn_of_write
 from rewriter.runtime._random import devices_of, random_states, same_states
 from rewriter.runtime._signature import PLAIN, TRAINED, same_objects, sign, transformed
 from rewriter.runtime._watch import Watch
@@ -38,6 +39,8 @@ class Holding:
         """What is evaluated in place of neighbouring steps, by the first one's index."""
         self.contexts: dict[int, Once] = {}
         """The `evaluate_once` that each thread is in, by the thread's number: a thread ends no context but its own."""
+        self.outside: ReadOutside | None = None
+        """The last value that was read outside a forward."""
         self._lock = threading.Lock()
 
     def drop(self) -> None:
@@ -71,6 +74,8 @@ class Holding:
 
     def value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the site's value: the one that is held where it still holds, else a new one."""
+        if self.outside is not None:
+            self.check_outside(site)
         if self.frozen:
             return self.frozen_value(site, inputs)
         if torch.compiler.is_compiling():
@@ -88,14 +93,14 @@ class Holding:
         Arguments:
             inputs: the tensors that the site reads beside its own.
         """
-        if self.frozen or self.contexts:
+        if self.frozen or self.contexts or self.outside is not None:
             return None
         kept = self.kept.get("value")
         return kept.value if kept is not None and kept.holds(inputs) else None
 
     def lasting_value(self) -> Kept | None:
         """Return what is cached across forwards, if this thread may use it; it may not be valid."""
-        return None if self.frozen or self.contexts else self.kept.get("value")
+        return None if self.frozen or self.contexts or self.outside is not None else self.kept.get("value")
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
@@ -108,6 +113,18 @@ class Holding:
             self.fixed = _detached(site.settled().evaluate(*inputs))
         self.fixed_tensors = own
         return self.fixed
+
+    def read(self, site: ParametrizedTensor, value: Any) -> None:
+        """Remember a value that was read outside a forward, to warn of a write that is lost."""
+        self.outside = read_outside(value, site.originals)
+        self._update()
+
+    def check_outside(self, site: ParametrizedTensor) -> None:
+        """Warn if somebody wrote to the value that was read outside a forward."""
+        outside, self.outside = self.outside, None
+        self._update()
+        if outside is not None and outside.changed():
+            warn_of_write(site.record.name, site.record.chain, "is lost", stacklevel=6)
 
     def keep(
         self, key: str, site: ParametrizedTensor, count: int, inputs: Sequence[Tensor], evaluate: Callable[..., Any]
@@ -152,7 +169,7 @@ class Holding:
         return value
 
     def _update(self) -> None:
-        self.busy = self.versioned or self.frozen or bool(self.contexts)
+        self.busy = self.versioned or self.frozen or bool(self.contexts) or self.outside is not None
 
 
 class Kept:

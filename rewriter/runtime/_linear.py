@@ -18,6 +18,7 @@ from torch.nn import functional
 from rewriter.runtime._checkpoint import saving_hooks
 from rewriter.runtime._places import CONTAINER, SESSION
 from rewriter.runtime._scope import Session
+from rewriter.runtime._sites import refuse_override
 from rewriter.serialization._functions import graph_function
 
 
@@ -86,6 +87,8 @@ def linear_forward(forward: Callable[..., Any], bias_is_stored: bool) -> Callabl
             return forward(self, *args, **kwargs)
         site = self._modules[CONTAINER]._modules.get("weight")
         slots = self._parameters
+        if slots.get("weight") is not None:
+            refuse_override("weight")
         # A replica's parameters are attributes. Everybody else's are found without nn.Module.__getattr__.
         bias = slots["bias"] if bias_is_stored and "bias" in slots else self.bias
         transposed = frame.transposed.get(site)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rewriter.runtime._signature import PLAIN, transformed
@@ -32,6 +33,32 @@ def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[T
         if type(part) in PLAIN and not part.is_inference() and part.untyped_storage()._cdata not in homes:
             shadow = part.detach()  # counts with it
             weakref.finalize(part, _compare, name, tuple(chain), shadow, shadow._version).atexit = False
+
+
+class ReadOutside:
+    """A value that was read outside a forward: writes through its ``.data`` count nowhere, so its content is compared.
+
+    Arguments:
+        value: the value.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.shadow = value.detach()
+        self.version = self.shadow._version
+        self.content = torch.hash_tensor(self.shadow)
+
+    def changed(self) -> bool:
+        """Whether the content changed, and torch counted no write to it."""
+        return self.shadow._version == self.version and not torch.equal(torch.hash_tensor(self.shadow), self.content)
+
+
+def read_outside(value: Any, stored: Sequence[Tensor]) -> ReadOutside | None:
+    """Return what remembers the content of `value`, if a write to it would be lost."""
+    if transformed() or type(value) not in PLAIN or value.is_inference() or not value.is_floating_point():
+        return None
+    if value.is_meta or value.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in stored}:
+        return None
+    return ReadOutside(value)
 
 
 def warn_of_write(name: str, chain: Sequence[str], change: str, stacklevel: int = 2) -> None:

@@ -18,14 +18,14 @@ from torch import Tensor
 from rewriter.errors import RewriterError
 from rewriter.runtime._checkpoint import unnoticed
 from rewriter.runtime._gradients import WatchedGradient, is_still, is_watchable
-from rewriter.runtime._signature import Signature, same_objects, sign, transformed
+from rewriter.runtime._signature import TRAINED, Signature, same_objects, sign, transformed
 
 if TYPE_CHECKING:
     from rewriter.runtime._tensor import ParametrizedTensor
 
 
 class Evaluated:
-    """One evaluation of a site: its value with the chain behind it, and the leaf that stands for it."""
+    """One evaluation of a site: its value with the chain behind it, and what stands for it in the forwards."""
 
     def __init__(
         self, site: ParametrizedTensor, inputs: Sequence[Tensor], signature: Signature, value: Any, leaf: Any
@@ -33,11 +33,17 @@ class Evaluated:
         self.site = site
         self.inputs = tuple(inputs)
         self.signature = signature
-        self.trained = [index for index, mark in enumerate(signature.marks) if mark[2]]
+        self.trained = _trained(signature)
+        own = sign(site.steps, [*site.originals, *inputs])
+        after = signature.marks if own is None else own.marks
+        self.watched_marks = [index for index, mark in enumerate(signature.marks) if mark == after[index]]
+        """Which tensors the evaluation itself left as they were: a state that the chain advances is no change."""
         self.value = value
         self.leaf = leaf
+        self.given: Any = leaf
+        """What forwards get: the leaf, or the same value with a way to the originals for `torch.autograd.grad`."""
         self.arrived: list[tuple[Tensor, Tensor]] = []
-        """The stored tensors with the `.grad` that each had when the last gradient arrived at the leaf."""
+        """The originals with the `.grad` that each had when the last gradient arrived at the leaf."""
         self.watched: list[WatchedGradient] = []
         """What was put in their places."""
 
@@ -69,13 +75,16 @@ class Evaluated:
         for gradient in self.watched:
             gradient.leave()
 
-    def check(self, now: Signature | None) -> None:
-        """Refuse to go on after a change of what was evaluated; state that the chain itself advances is none."""
+    def changed(self, now: Signature | None) -> bool:
+        """Whether something that was evaluated has changed since; a state that the chain advances has not."""
         if now is None or len(now.marks) != len(self.signature.marks):
-            changed = True
-        else:
-            changed = any(now.marks[index] != self.signature.marks[index] for index in self.trained)
-        if changed:
+            return True
+        ours = self.signature.marks
+        return any(now.marks[index][:TRAINED] != ours[index][:TRAINED] for index in self.watched_marks)
+
+    def check(self, now: Signature | None) -> None:
+        """Refuse to go on after a change of what was evaluated, if gradients depend on it."""
+        if self.trained and self.changed(now):
             raise RewriterError(
                 f"{self.site.record.name}: a tensor that it is computed from changed inside evaluate_once; the one "
                 "evaluation would no longer be true. Step the optimizer, load and convert after the block has ended"
@@ -93,9 +102,14 @@ class Evaluated:
 
 
 class Once:
-    """What one thread has evaluated inside one `evaluate_once`."""
+    """What one thread has evaluated inside one `evaluate_once`.
 
-    def __init__(self) -> None:
+    Arguments:
+        distributed: whether DistributedDataParallel counts the gradients that arrive at the originals.
+    """
+
+    def __init__(self, distributed: bool = False) -> None:
+        self.distributed = distributed
         self.own: dict[ParametrizedTensor, list[Tensor]] = {}
         self.evaluated: list[Evaluated] = []
         self.at: dict[ParametrizedTensor, list[Evaluated]] = {}
@@ -119,13 +133,17 @@ class Once:
         if signature is None or not all(tensor.is_leaf for tensor in signature.tensors):
             return site.advance(*inputs)
         for entry in self.at[site]:
-            entry.check(signature if same_objects(inputs, entry.inputs) else entry.signature)
-            if same_objects(inputs, entry.inputs) and entry.signature.same_settings(signature):
-                return entry.leaf
+            if not same_objects(inputs, entry.inputs):
+                continue
+            entry.check(signature)
+            # Without gradients a changed value is evaluated again, and so is one that is trained only now.
+            same = entry.trained == _trained(signature) and not entry.changed(signature)
+            if same and entry.signature.same_settings(signature):
+                return entry.given
         entry = self._evaluate(site, inputs, signature)
         self.at[site].append(entry)
         self.evaluated.append(entry)
-        return entry.leaf
+        return entry.given
 
     def finish(self) -> None:
         """Send every gathered gradient through its chain, those that read others first.
@@ -164,10 +182,63 @@ class Once:
             if known is not None:
                 known.arrive()
 
-        for part in leaf if isinstance(leaf, tuple) else (leaf,):
+        parts = leaf if isinstance(leaf, tuple) else (leaf,)
+        for part in parts:
             if part.requires_grad:
                 part.register_hook(arrive)  # type: ignore[no-untyped-call]
+        originals = [signature.tensors[index] for index in entry.trained]
+        if all(part.requires_grad for part in parts) and not self.distributed and not any(map(_has_hooks, originals)):
+            with torch.enable_grad(), unnoticed():
+                given = tuple(_Gathered.apply(entry, part, index, *originals) for index, part in enumerate(parts))
+            entry.given = given if isinstance(leaf, tuple) else given[0]
         return entry
+
+
+class _Gathered(torch.autograd.Function):
+    """A value whose gradient is gathered at the leaf, and sent through the chain for `torch.autograd.grad`.
+
+    In a backward that accumulates, the originals get nothing here: the block's end sends what was gathered. A
+    `torch.autograd.grad` with respect to originals gets their gradients at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, entry: Evaluated, leaf: Tensor, index: int, *originals: Tensor) -> Tensor:
+        ctx.entry, ctx.index, ctx.originals = weakref.ref(entry), index, originals
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        entry: Evaluated | None = ctx.entry()
+        if entry is None:
+            raise RewriterError("a backward after its evaluate_once block has ended: run it inside the block")
+        _refuse_graph(gradient)
+        value = entry.value[ctx.index] if isinstance(entry.value, tuple) else entry.value
+        nodes = [node for node, _ in ctx.next_functions if node is not None]
+        if not _accumulates(nodes):
+            found = torch.autograd.grad(value, ctx.originals, gradient, retain_graph=True, allow_unused=True)
+            return None, None, None, *found
+        leaf = entry.leaf[ctx.index] if isinstance(entry.leaf, tuple) else entry.leaf
+        torch.autograd.backward(leaf, gradient)
+        return None, None, None, *[None for _ in ctx.originals]
+
+
+def _accumulates(nodes: Sequence[Any]) -> bool:
+    """Whether the running backward adds to ``.grad``; torch refuses the question of a leaf in `autograd.grad`."""
+    try:
+        for node in nodes:
+            torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _trained(signature: Signature) -> list[int]:
+    return [index for index, mark in enumerate(signature.marks) if mark[TRAINED]]
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    """Whether anything watches the gradient that arrives: it would see each backward, without a gradient."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks) or not tensor.is_leaf
 
 
 def _backward(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -26,7 +26,7 @@ from rewriter.runtime._pretrained import is_pretrained, methods_of
 from rewriter.runtime._recurrent import LIST_OF_WEIGHTS, one_list_a_call
 from rewriter.runtime._scope import Frame, Session
 from rewriter.runtime._shell import Shell
-from rewriter.runtime._sites import handed_sites, sites_of
+from rewriter.runtime._sites import handed_sites, refuse_override, sites_of
 from rewriter.runtime._tensor import ParametrizedTensor
 from rewriter.serialization._names import loadable
 
@@ -240,6 +240,8 @@ def child_property(name: str) -> property:
 def _value_property(tensor: str) -> property:
     def read(self: Any) -> Any:
         # A forward may come here at every time step: what most reads find comes first.
+        if self._parameters.get(tensor) is not None or self._buffers.get(tensor) is not None:
+            refuse_override(tensor)
         site = self._modules[CONTAINER]._modules.get(tensor)
         try:
             if site is not None:

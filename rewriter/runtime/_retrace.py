@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
+from torch.compiler import is_compiling
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from rewriter.runtime._late_changes import refuse_replaced
@@ -28,6 +29,8 @@ def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
         tracer = _tracer_of((args, kwargs)) if is_fx_symbolic_tracing() else None
         if tracer is None:
             try:
+                if not is_compiling():
+                    self.refuse_overridden()
                 if not ordinary() or not self.validated.sites:
                     return forward(self, *args, **kwargs)
                 return self.validated.run(forward, self, *args, **kwargs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from rewriter.errors import RewriterError
 from rewriter.runtime._places import CONTAINER
 from rewriter.runtime._tensor import ParametrizedTensor
 
@@ -61,6 +62,26 @@ def sites_of(owner: nn.Module) -> dict[str, ParametrizedTensor]:
             members = site.record.members
             found.update({key: site} if len(members) == 1 else {member.tensor: site for member in members})
     return found
+
+
+def computed_slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where the tensors were that sites compute: a dict of parameters or buffers, empty under the name."""
+    for owner in model.modules():
+        for name in sites_of(owner):
+            slots: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            yield from ((tensors, name) for tensors in slots if name in tensors)
+
+
+def refuse_override(name: str) -> NoReturn:
+    """Refuse a tensor in the place of a computed one.
+
+    Raises:
+        RewriterError: always.
+    """
+    raise RewriterError(
+        f"{name} is computed by a chain, and functional_call cannot put another value in its place: give it the "
+        f"originals, such as 'parametrizations.{name}.original', or call it on bake(model)"
+    )
 
 
 def site_path(site: ParametrizedTensor) -> str:

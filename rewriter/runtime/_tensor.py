@@ -276,6 +276,7 @@ class ParametrizedTensor(nn.Module):
             value = self.read(*self.read_inputs())
             if not torch.compiler.is_compiling():
                 watch_writes(self.record.name, self.record.chain, value, self.originals)
+                self.holding.read(self, value)
             return value
         if self.record.cache == "never":
             return self(*self.read_inputs())

@@ -197,13 +197,51 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(capture: str, moment: 
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
 
 
-def test_differentiating_with_respect_to_a_stored_tensor_inside_is_an_error(capture: str) -> None:
+def test_autograd_grad_of_originals_gives_their_gradients(capture: str) -> None:
     net = trained(capture)
-    stored = net.get_submodule("first").parametrizations.weight.original
+    originals = list(net.parameters())
+    expected = torch.autograd.grad(net(X).sum(), originals)
+    with evaluate_once(net):
+        inside = torch.autograd.grad(net(X).sum(), originals, allow_unused=True)
+        net(X).sum().backward(inputs=[originals[0]])
+    torch.testing.assert_close(inside, expected)
+    torch.testing.assert_close(originals[0].grad, expected[0])
+
+
+def test_autograd_grad_of_originals_with_hooks_is_an_error(capture: str) -> None:
+    net = trained(capture)
+    original = net.get_submodule("first").parametrizations.weight.original
+    original.register_hook(lambda gradient: gradient)
     with pytest.raises(RuntimeError, match="not have been used"), evaluate_once(net):
-        torch.autograd.grad(net(X).sum(), stored)
-    (gradient,) = torch.autograd.grad(net(X).sum(), stored)
-    assert gradient.abs().sum() > 0
+        torch.autograd.grad(net(X).sum(), original)
+
+
+def test_a_site_that_is_trained_later_in_the_block_gets_its_gradient(capture: str) -> None:
+    """A GAN's step: the critic is frozen for the generator, then trained."""
+    net, reference = trained(capture), trained(capture)
+    x = X.clone().requires_grad_()
+    reference(X).square().sum().backward()
+    with evaluate_once(net):
+        net.requires_grad_(False)
+        net(x).sum().backward()
+        net.requires_grad_(True)
+        net(X).square().sum().backward()
+    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("change", ["scale", "load"])
+def test_a_teacher_that_changes_in_the_block_is_not_stale(capture: str, change: str) -> None:
+    net = trained(capture).requires_grad_(False)
+    with evaluate_once(net):
+        net(X)
+        if change == "scale":
+            for parameter in net.parameters():
+                parameter.mul_(3)
+        else:
+            net.load_state_dict({name: 0.5 * tensor for name, tensor in net.state_dict().items()})
+        inside = net(X)
+    torch.testing.assert_close(inside, net(X))
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")

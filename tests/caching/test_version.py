@@ -111,10 +111,6 @@ def _write_into_the_value(made: Any) -> None:
     kept.value.add_(1)
 
 
-def _assign(made: Any) -> None:
-    made.model.cell.weight_hh = torch.zeros(5, 5, dtype=torch.float64)
-
-
 CHANGES = [
     _optimizer_step,
     _in_place,
@@ -130,7 +126,6 @@ CHANGES = [
     _convert,
     _write_through_data,
     _write_into_the_value,
-    _assign,
 ]
 
 
@@ -275,3 +270,13 @@ def test_fake_tensors_are_never_kept(recurrent: Any) -> None:
     assert not made.site.holding.kept
     with torch.no_grad():
         torch.testing.assert_close(made.model(made.x), made.fresh())
+
+
+@pytest.mark.parametrize("capture", ["graph", "module"])
+def test_an_assignment_ends_a_cached_value(capture: str) -> None:
+    rule = {"name": "s", "select": "0.weight", "chain": ["symmetric"], "cache": "version"}
+    model: Any = rewrite(nn.Sequential(nn.Linear(3, 3)), {"reparam": 1, "rules": [rule]}, capture=capture)
+    with torch.no_grad():
+        model(torch.eye(3))
+        model[0].weight = torch.eye(3)
+        torch.testing.assert_close(model(torch.eye(3)) - model[0].bias, torch.eye(3))

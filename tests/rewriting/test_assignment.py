@@ -1,0 +1,123 @@
+"""Assigning, overriding and writing to computed tensors: the right value, an error or a warning, never silence."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from rewriter import PlanError, RewriterError, bake, rewrite
+from rewriter.state import get_value, set_value
+
+
+class Exp(nn.Module):
+    """Has no right inverse."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X.exp()
+
+
+def rewritten(chain: Any, capture: str, model: nn.Module | None = None, select: str = "0.weight") -> Any:
+    torch.manual_seed(0)
+    rule = {"name": "r", "select": select, "chain": [chain]}
+    return rewrite(model or nn.Sequential(nn.Linear(4, 4)), {"reparam": 1, "rules": [rule]}, capture=capture)
+
+
+@pytest.fixture(params=["graph", "module"])
+def capture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+OFF_SPACE = {
+    "no right inverse": (Exp(), torch.full((4, 4), 3.0)),
+    "not orthogonal": ({"orthogonal": {"map": "cayley"}}, torch.arange(16.0).reshape(4, 4)),
+    "NaN": ({"orthogonal": {"map": "cayley"}}, torch.full((4, 4), float("nan"))),
+    "NaN of a scale": ("weight_norm", torch.full((4, 4), float("nan"))),
+    "not symmetric": ("symmetric", torch.arange(16.0).reshape(4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", OFF_SPACE)
+@pytest.mark.parametrize("way", ["attribute", "parameter", "set_value"])
+def test_a_value_that_the_chain_cannot_give_is_refused(kind: str, way: str, capture: str) -> None:
+    chain, value = OFF_SPACE[kind]
+    new = rewritten(chain, capture)
+    before = copy.deepcopy(new.state_dict())
+    with pytest.raises(PlanError, match="0.weight cannot be set"):
+        if way == "set_value":
+            set_value(new, "0.weight", value)
+        else:
+            new[0].weight = nn.Parameter(value) if way == "parameter" else value
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("chain", ["weight_norm", "symmetric", {"orthogonal": {"map": "householder"}}], ids=str)
+def test_a_value_in_the_image_is_reached(chain: Any, capture: str) -> None:
+    new = rewritten(chain, capture)
+    value = torch.linalg.qr(torch.randn(4, 4))[0] if isinstance(chain, dict) else torch.eye(4) * 3
+    new[0].weight = value
+    torch.testing.assert_close(get_value(new, "0.weight"), value)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(new(x), nn.functional.linear(x, value, new[0].bias))
+
+
+def test_a_counter_in_the_place_of_a_buffer_counts(capture: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_buffer("counter", torch.zeros(3))
+    new = rewritten({"shift": {"offset": 1.0}}, capture, model, "0.counter")
+    before = get_value(new, "0.counter")
+    new[0].counter += 1
+    torch.testing.assert_close(get_value(new, "0.counter"), before + 1)
+
+
+@pytest.mark.parametrize("fill", [lambda data: nn.init.normal_(data, 0, 0.02), lambda data: data.zero_()])
+def test_a_write_through_data_warns(fill: Any, capture: str) -> None:
+    new = rewritten("weight_norm", capture)
+    fill(new[0].weight.data)
+    with pytest.warns(UserWarning, match=r"0\.weight was changed in place.*is lost.*set_value"):
+        new(torch.ones(1, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new(torch.ones(1, 4))
+
+
+def test_reading_outside_a_forward_does_not_warn(capture: str) -> None:
+    new = rewritten("weight_norm", capture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty = new[0].weight.square().sum()
+        new(torch.ones(1, 4)).sum().backward()
+        penalty.backward()
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.mul_(2)
+        new(torch.ones(1, 4))
+
+
+def test_fusing_a_computed_convolution_is_refused_before_bake(capture: str) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.running_var, 0.1, 0.5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval()
+    new = rewritten("spectral_norm", capture, model).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(RewriterError, match="cannot be set"):
+        fuse_conv_bn_eval(new[0], new[1])
+    plain: Any = bake(new)
+    torch.testing.assert_close(fuse_conv_bn_eval(plain[0], plain[1])(x), new(x), atol=1e-5, rtol=1e-5)
+
+
+def test_functional_call_takes_originals_and_refuses_values(capture: str) -> None:
+    new = rewritten("symmetric", capture)
+    x = torch.randn(2, 4)
+    zero = {"0.parametrizations.weight.original": torch.zeros(4, 4), "0.bias": torch.zeros(4)}
+    assert not torch.func.functional_call(new, zero, (x,)).any()
+    with pytest.raises(RewriterError, match="weight is computed by a chain, and functional_call cannot"):
+        torch.func.functional_call(new, {"0.weight": torch.zeros(4, 4)}, (x,))
+    new(x)
