@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from rewriter.bindings import attach, detach, release
+from rewriter.context import Session
 from rewriter.planning import Entry, Prepared
-from rewriter.runtime import ParametrizedTensor, Session, attach, detach, release, sites_of
-from rewriter.runtime._memory import refill, shared_storages
-from rewriter.runtime._places import SESSION
+from rewriter.sites import ParametrizedTensor, sites_of
+from rewriter.sites._memory import refill, shared_storages
+from rewriter.sites._places import SESSION
 
 
 def attach_sites(prepared: Prepared) -> Session:

@@ -14,20 +14,14 @@ from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
 from rewriter._given import check_model
+from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings.graph import lower_again, refuse_edited
 from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, dtype_name, refuse_strays, survey
-from rewriter.runtime import (
-    ParametrizedTensor,
-    RewrittenModule,
-    detach,
-    refuse_mixed,
-    refuse_replaced,
-    release,
-)
-from rewriter.runtime._places import SESSION
+from rewriter.sites import ParametrizedTensor, refuse_mixed
+from rewriter.sites._places import SESSION
 
 Keep = Literal["value", "original"]
 

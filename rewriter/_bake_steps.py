@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import PlanError
-from rewriter.runtime import ParametrizedTensor, invert_chain
-from rewriter.runtime._steps import apply_chain
+from rewriter.sites import ParametrizedTensor, invert_chain
+from rewriter.sites._steps import apply_chain
 
 
 @dataclass

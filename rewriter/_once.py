@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rewriter._given import check_model
+from rewriter.context._once import Once
 from rewriter.errors import RewriterError
-from rewriter.runtime import ParametrizedTensor
-from rewriter.runtime._once import Once
+from rewriter.sites import ParametrizedTensor
 
 
 @contextlib.contextmanager

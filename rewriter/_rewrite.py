@@ -14,21 +14,16 @@ from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._pause import collector_paused
 from rewriter.absorbing import Taken, take_over, taken_over
+from rewriter.bindings import RewrittenModule, open_graph_owners, open_path, refuse_replaced
 from rewriter.bindings.graph import lowered_model
 from rewriter.capture import Call, call_for
+from rewriter.context import Session
 from rewriter.errors import RewriterError
 from rewriter.language import Spec, load_spec
 from rewriter.passes import OPTIONAL
 from rewriter.planning._prepare import Prepared, prepare
-from rewriter.runtime import (
-    RewrittenModule,
-    Session,
-    open_graph_owners,
-    open_path,
-    refuse_mixed,
-    refuse_replaced,
-)
-from rewriter.runtime._places import SESSION
+from rewriter.sites import refuse_mixed
+from rewriter.sites._places import SESSION
 
 
 @overload

@@ -13,7 +13,7 @@ from rewriter._remap import remap_optimizer
 from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
-from rewriter.runtime import ParametrizedTensor, assign_value, check_shape
+from rewriter.sites import ParametrizedTensor, assign_value, check_shape
 
 __all__ = ["freeze", "get_value", "invalidate", "remap_optimizer", "set_value", "unfreeze"]
 

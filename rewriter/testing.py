@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._given import kind_of
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import RewriterError
 from rewriter.parametrizations import _registry
-from rewriter.runtime._random import nothing_drawn
 
 __all__ = ["LAWS", "LawError", "Report", "check_parametrization"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.absorbing._holder import Holder
+from rewriter.context._random import nothing_drawn
 from rewriter.parametrizations._spectral_norm import SpectralNorm
 from rewriter.parametrizations._weight_norm import WeightNorm
-from rewriter.runtime._random import nothing_drawn
 
 # torch.nn.utils has functions of the names of these modules.
 _weight_norm: Any = importlib.import_module("torch.nn.utils.weight_norm")

@@ -14,11 +14,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from rewriter._copy import copied
 from rewriter.absorbing import _old_hooks, _peft, _prune, _torch_parametrize
 from rewriter.absorbing._holder import Holder, Place
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import PlanError
 from rewriter.language import TensorInfo, class_names
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.runtime import Member, ParametrizedTensor, Record, layout_of, plain_class
-from rewriter.runtime._random import nothing_drawn
+from rewriter.sites import Member, ParametrizedTensor, Record, layout_of, plain_class
 
 _SOURCES: tuple[Callable[[nn.Module], Iterator[Holder]], ...] = (
     _prune.holders,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rewriter.absorbing._holder import Holder
-from rewriter.runtime._places import CONTAINER
+from rewriter.sites._places import CONTAINER
 
 
 def holders(module: nn.Module) -> Iterator[Holder]:

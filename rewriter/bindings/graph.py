@@ -6,10 +6,11 @@ from collections.abc import Collection
 
 from torch import fx, nn
 
+from rewriter.bindings import RewrittenModule
 from rewriter.errors import PlanError
 from rewriter.passes import OPTIONAL, chosen, lower
-from rewriter.runtime import ParametrizedTensor, RewrittenModule
-from rewriter.runtime._places import BATCHES
+from rewriter.sites import ParametrizedTensor
+from rewriter.sites._places import BATCHES
 
 
 def lowered_model(root: nn.Module, captured: fx.Graph, without: Collection[str]) -> RewrittenModule:

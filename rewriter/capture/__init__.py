@@ -7,7 +7,7 @@ from rewriter.capture._examples import Call, call_for, difference
 from rewriter.capture._expansions import Expanded, Parts, expansion_of, part_with
 from rewriter.capture._export import export_capture
 from rewriter.capture._leaves import Opened, Own, bind_call, opener_of, opens, opens_up, reads_every_site
-from rewriter.runtime._hooks import has_hooks
+from rewriter.sites._hooks import has_hooks
 
 __all__ = [
     "Call",

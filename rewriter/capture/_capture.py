@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from rewriter.bindings import RewrittenModule
 from rewriter.capture._leaves import has_own_forward, opener_of
 from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
-from rewriter.runtime import RewrittenModule, plain_class
-from rewriter.runtime._hooks import has_hooks
+from rewriter.sites import plain_class
+from rewriter.sites._hooks import has_hooks
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

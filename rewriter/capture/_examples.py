@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from rewriter._given import kind_of
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import CaptureError
-from rewriter.runtime._random import nothing_drawn
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx, nn
 
 from rewriter.capture._leaves import register_leaves
-from rewriter.runtime import plain_class, sites_of
-from rewriter.runtime._hooks import has_hooks
+from rewriter.sites import plain_class, sites_of
+from rewriter.sites._hooks import has_hooks
 
 
 class Parts:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import rnn, stateless
 
 from rewriter.errors import CaptureError
-from rewriter.runtime import plain_class
+from rewriter.sites import plain_class
 
 _FACTORIES = (
     "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from rewriter.runtime import plain_class, sites_of
-from rewriter.runtime._places import CONTAINER
+from rewriter.sites import plain_class, sites_of
+from rewriter.sites._places import CONTAINER
 
 
 @dataclass(frozen=True)

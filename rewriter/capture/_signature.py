@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from rewriter.capture._bytecode import asked_for_none
 from rewriter.errors import CaptureError
-from rewriter.runtime import plain_class
+from rewriter.sites import plain_class
 
 _EXHAUSTIVE = 3
 

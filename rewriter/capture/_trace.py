@@ -24,8 +24,8 @@ from rewriter.capture._leaves import has_own_forward
 from rewriter.capture._proxy import Value, forget_kinds, remember_kind
 from rewriter.capture._reason import reason
 from rewriter.capture._signature import absences, check_root, optional_arguments, outline, resolve_annotations
+from rewriter.context._tracers import own
 from rewriter.errors import CaptureError
-from rewriter.runtime._tracers import own
 
 
 @dataclass

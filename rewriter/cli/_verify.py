@@ -12,9 +12,9 @@ from torch.export import ExportedProgram
 from rewriter._bake import bake
 from rewriter.absorbing import taken_over
 from rewriter.cli._models import entries_of, state_of
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import CaptureError, NumericError
 from rewriter.planning import Plan
-from rewriter.runtime._random import nothing_drawn
 
 Model = nn.Module | ExportedProgram
 

@@ -52,7 +52,7 @@ class Chain(nn.Module):
 
     def right_inverse(self, value: Tensor) -> Any:
         """Return what the chain maps to `value`: the steps' right inverses, last step first."""
-        from rewriter.runtime import right_inverse
+        from rewriter.sites import right_inverse
 
         found: Any = value
         for step in reversed(list(self)):

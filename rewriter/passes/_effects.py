@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from rewriter.capture import has_hooks, is_torch_leaf
 from rewriter.passes._infra import Lowering
-from rewriter.runtime import ParametrizedTensor
+from rewriter.sites import ParametrizedTensor
 
 _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in vars(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")

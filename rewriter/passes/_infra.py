@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from rewriter.runtime import ParametrizedTensor, site_path
-from rewriter.runtime._sites import ways_to
+from rewriter.sites import ParametrizedTensor, site_path
+from rewriter.sites._container import ways_to
 
 
 class PassError(RuntimeError):

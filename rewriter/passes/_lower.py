@@ -24,8 +24,8 @@ from torch.fx.node import map_aggregate, map_arg
 
 from rewriter.capture import Opened, Own, bind_call, has_hooks, opener_of, reads_every_site
 from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of, run_passes
-from rewriter.runtime import HANDED, ParametrizedTensor
-from rewriter.runtime._sites import handed_sites
+from rewriter.sites import HANDED, ParametrizedTensor
+from rewriter.sites._container import handed_sites
 
 
 def lower(

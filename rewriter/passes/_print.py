@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from rewriter.runtime import ParametrizedTensor
-from rewriter.runtime._batch import BatchedEvaluation
+from rewriter.sites import ParametrizedTensor
+from rewriter.sites._batch import BatchedEvaluation
 
 
 def print_graph(model: fx.GraphModule, *, graph: fx.Graph | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -11,8 +11,11 @@ from torch import fx, nn
 from rewriter.errors import CaptureError
 from rewriter.passes._infra import Lowering
 from rewriter.passes._lower import Writer
-from rewriter.runtime import HANDED, Chunked, ParametrizedTensor, RewrittenModule
-from rewriter.runtime._steps import apply_chain
+from rewriter.sites import HANDED, Chunked, ParametrizedTensor
+from rewriter.sites._steps import apply_chain
+
+if TYPE_CHECKING:
+    from rewriter.bindings import RewrittenModule
 
 
 def unfolded(model: RewrittenModule) -> fx.GraphModule:

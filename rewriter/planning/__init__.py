@@ -11,11 +11,11 @@ from torch.export import ExportedProgram
 from rewriter._given import check_model
 from rewriter._pause import collector_paused
 from rewriter.capture import call_for
+from rewriter.context._random import nothing_drawn
 from rewriter.language import Spec, load_spec
 from rewriter.planning._plan import Plan, Site
 from rewriter.planning._prepare import Prepared, plan_of, prepare
 from rewriter.planning._survey import Entry, dtype_name, refuse_strays, survey
-from rewriter.runtime._random import nothing_drawn
 
 __all__ = ["Entry", "Plan", "Prepared", "Site", "dtype_name", "plan", "plan_of", "prepare", "refuse_strays", "survey"]
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._given import kind_of
+from rewriter.context import Session
+from rewriter.context._fingerprint import PLAIN, settings_of
 from rewriter.language import Rule, Step
 from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.runtime import Layout, Member, ParametrizedTensor, Record, Session
-from rewriter.runtime._inverse import Inverse, invert_chain, parts_of, right_inverse
-from rewriter.runtime._signature import PLAIN, settings_of
+from rewriter.sites import Layout, Member, ParametrizedTensor, Record
+from rewriter.sites._inverse import Inverse, invert_chain, parts_of, right_inverse
 
 Description = tuple[tuple[str, ...], str]
 """Chain and options as a record has them."""

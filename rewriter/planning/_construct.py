@@ -14,8 +14,8 @@ from rewriter.language import Rule, Step
 from rewriter.parametrizations._registry import construct
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
-from rewriter.runtime import Chunked, Layout, layout_of
-from rewriter.runtime._inverse import carry_of, parts_of, right_inverse
+from rewriter.sites import Chunked, Layout, layout_of
+from rewriter.sites._inverse import carry_of, parts_of, right_inverse
 
 Extra = Mapping[int, Sequence[Mapping[str, Any]]]
 """Constructor arguments decided over all sites of a rule: by the step's index, one mapping for each chunk."""

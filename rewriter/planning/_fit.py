@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rewriter.context._fingerprint import same_setting, settings_of, snapshot
+from rewriter.context._random import nothing_drawn
 from rewriter.language import Rule
 from rewriter.planning._construct import BuildError, construct_steps, layout_of_claim, value_of
 from rewriter.planning._resolve import Claim
-from rewriter.runtime._batch import likeness_of_step, stacked_step
-from rewriter.runtime._inverse import parts_of, right_inverse
-from rewriter.runtime._random import nothing_drawn
-from rewriter.runtime._signature import same_setting, settings_of, snapshot
+from rewriter.sites._batch import likeness_of_step, stacked_step
+from rewriter.sites._inverse import parts_of, right_inverse
 
 FEWEST = 16
 LARGEST = 64 * 64

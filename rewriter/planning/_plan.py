@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewriter.runtime import Record
+from rewriter.sites import Record
 
 
 @dataclass(frozen=True)

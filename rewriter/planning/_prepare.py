@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from rewriter.bindings import RewrittenModule
 from rewriter.capture import (
     Call,
     Capture,
@@ -21,6 +22,7 @@ from rewriter.capture import (
     opens_up,
     part_with,
 )
+from rewriter.context import Session
 from rewriter.errors import CaptureError, Diagnostic, PlanError
 from rewriter.language import Rule, Spec
 from rewriter.planning._build import Description, build, check_value, describe
@@ -33,7 +35,7 @@ from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, refuse_strays, survey
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
-from rewriter.runtime import ParametrizedTensor, Record, RewrittenModule, Session
+from rewriter.sites import ParametrizedTensor, Record
 
 if TYPE_CHECKING:
     from rewriter.absorbing import Taken

@@ -23,7 +23,7 @@ from rewriter.passes import (
     why_not_fused,
     why_not_hoisted,
 )
-from rewriter.runtime import ParametrizedTensor
+from rewriter.sites import ParametrizedTensor
 
 Inputs = Callable[[ParametrizedTensor], Sequence[Tensor]]
 

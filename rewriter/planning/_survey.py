@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 
 from rewriter.errors import PlanError
 from rewriter.language import TensorInfo, class_names
-from rewriter.runtime import ParametrizedTensor, plain_class, sites_of
-from rewriter.runtime._places import CONTAINER
+from rewriter.sites import ParametrizedTensor, plain_class, sites_of
+from rewriter.sites._places import CONTAINER
 
 
 @dataclass

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import CaptureError
 from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, write_site
-from rewriter.runtime import ParametrizedTensor
-from rewriter.runtime._sites import path_for
 from rewriter.serialization._graph_data import graph_to_data
+from rewriter.sites import ParametrizedTensor
+from rewriter.sites._container import path_for
 
 Specs = list[InputSpec]
 

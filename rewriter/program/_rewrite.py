@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from rewriter._attach import keep_parameters
 from rewriter.capture import Capture
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import Diagnostic, PlanError
 from rewriter.language import Spec
 from rewriter.planning._plan import Plan, Site
@@ -20,8 +21,7 @@ from rewriter.planning._writes import writer
 from rewriter.program._insert import Edited, insert_site, tied
 from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
 from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
-from rewriter.runtime import Layout, Member, Record, site_path
-from rewriter.runtime._random import nothing_drawn
+from rewriter.sites import Layout, Member, Record, site_path
 
 _WHY = "the program's graph"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import ModelFileError
-from rewriter.runtime._random import nothing_drawn
 from rewriter.serialization._graph_data import graph_from_data
 
 CUSTOM = "custom"

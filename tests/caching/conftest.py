@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import rewrite
-from rewriter.runtime._holding import Holding
+from rewriter.context._policy import Holding
 from tests.layers import Layers
 from tests.maps import Smooth
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import bake, evaluate_once, rewrite
-from rewriter.runtime import ParametrizedTensor
+from rewriter.sites import ParametrizedTensor
 from rewriter.state import freeze
 from tests.threads import run_threads
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewriter import bake, plan, rewrite
 from rewriter.io import load_model, save_model
-from rewriter.runtime import HANDED, ParametrizedTensor
+from rewriter.sites import HANDED, ParametrizedTensor
 
 
 class Symmetric(nn.Module):

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from rewriter import bake, plan, rewrite
 from rewriter.passes import print_graph
-from rewriter.runtime import HANDED, ParametrizedTensor
+from rewriter.sites import HANDED, ParametrizedTensor
 
 
 class Symmetric(nn.Module):

@@ -10,9 +10,9 @@ from torch import nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 import rewriter
+from rewriter.bindings import RewrittenModule
 from rewriter.errors import CaptureError
 from rewriter.io import load_model, save_model
-from rewriter.runtime import RewrittenModule
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rewriter import RewriterError, bake, evaluate_once, rewrite
 from rewriter.passes import print_graph
-from rewriter.runtime._batch import BatchedEvaluation
+from rewriter.sites._batch import BatchedEvaluation
 from rewriter.state import freeze, unfreeze
 
 HOUSEHOLDER = {"orthogonal": {"map": "householder"}}
@@ -33,7 +33,7 @@ def _layers(count: int = 5, size: int = 6) -> nn.Sequential:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many sites each batched run evaluated."""
-    from rewriter.runtime import _batch
+    from rewriter.sites import _batch
 
     found: list[int] = []
     original = _batch._together

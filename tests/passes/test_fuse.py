@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewriter import PlanError, RewriterError, bake, evaluate_once, plan, register, rewrite
 from rewriter.io import load_model, save_model
 from rewriter.passes import PassError, print_graph
-from rewriter.runtime import ParametrizedTensor
+from rewriter.sites import ParametrizedTensor
 from rewriter.state import freeze, unfreeze
 
 MASK, OTHER = {"l1_unstructured": {"amount": 5}}, {"ln_structured": {"amount": 1, "dim": 0}}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import PlanError, RewriterError, bake, rewrite
+from rewriter.bindings import RewrittenModule
 from rewriter.passes import Lowering, Pass, PassError, print_graph, run_passes, unfolded
-from rewriter.runtime import RewrittenModule
 
 
 class Net(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from rewriter import bake, rewrite
+from rewriter.bindings import RewrittenModule
 from rewriter.passes import print_graph
-from rewriter.runtime import RewrittenModule
 
 SPEC = {"reparam": 1, "rules": [{"name": "r", "select": "step.weight", "chain": ["symmetric"]}]}
 STEPS = 9

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewriter import CaptureError, PlanError, bake, rewrite
-from rewriter.runtime import ParametrizedTensor
+from rewriter.sites import ParametrizedTensor
 from tests.threads import run_threads
 
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.modules.adaptive import _ASMoutput
 
 from rewriter.capture._leaves import Opened, Own, opens
-from rewriter.runtime import plain_class
-from rewriter.runtime._hooks import has_hooks
 from rewriter.serialization._functions import graph_function
+from rewriter.sites import plain_class
+from rewriter.sites._hooks import has_hooks
 
 
 @graph_function

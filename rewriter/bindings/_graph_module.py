@@ -1,0 +1,339 @@
+"""The rewritten model of a traceable root: its own module tree under a lowered graph."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import operator
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from typing import Any, overload
+from weakref import WeakValueDictionary
+
+from torch import fx, nn
+from torch.nn.modules.module import _WrappedHook
+
+from rewriter.bindings._late_changes import refuse_late_change
+from rewriter.bindings._owner_class import child_property
+from rewriter.bindings._retrace import traceable
+from rewriter.bindings._shell import Shell
+from rewriter.context._validated import Validated
+from rewriter.errors import RewriterError
+from rewriter.serialization._graph_data import graph_from_data, graph_to_data
+from rewriter.serialization._names import loadable
+from rewriter.sites._container import computed_slots, plain_class, refuse_override, sites_of
+from rewriter.sites._mixed import refuse_mixed
+from rewriter.sites._places import BATCHES, CAPTURED, CONTAINER, GRAPH_OF, SESSION
+from rewriter.sites._plain_state import explained
+from rewriter.sites._site import ParametrizedTensor
+
+_MARKS = "_reparam_marks"
+_VALIDATED = "_reparam_validated"
+_SLOTS = "_reparam_slots"
+_NOT_COPIED = frozenset(
+    {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED, _SLOTS}
+)
+_STATE_METHODS = ("get_extra_state", "set_extra_state", "_load_from_state_dict", "_save_to_state_dict")
+"""What the model's class may do to its state dict: the graph does the same."""
+_OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited")
+
+
+_classes: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+"""The class of each graph's code: equal models share one, as `torch.func.stack_module_state` requires."""
+
+
+class _GraphClass(type):
+    """A class that equal models share, so that its forward cannot be set for one of them."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name == "forward" and "_reparam_shared" in vars(cls):
+            raise RewriterError(
+                f"{cls.__name__} is the class of every rewritten model with this graph: set forward on the model itself"
+            )
+        super().__setattr__(name, value)
+
+
+class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
+    """A lowered graph over the module tree of the model that was rewritten.
+
+    The submodules, tensors, hooks and plain attributes are the model's own, under their own names, so that the state
+    dict reads as torch's parametrizations would have it. The captured graph stays beside the lowered one: bake and
+    further rules lower it again. Both travel as data when the model is pickled: reading them back runs no code.
+
+    Arguments:
+        root: the model whose tree is taken over.
+        captured: the graph as it was captured.
+        graph: the graph to run.
+        without: names of the optional passes that were left out; None if the graph runs as captured and reads its
+            tensors as attributes, inside a model that keeps its class.
+    """
+
+    def __new__(cls, root: nn.Module, *_: Any) -> RewrittenModule:
+        return _blank(_origin_of(root))
+
+    def __init__(self, root: nn.Module, captured: fx.Graph, graph: fx.Graph, without: Collection[str] = ()) -> None:
+        self.__dict__.update({GRAPH_OF: _origin_of(root), "_reparam_name": plain_class(root).__name__})
+        super().__init__(nn.Module(), fx.Graph())
+        added = set(self.__dict__) - set(root.__dict__)
+        self.__dict__.update({name: value for name, value in root.__dict__.items() if name not in _NOT_COPIED})
+        self.__dict__[CAPTURED] = captured
+        self.__dict__["_reparam_added"] = sorted(added)
+        self.__dict__["_reparam_without"] = None if without is None else tuple(without)
+        self._bind_hooks(root)
+        self.take_lowered(graph)
+        _join(self)
+
+    def _bind_hooks(self, root: nn.Module) -> None:
+        """Give hooks on the state dict this module in the place of `root`, which they only refer to weakly."""
+        for name in ("_load_state_dict_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks"):
+            hooks: dict[int, Any] = self.__dict__.get(name) or {}
+            for key, hook in hooks.items():
+                if isinstance(hook, _WrappedHook) and hook.with_module and hook.module() is root:
+                    hooks[key] = _WrappedHook(hook.hook, self)
+
+    def recompile(self) -> Any:
+        kind: Any = type(_blank(self.__dict__[GRAPH_OF]))
+        kind.__name__ = kind.__qualname__ = self.__dict__["_reparam_name"]
+        # torch.fx writes `forward` into the class. The model keeps its own until the new one is complete, since
+        # another thread may call it.
+        writer = object.__new__(kind)
+        writer.__dict__ = self.__dict__
+        code = fx.GraphModule.recompile(writer)
+        kind.forward = traceable(kind.forward)
+        for name in self._modules:
+            if not hasattr(RewrittenModule, name):
+                setattr(kind, name, child_property(name))
+        origin = self.__dict__[GRAPH_OF]
+        for name in _STATE_METHODS:
+            if getattr(origin, name) is not getattr(nn.Module, name):
+                setattr(kind, name, getattr(origin, name))
+        kind._reparam_shared = True
+        functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
+        with contextlib.suppress(TypeError):  # a constant in the code may have no hash: then the class is not shared
+            key = (kind.__name__, self.__dict__[GRAPH_OF], tuple(self._modules), code.src, functions)
+            kind = _classes.setdefault(key, kind)
+        self.__class__ = kind
+        return code
+
+    @property
+    def captured(self) -> fx.Graph:
+        """The graph as it was captured, without sites."""
+        return self.__dict__[CAPTURED]  # type: ignore[no-any-return]
+
+    @property
+    def without(self) -> tuple[str, ...] | None:
+        """Names of the optional passes that were left out; None if the graph runs as captured."""
+        return self.__dict__["_reparam_without"]  # type: ignore[no-any-return]
+
+    def take_lowered(self, graph: fx.Graph) -> None:
+        """Run `graph`, which lowering wrote."""
+        self.graph = graph
+        self.__dict__[_MARKS] = _Marks(graph)
+        self.__dict__.pop(_VALIDATED, None)
+        self.__dict__.pop(_SLOTS, None)
+
+    @property
+    def validated(self) -> Validated:
+        """The cached values of the model's sites."""
+        found: Validated | None = self.__dict__.get(_VALIDATED)
+        if found is None:
+            found = self.__dict__[_VALIDATED] = Validated(self.sites)
+        return found
+
+    def refuse_overridden(self) -> None:
+        """Refuse a call in which somebody put another tensor in the place of a computed one.
+
+        Raises:
+            RewriterError: `torch.func.functional_call` did.
+        """
+        slots: list[tuple[dict[str, Any], str]] | None = self.__dict__.get(_SLOTS)
+        if slots is None:
+            slots = self.__dict__[_SLOTS] = [*computed_slots(self)]
+        for tensors, name in slots:
+            if tensors[name] is not None:
+                refuse_override(name)
+
+    @property
+    def edited(self) -> bool:
+        """Whether somebody changed the graph after lowering wrote it; a copy knows of its original's edits."""
+        marks: _Marks | None = self.__dict__[_MARKS]
+        return marks is None or not marks.same(_Marks(self.graph))
+
+    @property
+    def sites(self) -> list[ParametrizedTensor]:
+        """The model's sites, in the order of the module tree."""
+        return [module for module in self.modules() if isinstance(module, ParametrizedTensor)]
+
+    @property
+    def was_graph(self) -> bool:
+        """Whether the model that was rewritten was a GraphModule itself."""
+        return self.__dict__[GRAPH_OF] is fx.GraphModule
+
+    def restored(self) -> nn.Module:
+        """Return the model in the class that it had, over the same modules and tensors, without this graph's sites."""
+        origin = self.__dict__[GRAPH_OF]
+        if self.was_graph:
+            module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
+        else:
+            module = origin.__new__(origin)
+        added = {*self._reparam_added, *_NOT_COPIED, *_OWN, SESSION, GRAPH_OF, "forward"}
+        module.__dict__.update({name: value for name, value in self.__dict__.items() if name not in added})
+        for name in [name for name in module._buffers if name.startswith("reparam_constant_")]:
+            del module._buffers[name]
+            module._non_persistent_buffers_set.discard(name)
+        module._modules.pop(BATCHES, None)
+        if isinstance(module, fx.GraphModule):
+            module.graph = copy.deepcopy(self.captured)
+        return module
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", ())
+        if name in modules:
+            return modules[name]
+        if CONTAINER in modules and name in sites_of(self):
+            return sites_of(self)[name].current_member(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = self.__dict__.get(GRAPH_OF, nn.Module)
+            if hasattr(origin, name):
+                raise AttributeError(
+                    f"{origin.__name__}.{name} is not part of the graph that the model was rewritten to; "
+                    "bake() gives the class back, and rewrite(…, capture='module') keeps it"
+                ) from None
+            raise
+
+    load_state_dict = explained(fx.GraphModule.load_state_dict)
+
+    def __prepare_scriptable__(self) -> fx.GraphModule:
+        from rewriter.passes import scriptable
+
+        return scriptable(self)
+
+    def __str__(self) -> str:
+        from rewriter.passes import print_graph
+
+        return f"{nn.Module.__repr__(self)}\n\n{print_graph(self)}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_late_change(self, name, value)
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
+        clone = _blank(self.__dict__[GRAPH_OF])
+        memo[id(self)] = clone
+        _revive(clone, copy.deepcopy(self._carried(), memo), copy.deepcopy(self.captured), copy.deepcopy(self.graph))
+        return clone
+
+    def __copy__(self) -> RewrittenModule:
+        clone = _blank(self.__dict__[GRAPH_OF])
+        _revive(clone, self._carried(), self.captured, copy.deepcopy(self.graph))
+        return clone
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        # What replaces a replica's children and tensors must not write into the dicts of the original.
+        for name in ("_modules", "_buffers"):
+            replica.__dict__[name] = dict(self.__dict__[name])
+        replica.__dict__["_parameters"] = {}
+        return replica
+
+    def __reduce__(self) -> Any:
+        return (rebuild_rewritten, (graph_to_data(self.captured), graph_to_data(self.graph)), self._carried())
+
+    def _carried(self) -> dict[str, Any]:
+        refuse_mixed([self])
+        carried = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        carried["_reparam_edited"] = self.edited
+        return carried
+
+
+class RewrittenSequential(RewrittenModule):
+    """The graph of an `nn.Sequential`, whose layers are found by their place as they were."""
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._layers().values())
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> nn.Sequential: ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict([*self._layers().items()][index]))
+        return self._layers()[self._key(index)]
+
+    def __setitem__(self, index: int, layer: nn.Module) -> None:
+        setattr(self, self._key(index), layer)
+
+    def _key(self, index: int) -> str:
+        keys = [*self._layers()]
+        if not -len(keys) <= index < len(keys):
+            raise IndexError(f"layer {index} of {len(keys)}")
+        return keys[index]
+
+    def _layers(self) -> dict[str, nn.Module]:
+        """Return the layers by name, without what evaluates several tensors at once."""
+        return {name: layer for name, layer in self._modules.items() if layer is not None and name != BATCHES}
+
+
+@loadable(builds=[Shell])
+def rebuild_rewritten(captured: dict[str, Any], graph: dict[str, Any]) -> Shell:
+    """Make a shell that becomes a rewritten model when its state is read: the first half of unpickling one."""
+
+    def become(shell: nn.Module, state: dict[str, Any]) -> None:
+        clone: Any = shell
+        clone.__class__ = type(_blank(state[GRAPH_OF]))
+        clone.__dict__.update(state)
+        _revive(clone, state, graph_from_data(captured, clone), graph_from_data(graph, clone))
+
+    return Shell(become)
+
+
+def _origin_of(root: nn.Module) -> Any:
+    """Return the class to give back: of a model that is a graph, GraphModule."""
+    if isinstance(root, RewrittenModule):
+        return root.__dict__[GRAPH_OF]
+    kind = plain_class(root)
+    return fx.GraphModule if issubclass(kind, fx.GraphModule) else kind
+
+
+def _blank(origin: type[nn.Module]) -> RewrittenModule:
+    """Return an object without state, of a class of its own, which torch.fx makes for each graph."""
+    base = RewrittenSequential if issubclass(origin, nn.Sequential) else RewrittenModule
+    made: RewrittenModule = fx.GraphModule.__new__(base)
+    return made
+
+
+def _revive(clone: RewrittenModule, state: dict[str, Any], captured: fx.Graph, graph: fx.Graph) -> None:
+    clone.__dict__.update(state)
+    clone.__dict__["_tracer_cls"] = None
+    clone.__dict__[CAPTURED] = captured
+    type(clone).__name__ = state["_reparam_name"]
+    clone.take_lowered(graph)
+    if state["_reparam_edited"]:
+        clone.__dict__[_MARKS] = None
+    _join(clone)
+
+
+class _Marks:
+    """The nodes of a graph as they are: torch.fx replaces the arguments of a node whole, so identity shows an edit."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.objects = [part for node in graph.nodes for part in (node, node.op, node.target, node.args, node.kwargs)]
+
+    def same(self, other: _Marks) -> bool:
+        """Say whether both graphs are one, without an edit between."""
+        return len(self.objects) == len(other.objects) and all(map(operator.is_, self.objects, other.objects))
+
+
+def _join(model: RewrittenModule) -> None:
+    """Make the model known to the session of its sites."""
+    for site in model.sites:
+        site.session.graphs.add(model)
+        return

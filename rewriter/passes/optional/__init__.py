@@ -1,0 +1,1 @@
+"""Optional passes: each one changes how fast a model runs, and not what it computes."""

@@ -1,0 +1,76 @@
+"""hoist: the first steps of a chain that depend on nothing trained are not evaluated in every forward.
+
+Their result cannot be written into the stored tensor: the state dict would hold another tensor than torch's, and
+loading one, or training the tensor again, would give wrong values. It is kept beside it instead, exactly as long as
+the tensors it was made from are the same and unchanged, and made again when they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from rewriter.passes._infra import Pass
+from rewriter.passes.optional._samples import same_values
+from rewriter.sites import ParametrizedTensor
+from rewriter.sites._steps import apply_steps
+
+
+def hoist(sites: Iterable[ParametrizedTensor]) -> bool:
+    """Decide for each site how many of its first steps are hoisted; the values stay the same."""
+    hoisted = False
+    for site in sites:
+        count = _untrained_steps(site)
+        if count != site.hoisted:
+            site.hoisted = count
+        hoisted = hoisted or bool(count)
+    return hoisted
+
+
+def _untrained_steps(site: ParametrizedTensor) -> int:
+    record = site.record
+    if len(record.chain) == 1 or record.source is not None or record.memory == "recompute":
+        return 0
+    count, used = 0, 0
+    for step, stored, inputs in zip(site.steps[:-1], record.stored, record.inputs, strict=False):
+        tensors = [*site.originals[used : used + stored], *step.parameters()]
+        varies = any(getattr(part, "stateful", False) or getattr(part, "random", False) for part in step.modules())
+        if inputs or varies or any(tensor.requires_grad for tensor in tensors):
+            break
+        count, used = count + 1, used + stored
+    if not count or not any(parameter.requires_grad for parameter in site.parameters()):
+        return 0
+    return count if _fits(site, count, site.originals[:used]) else 0
+
+
+@torch.no_grad()
+def _fits(site: ParametrizedTensor, count: int, stored: list[Tensor]) -> bool:
+    """Whether the result is no bigger than what it is made of: a compressed weight is not to be kept unpacked."""
+    value = apply_steps(site.record, site.settled().steps[:count], stored, ())
+    return isinstance(value, Tensor) and value.nbytes <= sum(tensor.nbytes for tensor in stored)
+
+
+@torch.no_grad()
+def why_not_hoisted(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
+    """Return in which way the value is another when its first steps are hoisted; nothing where it is the same.
+
+    Arguments:
+        site: on which it was decided.
+        inputs: the tensors that it reads.
+    """
+    if not site.hoisted or any(tensor.is_meta for tensor in site.originals):
+        return ""
+    with_it = site.read(*inputs)
+    count, site.hoisted = site.hoisted, 0
+    try:
+        without = site.read(*inputs)
+    finally:
+        site.hoisted = count
+    if torch.equal(with_it, without):
+        return ""
+    return "it has another value when its first steps are hoisted; they are not a function of their tensors alone"
+
+
+hoist_pass = Pass("hoist", lambda lowering: hoist(lowering.order), ensures=same_values(why_not_hoisted))

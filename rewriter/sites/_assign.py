@@ -1,0 +1,94 @@
+"""Giving a site a new value, through the right inverses of its chain."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter._given import kind_of
+from rewriter.errors import PlanError, RewriterError
+from rewriter.sites._inverse import invert_chain
+from rewriter.sites._site import ParametrizedTensor
+
+
+def invert(site: ParametrizedTensor, value: Any, inputs: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Return the stored tensors from which `site` computes `value`, as near as its right inverses allow."""
+    record = site.record
+    further = list(inputs)[1:] if record.source is not None else list(inputs)
+    ends = list(itertools.accumulate(map(len, record.inputs), initial=0))
+    found = invert_chain(
+        site.steps,
+        value if record.layout.plain else record.layout.inward(value),
+        [further[start:end] for start, end in itertools.pairwise(ends)],
+        from_source=record.source is not None,
+    ).originals
+    if record.outer:
+        found[0] = record.layout.outward(found[0])
+    return found
+
+
+@torch.no_grad()
+def has_value(site: ParametrizedTensor, name: str, value: Any) -> bool:
+    """Say whether one of the tensors that `site` computes, by its name at the owner, is `value` already."""
+    member = site.member(name)
+    if not isinstance(value, Tensor) or value.is_meta or tuple(value.shape) != member.shape:
+        return False
+    found = site.read(*site.read_inputs())
+    now: Tensor = found if len(site.record.members) == 1 else found[site.position(name)]
+    return (now.dtype, now.device) == (value.dtype, value.device) and torch.equal(now, value)
+
+
+def check_shape(name: str, shape: tuple[int, ...], value: Any) -> None:
+    """Refuse a value that is no tensor of that shape.
+
+    Raises:
+        PlanError: says what it is.
+    """
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        found = list(value.shape) if isinstance(value, Tensor) else kind_of(value)
+        raise PlanError(f"{name} has shape {list(shape)}; it cannot be set to {found}")
+
+
+@torch.no_grad()
+def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
+    """Set the originals of `site` so that it computes `value`; they stay as they were if it cannot.
+
+    Raises:
+        PlanError: the value has another shape, or the chain cannot produce it.
+    """
+    record = site.record
+    if len(record.members) > 1:
+        raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
+    check_shape(record.name, record.members[0].shape, value)
+    tensors = [*site.parameters(), *site.buffers()]
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        inputs = site.read_inputs()
+        for target, source in zip(site.originals, invert(site, value, inputs), strict=True):
+            target.copy_(source)
+        site.holding.drop()
+        _check_reached(site, value, site.read(*inputs))
+    except Exception as problem:
+        for tensor, content in zip(tensors, before, strict=True):
+            tensor.copy_(content)
+        site.holding.drop()
+        if isinstance(problem, RewriterError):
+            raise
+        raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem
+
+
+def _check_reached(site: ParametrizedTensor, wanted: Tensor, reached: Tensor) -> None:
+    kind = torch.complex128 if reached.is_complex() else torch.float64
+    precision = torch.finfo(reached.dtype).eps if reached.is_floating_point() or reached.is_complex() else 0.0
+    distance = float((reached.to(kind) - wanted.to(kind)).norm())
+    norm = float(wanted.to(kind).norm())
+    if not distance <= precision**0.5 * max(norm, precision):  # a NaN compares as false
+        raise PlanError(
+            f"{site.record.name} cannot be set to this value: {' >> '.join(site.record.chain)} gives one that is "
+            f"{distance / norm if norm else distance:.1e} of its norm away; the value has to be in the chain's image, "
+            "and every step needs a right inverse"
+        )

@@ -1,0 +1,357 @@
+"""One site as a module: the stored tensors, the chain, and the one evaluation that a forward makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter.context._checkpoint import may_run_again
+from rewriter.context._forward import Session
+from rewriter.context._fused import Group, evaluated_steps
+from rewriter.context._policy import Holding
+from rewriter.context._random import nothing_drawn
+from rewriter.context._recompute import recomputed
+from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
+from rewriter.context._tracers import ordinary, others_trace
+from rewriter.context._writes import watch_writes
+from rewriter.errors import CaptureError
+from rewriter.serialization._names import loadable
+from rewriter.sites._spec import Member, Record
+from rewriter.sites._steps import apply_chain, apply_steps
+
+
+class ParametrizedTensor(nn.Module):
+    """A tensor that is computed from stored ones by a chain of parametrizations.
+
+    It lives at ``owner.parametrizations.<tensor>``, where torch puts its own, and its state-dict keys are torch's:
+    ``original`` (or ``original0``, ``original1``, …) and ``0.*``, ``1.*``, … for the steps. Called, it evaluates
+    the chain: in a graph it is the caching node.
+
+    Arguments:
+        steps: the parametrizations, applied left to right.
+        originals: the tensors they start from.
+        record: what the site computes and replaced.
+        session: of the model; one of its own where it is in none yet.
+    """
+
+    record: Record
+    session: Session
+    original_names: tuple[str, ...]
+    held = False
+    """Whether some owner holds it already."""
+    holding: Holding
+    trained_before: dict[str, bool] | None
+    """While the site is frozen: which of its parameters were trained before."""
+    renormed = False
+    """Whether it is an embedding with `max_norm`, which writes to its weight in every forward."""
+    hoisted: int
+    """How many of the first steps depend on nothing that is trained; their result is kept."""
+    fused: tuple[Group, ...] = ()
+    """Which neighbouring steps are evaluated as one."""
+    _places: tuple[tuple[Any, str], ...]
+
+    def __init__(
+        self,
+        steps: Sequence[nn.Module],
+        originals: Sequence[Tensor],
+        record: Record,
+        session: Session | None = None,
+    ) -> None:
+        super().__init__()
+        names = ("original",) if len(originals) == 1 else tuple(f"original{index}" for index in range(len(originals)))
+        # Module.__setattr__ looks for parameters in every value, which tells in a model of thousands of sites.
+        session = Session() if session is None else session
+        self.__dict__.update(record=record, session=session, original_names=names, _places=())
+        self.__dict__.update(holding=Holding(record.cache == "version"), trained_before=None, hoisted=0)
+        for name, original in zip(names, originals, strict=True):
+            if isinstance(original, nn.Parameter):
+                self._parameters[name] = original
+            else:
+                self.register_buffer(name, original, persistent=record.members[0].persistent)
+        for index, step in enumerate(steps):
+            self._modules[str(index)] = step
+
+    @property
+    def steps(self) -> list[nn.Module]:
+        """The parametrizations in the order in which they are applied."""
+        return [module for module in self._modules.values() if module is not None]
+
+    @property
+    def originals(self) -> list[Tensor]:
+        """The stored tensors, in the order in which the steps read them."""
+        stored, names = self._parameters, self.original_names
+        if len(names) == 1 and "original" in stored:  # as nearly always
+            return [stored["original"]]  # type: ignore[list-item]
+        # Buffers are elsewhere, and so are the parameters of a replica.
+        return [stored[name] if name in stored else getattr(self, name) for name in names]  # type: ignore[misc]
+
+    def forward(self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0) -> Any:
+        """Return the value: a tensor, or a tuple of them for a joint site.
+
+        Arguments:
+            inputs: the model's tensors named in ``record.reads``, in that order.
+            cast: give the value in autocast's precision where autocast is on: all its uses would cast it.
+            batch: values that were evaluated together with those of other sites, if they were.
+            slot: which of them is this site's.
+
+        Raises:
+            CaptureError: a tracer that knows nothing of sites would record the value as a constant.
+        """
+        if self.holding.versioned and not torch.compiler.is_compiling():
+            valid = self.session.running.valid
+            if self in valid:
+                return valid[self]
+        if batch is None and ordinary():
+            if self.holding.busy:
+                kept = self.holding.kept_value(inputs)
+                if kept is not None:
+                    return kept
+            elif self.record.simple and self.record.memory == "keep" and not self.hoisted and not self.fused:
+                stored, names = self._parameters, self.original_names
+                noted = self.training and may_run_again()
+                if len(stored) == len(names) and not noted:  # none of them is a buffer, and this is no replica
+                    return self._run(map(stored.__getitem__, names))
+        value = self._value(inputs) if batch is None else batch[slot]
+        return _autocast(value) if cast and autocast_anywhere() else value
+
+    def _value(self, inputs: Sequence[Tensor]) -> Any:
+        if others_trace():
+            raise CaptureError(
+                f"torch.fx would record the value of {self.record.name} as a constant, which nothing trains: rewrite "
+                "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
+                "rewritten or after bake()"
+            )
+        return self.holding.value(self, inputs) if self.holding.busy else self.advance(*inputs)
+
+    def _run(self, originals: Iterable[Any]) -> Any:
+        """Run a chain in which every step reads what the one before it gave: most chains, in most forwards."""
+        steps = iter(self._modules.values())
+        try:
+            value = next(steps)(*originals)  # type: ignore[misc]
+            for step in steps:
+                value = step(value)  # type: ignore[misc]
+        except Exception as problem:
+            self._note(problem)
+            raise
+        return value
+
+    def advance(self, *inputs: Tensor) -> Any:
+        """Evaluate for a new forward: a state advances, unless it did so for this forward already."""
+        if self.training and _in_backward():
+            # A checkpointed region runs again.
+            return evaluated_again(self, inputs)
+        if self.training and not torch.compiler.is_compiling() and may_run_again():
+            note_state(self)
+        return self.evaluate(*inputs)
+
+    def evaluate(self, *inputs: Tensor) -> Any:
+        """Run the chain once, whatever the cache policy.
+
+        Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
+        of the value is what autocast casts.
+        """
+        run = self.recompute if self.record.memory == "recompute" else self.compose
+        try:
+            if autocast_anywhere():
+                device = self._device_type()
+                if device is not None and torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return run(*inputs)
+            return run(*inputs)
+        except Exception as problem:
+            self._note(problem)
+            raise
+
+    def recompute(self, *inputs: Tensor) -> Any:
+        """Run the chain, and run it again in backward."""
+        return recomputed(self, inputs)
+
+    def _note(self, problem: Exception) -> None:
+        """Let the problem say which tensor was being computed, where Python has notes."""
+        if hasattr(problem, "add_note"):
+            problem.add_note(f"while computing {self.record.name}: {' >> '.join(self.record.chain)}")
+
+    def compose(self, *inputs: Tensor) -> Any:
+        """Apply the steps to the stored tensors, in the precision that is on."""
+        if self.hoisted and not torch.compiler.is_compiling():
+            return self._compose_rest(*inputs)
+        steps = evaluated_steps(self) if self.fused else self.steps
+        return apply_chain(self.record, steps, self.originals, inputs)
+
+    def _compose_rest(self, *inputs: Tensor) -> Any:
+        count = self.hoisted
+        steps = evaluated_steps(self) if self.fused else self.steps
+        originals = self.originals
+        used = originals[: sum(self.record.stored[:count])]
+
+        def first() -> Any:
+            return apply_steps(self.record, steps[:count], used, ())
+
+        value = self.holding.keep("hoisted", self, count, (), first)
+        return apply_chain(self.record, steps, originals, inputs, count, value)
+
+    def settled(self, trains: Callable[[str], bool] = lambda path: False) -> ParametrizedTensor:
+        """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here.
+
+        Arguments:
+            trains: path of a module in it → whether it keeps its mode instead.
+        """
+        clone: ParametrizedTensor = settled_copy(self, trains)
+        clone.holding = Holding()
+        return clone
+
+    def read(self, *inputs: Tensor) -> Any:
+        """Return the value without advancing any state, random numbers included."""
+        if self.holding.frozen:
+            return self.holding.frozen_value(self, inputs)
+        with nothing_drawn([*self.originals, *inputs]):
+            return self.settled().evaluate(*inputs)
+
+    def _device_type(self) -> str | None:
+        for name in self.original_names:
+            return getattr(self, name).device.type  # type: ignore[no-any-return]
+        return next((tensor.device.type for tensor in _tensors_of(self)), None)
+
+    # Held values belong to this object and this moment: copies start without, conversions and loading drop them.
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParametrizedTensor:
+        self.holding.drop()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.holding.drop()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(prefix + name in state_dict for name in self.original_names):
+            self._refit({name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
+
+    @torch.no_grad()
+    def _refit(self, loaded: set[str]) -> None:
+        """Fit the steps whose state was not loaded with the tensors to the tensors that were."""
+        if self.record.reads:
+            return
+        layout = self.record.layout
+        for index, step in enumerate(self.steps):
+            state = {f"{index}.{name}" for name, _ in step.named_buffers()}
+            fit: Any = getattr(step, "right_inverse", None)
+            if getattr(step, "stateful", False) and fit is not None and state and not state & loaded:
+                before = self.settled()
+                first = layout.inward(before.originals[0]) if self.record.outer else before.originals[0]
+                fit(apply_steps(self.record, before.steps[:index], before.originals, ()) if index else first)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.holding = Holding(self.holding.versioned, self.holding.frozen)
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "holding"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.holding = Holding(self.record.cache == "version", self.trained_before is not None)
+
+    def __copy__(self) -> ParametrizedTensor:
+        clone: ParametrizedTensor = self.__class__.__new__(self.__class__)
+        clone.__setstate__(self.__getstate__())
+        return clone
+
+    # How a module that torch.fx cannot trace reads the value: an attribute access finds the running forward.
+
+    def place_inputs(self, places: Sequence[tuple[nn.Module, str]]) -> None:
+        """Remember where the tensors named in ``record.reads`` live: pairs of owner and attribute name."""
+        self._places = tuple((Reference(owner), name) for owner, name in places)
+
+    def read_inputs(self) -> list[Tensor]:
+        """Return the tensors named in ``record.reads`` as they are now."""
+        return [getattr(reference.module, name) for reference, name in self._places]
+
+    def current(self) -> Any:
+        """Return the value for the running forward; without one, the value as it stands."""
+        frame = self.session.frame
+        if frame is None:
+            value = self.read(*self.read_inputs())
+            if not torch.compiler.is_compiling():
+                watch_writes(self.record.name, self.record.chain, value, self.originals)
+                self.holding.read(self, value)
+            return value
+        if self.record.cache == "never":
+            return self(*self.read_inputs())
+        return frame.value(self, lambda: self(*self.read_inputs()))
+
+    @property
+    def lasting(self) -> bool:
+        """Whether a kept value may be used by what the site itself holds: it reads nothing else, and is no buffer."""
+        return not self._places and not self.stands_for_buffer
+
+    @property
+    def stands_for_buffer(self) -> bool:
+        """Whether what it computes was a buffer, which a forward may mean to write to."""
+        return self.record.members[0].kind == "buffer"
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether evaluating again gives the same value: no state advances and nothing is drawn at random."""
+        return not self.training or not any(map(varies, self.steps))
+
+    def member(self, tensor: str) -> Member:
+        """Return what is known of one of the tensors computed, by its name at the owner."""
+        return self.record.members[self.position(tensor)]
+
+    def position(self, tensor: str) -> int:
+        """Return which of the tensors computed has this name at the owner; a tied one has several."""
+        if len(self.record.members) == 1:
+            return 0
+        return [member.tensor for member in self.record.members].index(tensor)
+
+    def current_member(self, tensor: str) -> Any:
+        """Return `current` for one of the tensors computed, by its name at the owner."""
+        value = self.current()
+        return value if len(self.record.members) == 1 else value[self.position(tensor)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("append", "is_tensor"):  # which torch.nn.utils.parametrize asks of what computes a tensor
+            raise AttributeError(
+                f"{self.record.name} is computed by reparam, not by torch.nn.utils.parametrize: add steps to its chain "
+                "in the spec, and remove them with rewriter.bake"
+            )
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        return f"{self.record.name} = {' >> '.join(self.record.chain)}, cache={self.record.cache}"
+
+
+@loadable()
+class Reference:
+    """A module that is not a submodule: kept out of state dicts and of the module tree, copied with the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def autocast_anywhere() -> bool:
+    # Asking for one device needs the device; most forwards run without autocast and should not pay for finding it.
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+
+
+def _autocast(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_autocast, value))
+    kind = value.device.type
+    if value.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return value
+    return value.to(torch.get_autocast_dtype(kind))
+
+
+def _in_backward() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
