@@ -10,7 +10,7 @@ import yaml
 from rewriter.errors import SpecError
 from rewriter.language import _yaml as reader
 from rewriter.language import load_spec
-from rewriter.language._source import read
+from rewriter.language._read import read
 
 RULES = "rules: [{name: a, select: fc.weight, chain: [orthogonal]}]\n"
 
