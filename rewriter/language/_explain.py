@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rewriter.language._document import Key
-from rewriter.language._problems import Problem, describe, problem_of
+from rewriter.language._problems import Problem, describe
 from rewriter.language._selector import DOTTED, Predicates
 from rewriter.language._spec import NAME, PREFIX, Per, Rule, Spec
 from rewriter.language._step import LABEL
@@ -39,15 +40,17 @@ def explain(wrong: ValidationError) -> list[Problem]:
 
 
 def _explain(error: ErrorDetails) -> Problem:
-    # Between a document's keys, Pydantic puts the tags of forms and "[key]".
-    path = tuple(part for part in error["loc"] if not re.fullmatch(r"<\w+>|\[key\]", str(part)))
     kind, found, context = error["type"], error["input"], error.get("ctx", {})
-    subject, shown = _subject(path), describe(found)
+    # Between a document's keys, Pydantic puts the tags of forms, which are negative, and "[key]" at the end.
+    path = tuple(part for part in error["loc"] if not (isinstance(part, int) and part < 0))
+    on_key = path[-1:] == ("[key]",) and kind != "extra_forbidden"
+    path = path[:-1] if on_key else path
+    subject, shown = "a key" if on_key else _subject(path), describe(found)
     wanted = f"must be {_EXPECTED[kind]}" if kind in _EXPECTED else error["msg"].replace("Input should be", "must be")
     message = f"{subject} {wanted}, found {shown}"
     match kind:
         case "problem":
-            return problem_of(error, path)
+            return replace(context["problem"], path=path)
         case "missing":
             hint = "write `reparam: 1` as the first line" if path == ("reparam",) else ""
             return Problem(path[:-1], f"missing key {path[-1]!r}", hint)
@@ -61,7 +64,7 @@ def _explain(error: ErrorDetails) -> Problem:
             choices = context.get("choices") or re.findall(r"'([^']*)'", context["expected"])
             return Problem(path, message, "", found if isinstance(found, str) else "", choices)
         case "string_pattern_mismatch":
-            return Problem(path, f"{shown} is not {_PATTERNS[context['pattern']]}", on_key="[key]" in error["loc"])
+            return Problem(path, f"{shown} is not {_PATTERNS[context['pattern']]}", on_key=on_key)
         case "too_short" | "string_too_short":
             few = f"must have at least {context['min_length']} entries, found {len(found)}" if found else "is empty"
             return Problem(path, f"{subject} {few}")

@@ -13,8 +13,8 @@ T = TypeVar("T")
 _WORDS = {"text": "text", "mapping": "a mapping", "list": "a list", "number": "a whole number"}
 
 
-def form_of(value: Any) -> str | None:
-    """Return which form a written value has."""
+def _form(value: Any) -> str:
+    """Return which form a written value has; empty for one that no spec can contain."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, dict):
@@ -23,7 +23,7 @@ def form_of(value: Any) -> str | None:
         return "list"
     if isinstance(value, int) and not isinstance(value, bool):
         return "number"
-    return "module" if is_module(value) else None
+    return "module" if is_module(value) else ""
 
 
 class Forms:
@@ -38,13 +38,11 @@ class Forms:
         self.types = types
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        def tag(value: Any) -> str | None:
-            form = form_of(value)
-            return f"<{form}>" if form in self.types else None
-
+        # A tag stands in the path of an error, so it is a number that is no index.
+        tags = {form: -index for index, form in enumerate(self.types, 1)}
         return core_schema.tagged_union_schema(
-            {f"<{form}>": handler.generate_schema(kind) for form, kind in self.types.items()},
-            tag,
+            {tags[form]: handler.generate_schema(kind) for form, kind in self.types.items()},
+            lambda value: tags.get(_form(value)),
             custom_error_type="wrong_form",
             custom_error_message="must be " + " or ".join(_WORDS[form] for form in self.types if form in _WORDS),
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from rewriter.errors import Diagnostic, SpecError
 from rewriter.language._document import Document, Key, Location
@@ -70,12 +70,6 @@ def invalid(problems: Iterable[Problem]) -> ValidationError:
         )
         for problem in problems
     ])  # fmt: skip
-
-
-def problem_of(error: ErrorDetails, path: tuple[Key, ...]) -> Problem:
-    """Return the problem that a validator raised, with its whole path."""
-    problem: Problem = error["ctx"]["problem"]
-    return replace(problem, path=path)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -56,15 +56,15 @@ class Expect:
 
     def written(self) -> int | str:
         """Return what a spec says: a count or a range."""
-        return self.minimum if self.minimum == self.maximum else str(self)
+        if self.minimum == self.maximum:
+            return self.minimum
+        return f"{self.minimum}..{'' if self.maximum is None else self.maximum}"
 
     def __contains__(self, count: int) -> bool:
         return self.minimum <= count and (self.maximum is None or count <= self.maximum)
 
     def __str__(self) -> str:
-        if self.minimum == self.maximum:
-            return str(self.minimum)
-        return f"{self.minimum}..{'' if self.maximum is None else self.maximum}"
+        return str(self.written())
 
 
 def _version(written: int) -> int:

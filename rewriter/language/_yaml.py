@@ -82,7 +82,7 @@ class Composer:
             self._anchors[event.anchor] = value
         return value
 
-    def _alias(self, anchor: str, mark: Mark, depth: int) -> Any:
+    def _alias(self, anchor: Any, mark: Mark, depth: int) -> Any:
         if anchor not in self._anchors:
             raise Unreadable(f"the alias *{anchor} has no anchor &{anchor} above it", mark, _QUOTE)
         value = self._anchors[anchor]

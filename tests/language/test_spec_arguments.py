@@ -88,6 +88,13 @@ def test_an_argument_that_does_not_fit_is_named(name: str, value: Any, message: 
     assert caught.value.diagnostics[0].path.startswith(f"rules[0].chain[0].test_annotations.{name}")
 
 
+def test_a_float_may_be_infinite() -> None:
+    text = "reparam: 1\nrules: [{name: a, select: x, chain: [ln_structured: {amount: 0.5, n: .inf}]}]\n"
+    spec = load_spec(text)
+    assert spec.rules[0].chain[0].arguments == {"amount": 0.5, "n": float("inf")}
+    assert load_spec(spec.to_dict()) == spec
+
+
 def test_a_tensor_can_be_given_from_python() -> None:
     mask = torch.ones(2, 2)
     assert step(mask=mask).arguments["mask"] is mask

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from rewriter.language import json_schema
+from rewriter.language import json_schema, reference
 
 EVERY_KEY = Path(__file__).with_name("every_key.yaml")
 
@@ -37,6 +37,18 @@ def test_the_schema_refuses_what_loading_refuses(change: dict[str, Any]) -> None
     spec = {"reparam": 1, "rules": [{"name": "a", "select": "x", "chain": ["orthogonal"]} | change]}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(spec, json_schema())
+
+
+def test_the_reference_has_a_row_for_every_key() -> None:
+    rows = reference().splitlines()
+    schema = json_schema()
+    for form in [schema, *schema["$defs"].values()]:
+        for key, value in form["properties"].items():
+            assert any(row.startswith(f"| `{key}` | ") and row.endswith(f" | {value['description']} |") for row in rows)
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:3] for row in rows}
+    assert cells["| `cache`"] == ["'forward', 'never' or 'version'", "`forward`"]
+    assert cells["| `chunks`"] == ["a whole number", "required"]
+    assert cells["| `overrides`"] == ["a list of text", ""]
 
 
 def test_every_key_is_described() -> None:
