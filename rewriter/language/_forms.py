@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 from pydantic import GetCoreSchemaHandler
@@ -38,7 +37,7 @@ class Forms:
         self.types = types
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        # A tag stands in the path of an error, so it is a number that is no index.
+        # Pydantic puts the tag into the path of an error. A negative number cannot be confused with an index or a key.
         tags = {form: -index for index, form in enumerate(self.types, 1)}
         return core_schema.tagged_union_schema(
             {tags[form]: handler.generate_schema(kind) for form, kind in self.types.items()},
@@ -49,7 +48,7 @@ class Forms:
 
 
 class _NotNull:
-    """Annotates the key of a model that may be left out, then ``None``, and may not be written as null."""
+    """Annotates a key that may be absent, which is ``None``, and may not be written as null."""
 
     @staticmethod
     def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -58,23 +57,16 @@ class _NotNull:
         return inner
 
 
-Optional = Annotated[T | None, _NotNull]
+OrAbsent = Annotated[T | None, _NotNull]
 
 
 def unfolded(chain: Any) -> Any:
     """Return a chain given from Python as a list of steps: ``A() >> B()`` is two steps, and a module alone is one."""
-    if not isinstance(chain, list | tuple) and not is_module(chain):
+    steps = chain if isinstance(chain, list | tuple) else [chain] if is_module(chain) else None
+    if steps is None:
         return chain
-    return list(_steps(chain if isinstance(chain, list | tuple) else [chain]))
-
-
-def _steps(chain: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
-    composed = sys.modules.get("rewriter.parametrizations._chain")
-    for step in chain:
-        if composed is not None and isinstance(step, composed.Chain):
-            yield from step
-        else:
-            yield step
+    composed = getattr(sys.modules.get("rewriter.parametrizations._chain"), "Chain", ())
+    return [inner for step in steps for inner in (step if isinstance(step, composed) else [step])]
 
 
 def is_module(value: Any) -> bool:

@@ -54,5 +54,5 @@ def load_spec(
         problems += explain(wrong)
     raise_all(document, problems)
     assert spec is not None
-    spec.written_in(document if document.mark else replace(document, data=None))
+    spec._place(document if document.mark else replace(document, data=None))
     return spec

@@ -110,7 +110,7 @@ def _refuse_unprintable(text: str) -> None:
     found = _UNPRINTABLE.search(text)
     if found is not None:
         before = _LINE_BREAK.split(text[: found.start()])
-        message = f"the character U+{ord(found[0]):04X} cannot stand in YAML text"
+        message = f"the character U+{ord(found[0]):04X} is not allowed in YAML text"
         raise Unreadable(message, (len(before) - 1, len(before[-1])))
 
 

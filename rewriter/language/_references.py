@@ -34,7 +34,7 @@ def _names(rules: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
     for index, rule in rules:
         owner = first.setdefault(unicodedata.normalize("NFC", rule["name"]), index)
         if owner != index:
-            message = f"the name {rule['name']!r} is taken by rules[{owner}]; each rule has a name of its own"
+            message = f"rules[{owner}] has the name {rule['name']!r} already; each rule needs a name of its own"
             yield Problem(("rules", index, "name"), message)
 
 
@@ -70,7 +70,7 @@ def _labels(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
         for name, keys in step.items() if isinstance(step, dict) else ():
             label = keys.get("label") if isinstance(keys, dict) else None
             if isinstance(label, str) and first.setdefault(label, at) != at:
-                message = f"the label {label!r} is taken by chain[{first[label]}]; labels are unique in a chain"
+                message = f"chain[{first[label]}] has the label {label!r} already; labels are unique in a chain"
                 yield Problem(("rules", index, "chain", at, name, "label"), message)
 
 

@@ -45,7 +45,7 @@ def _table(model: dict[str, Any], models: dict[str, Any]) -> str:
 
 
 def _tidy(schema: Any) -> Any:
-    """Remove titles made from names, defaults that stand for an absent key, and line breaks of descriptions."""
+    """Remove titles made from names, defaults of absent keys, and line breaks of descriptions."""
     if isinstance(schema, list):
         return [_tidy(item) for item in schema]
     if not isinstance(schema, dict):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
-from rewriter.language._forms import Forms, Optional
+from rewriter.language._forms import Forms, OrAbsent
 from rewriter.language._glob import compiled
 from rewriter.language._tensors import TensorInfo
 from rewriter.language._value import Value, plain
@@ -88,26 +88,26 @@ Size = Annotated[int | str, Forms(number=int, text=str), _readable(_size_test)]
 class Predicates(Value):
     """Predicates that must all hold."""
 
-    path: Optional[GlobText] = Field(default=None, examples=["blocks.*.attn.{q,k,v}.weight"])
+    path: OrAbsent[GlobText] = Field(default=None, examples=["blocks.*.attn.{q,k,v}.weight"])
     """A dotted glob over the full name: `*` inside a segment, `**` across segments, `{a,b}` alternates. With
     a `tensor` key, or in a rule with `joint`, it may name the owning module instead."""
-    regex: Optional[Annotated[str, _readable(_regex)]] = None
+    regex: OrAbsent[Annotated[str, _readable(_regex)]] = None
     """A Python regular expression that matches the full name from start to end."""
-    module: Optional[Annotated[str, Field(pattern=DOTTED)]] = Field(
+    module: OrAbsent[Annotated[str, Field(pattern=DOTTED)]] = Field(
         default=None, examples=["Linear", "torch.nn.Linear"]
     )
     """The owning module's class, bare or dotted; subclasses match."""
-    tensor: Optional[GlobText] = Field(default=None, examples=["weight"])
+    tensor: OrAbsent[GlobText] = Field(default=None, examples=["weight"])
     """A glob over the tensor's own name in its module."""
-    kind: Optional[Literal["parameter", "buffer"]] = None
+    kind: OrAbsent[Literal["parameter", "buffer"]] = None
     """Whether the tensor is a parameter or a buffer."""
-    ndim: Optional[Size] = Field(default=None, examples=[2, ">=2"])
+    ndim: OrAbsent[Size] = Field(default=None, examples=[2, ">=2"])
     """The number of dimensions, or a comparison."""
-    shape: Optional[tuple[Size, ...]] = Field(default=None, examples=[[">=64", "*"]])
+    shape: OrAbsent[tuple[Size, ...]] = Field(default=None, examples=[[">=64", "*"]])
     """One entry for each dimension: a size, `*`, or a comparison such as `>=64`, `<=8`, `==4`, `!=1`."""
-    dtype: Optional[Annotated[str, AfterValidator(_dtype)]] = Field(default=None, examples=["float32"])
+    dtype: OrAbsent[Annotated[str, AfterValidator(_dtype)]] = Field(default=None, examples=["float32"])
     """The dtype, with or without `torch.`."""
-    requires_grad: Optional[bool] = None
+    requires_grad: OrAbsent[bool] = None
     """Whether the tensor requires a gradient."""
 
     _path_may_name_owner: bool = PrivateAttr(False)

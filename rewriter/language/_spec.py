@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, WithJsonSchema, model_validator
 
 from rewriter.language._document import Document, Key, Location
-from rewriter.language._forms import Forms, Optional
+from rewriter.language._forms import Forms, OrAbsent
 from rewriter.language._selector import DOTTED, WrittenSelector
 from rewriter.language._step import Text, WrittenStep
 from rewriter.language._value import FrozenMapping, Value, plain
@@ -76,7 +76,7 @@ def _version(written: int) -> int:
 def _unique(written: tuple[str, ...]) -> tuple[str, ...]:
     for index, name in enumerate(written):
         if name in written[:index]:
-            raise ValueError(f"{name!r} stands here twice")
+            raise ValueError(f"{name!r} is written twice")
     return written
 
 
@@ -109,7 +109,7 @@ class Rule(Value):
     """Which tensors: a dotted glob, a mapping of predicates that all hold, or a list of which one matches."""
     chain: tuple[WrittenStep, ...]
     """Parametrizations, applied from first to last."""
-    exclude: Optional[WrittenSelector] = Field(default=None, alias="except")
+    exclude: OrAbsent[WrittenSelector] = Field(default=None, alias="except")
     """Which of the selected tensors are left out."""
     expect: Annotated[
         Expect, Forms(number=int, text=str), AfterValidator(Expect.read), PlainSerializer(Expect.written)
@@ -125,13 +125,13 @@ class Rule(Value):
     """Use one parametrization instance for all of the rule's sites."""
     unsafe: bool = False
     """Allow the chain to change the tensor's shape or dtype."""
-    per: Optional[Per] = None
+    per: OrAbsent[Per] = None
     """Apply the chain to each chunk of the tensor on its own."""
-    reshape: Optional[Annotated[tuple[_Extent, ...], Field(min_length=1), AfterValidator(_shape)]] = Field(
+    reshape: OrAbsent[Annotated[tuple[_Extent, ...], Field(min_length=1), AfterValidator(_shape)]] = Field(
         default=None, examples=[["out", -1]]
     )
     """The shape in which the chain sees the tensor; the result is shaped back."""
-    source: Optional[Text] = Field(default=None, alias="from")
+    source: OrAbsent[Text] = Field(default=None, alias="from")
     """The tensor that this one is computed from; it then has no storage of its own."""
     joint: Annotated[tuple[Text, ...], Field(min_length=2), AfterValidator(_unique)] = ()
     """Tensors of one owner that one parametrization computes together."""
@@ -183,8 +183,8 @@ class Spec(Value):
 
     _document: Document | None = PrivateAttr(None)
 
-    def written_in(self, document: Document) -> None:
-        """Let the rules and steps know where they are written; for the reader of the document."""
+    def _place(self, document: Document) -> None:
+        """Let the rules and steps know that they are written in `document`."""
         self._document = document
         for index, rule in enumerate(self.rules):
             rule._document, rule._index = document, index

@@ -11,7 +11,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from rewriter.language._arguments import Resolver
 from rewriter.language._document import Location
-from rewriter.language._forms import Forms, Optional
+from rewriter.language._forms import Forms, OrAbsent
 from rewriter.language._problems import Problem, invalid
 from rewriter.language._value import FrozenMapping, Value, plain
 
@@ -27,7 +27,7 @@ class StepKeys(Value):
 
     model_config = ConfigDict(extra="allow")
 
-    label: Optional[Annotated[str, Field(pattern=LABEL)]] = None
+    label: OrAbsent[Annotated[str, Field(pattern=LABEL)]] = None
     """What to call this step, so that it can be baked or removed alone."""
     inputs: Annotated[tuple[Text, ...], Field(min_length=1)] = ()
     """Names of further tensors of the model that the parametrization's `forward` takes."""

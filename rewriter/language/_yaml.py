@@ -19,7 +19,7 @@ MOST_NODES = 100_000
 DEEPEST = 50
 _QUOTE = "quote a pattern that starts with * or {"
 _OPEN = object()
-"""Stands for the value of an anchor that is still being read."""
+"""The value of an anchor that is still being read."""
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -87,7 +87,7 @@ class Composer:
             raise Unreadable(f"the alias *{anchor} has no anchor &{anchor} above it", mark, _QUOTE)
         value = self._anchors[anchor]
         if value is _OPEN:
-            raise Unreadable(f"the alias *{anchor} stands inside its own anchor", mark)
+            raise Unreadable(f"the alias *{anchor} is inside its own anchor", mark)
         size, height = _extent(value)
         self._spend(size, depth + height, mark)
         return value

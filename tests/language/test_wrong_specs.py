@@ -46,7 +46,7 @@ KEYS = {
     "empty name": ("  - name: ‸''\n    select: x\n    chain: [orthogonal]\n", "`name` is empty"),
     "name with spaces around": ("  - name: ‸' b'\n    select: x\n    chain: [orthogonal]\n", "without spaces around"),
     "name as a number": ("  - name: ‸3\n    select: x\n    chain: [orthogonal]\n", "quote it"),
-    "name twice": ("  - name: ‸a\n    select: x\n    chain: [orthogonal]\n", "the name 'a' is taken by rules[0]"),
+    "name twice": ("  - name: ‸a\n    select: x\n    chain: [orthogonal]\n", "rules[0] has the name 'a' already"),
     "overriding each other": (
         "  - {name: b, select: x, chain: [orthogonal], overrides: [c]}\n"
         "  - {name: c, select: x, chain: [orthogonal], overrides: [‸b]}\n",
@@ -75,7 +75,7 @@ RULE_KEYS = {
     "overrides text": ("overrides: ‸a", "write [a]"),
     "overrides nobody": ("overrides: [a, ‸aa]", "there is no rule named 'aa'"),
     "overrides itself": ("overrides: [‸b]", "cannot override itself"),
-    "overrides twice": ("overrides: ‸[a, a]", "'a' stands here twice"),
+    "overrides twice": ("overrides: ‸[a, a]", "'a' is written twice"),
     "overrides empty": ("overrides: ‸[]", "`overrides` is empty"),
     "per of several": (
         "joint: [weight, bias]\n    ‸per: {dim: 0, chunks: 4}",
@@ -94,7 +94,7 @@ RULE_KEYS = {
     "from list": ("from: ‸[embed.weight]", "`from` must be text, found a list"),
     "from null": ("from:‸", "`from` must be text, found nothing"),
     "joint of one": ("joint: ‸[weight]", "must have at least 2 entries, found 1"),
-    "joint twice": ("joint: ‸[weight, weight]", "'weight' stands here twice"),
+    "joint twice": ("joint: ‸[weight, weight]", "'weight' is written twice"),
     "except empty": ("except: ‸[]", "`except` is empty"),
     "except number": ("except: [‸3]", "must be text or a mapping, found 3"),
     "except null": ("except:‸", "must be text or a mapping or a list, found nothing"),
@@ -178,7 +178,7 @@ STEPS = {
     "injected": ("my.half: {‸size: 3}", "'my.half' has no argument 'size'"),
     "label": ("orthogonal: {label: ‸3}", "`label` must be text, found 3"),
     "label with a dot": ("orthogonal: {label: ‸a.b}", "is not a label"),
-    "label twice": ("orthogonal: {label: q}\n      - symmetric: {label: ‸q}", "the label 'q' is taken by chain[0]"),
+    "label twice": ("orthogonal: {label: q}\n      - symmetric: {label: ‸q}", "chain[0] has the label 'q' already"),
     "inputs text": ("orthogonal: {inputs: ‸a.weight}", "write [a.weight]"),
     "inputs empty": ("orthogonal: {inputs: ‸[]}", "`inputs` is empty"),
 }
@@ -192,7 +192,7 @@ SYNTAX = {
     "unquoted star in a shape": ("rules:\n  - select: {shape: [3, *‸]}\n", "quote a pattern that starts with *"),
     "unquoted brace": ("rules:\n  - select: {q,k}‸.weight\n", "quote a pattern that starts with * or {"),
     "unknown alias": ("rules: ‸*nowhere\n", "has no anchor"),
-    "alias in itself": ("rules: &a [‸*a]\n", "stands inside its own anchor"),
+    "alias in itself": ("rules: &a [‸*a]\n", "is inside its own anchor"),
     "second document": ("rules: []\n‸---\nrules: []\n", "a second document"),
     "directive of 1.1": ("", "YAML 1.2"),
     "control character": ("rules: a‸\x07\n", "the character U+0007"),
