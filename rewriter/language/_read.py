@@ -53,6 +53,8 @@ def _from_file(path: Path) -> Document:
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST + 1)
+    except FileNotFoundError as wrong:
+        raise _unreadable("there is no such file", name) from wrong
     except (OSError, ValueError) as wrong:
         raise _unreadable(f"the file cannot be read: {getattr(wrong, 'strerror', None) or wrong}", name) from wrong
     if len(raw) > LARGEST:

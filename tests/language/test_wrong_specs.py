@@ -23,6 +23,7 @@ TOP = {
     "unknown key": (f"reparam: 1\n‸rule: []\n{RULE}", "did you mean 'rules'?"),
     "unknown key unlike any": (f"reparam: 1\n‸zzz: 1\n{RULE}", "known keys: reparam, imports, absorb, rules"),
     "unknown key in brackets": (f"reparam: 1\n‸<text>: 1\n{RULE}", "unknown key '<text>'"),
+    "directive of 1.1": (f"‸%YAML 1.1\n---\nreparam: 1\n{RULE}", "YAML 1.2"),
     "absorb in words": (f"reparam: 1\nabsorb: ‸yes\n{RULE}", "write true or false"),
     "rules as a mapping": ("reparam: 1\nrules: ‸{name: a}\n", "`rules` must be a list, found a mapping"),
     "rules empty of value": ("reparam: 1\nrules:‸\n", "`rules` must be a list, found nothing"),
@@ -67,6 +68,7 @@ RULE_KEYS = {
     "share": ("share: ‸on", "on, off, yes and no are text"),
     "unsafe": ("unsafe: ‸1", "must be true or false, found 1"),
     "expect word": ("expect: ‸all", "a count is written 33, '1..', '3..8' or '..5'"),
+    "expect text": ("expect: ‸'7'", "a count is written"),
     "expect dots": ("expect: ‸'..'", "a count is written"),
     "expect backwards": ("expect: ‸8..3", "the least count is above the largest"),
     "expect negative": ("expect: ‸-1", "cannot be negative"),
@@ -98,7 +100,7 @@ RULE_KEYS = {
     "except empty": ("except: ‸[]", "`except` is empty"),
     "except number": ("except: [‸3]", "must be text or a mapping, found 3"),
     "except null": ("except:‸", "must be text or a mapping or a list, found nothing"),
-    "repeated": ("name: b", "repeated key 'name'; line 7, column 5 has it already"),
+    "repeated": ("‸name: b", "repeated key 'name'; line 7, column 5 has it already"),
     "leading zero": ("expect: ‸010", "010 is octal to some readers; write 10 or quote it"),
     "infinity": ("expect: ‸.inf", "must be a whole number or text, found inf"),
     "more than 64 bits": ("expect: ‸99999999999999999999", "needs more than 64 bits"),
@@ -194,38 +196,28 @@ SYNTAX = {
     "unknown alias": ("rules: ‸*nowhere\n", "has no anchor"),
     "alias in itself": ("rules: &a [‸*a]\n", "is inside its own anchor"),
     "second document": ("rules: []\n‸---\nrules: []\n", "a second document"),
-    "directive of 1.1": ("", "YAML 1.2"),
     "control character": ("rules: a‸\x07\n", "the character U+0007"),
     "NUL": ("rules: ‸\0\n", "the character U+0000"),
     "merge of a number": ("rules: {<<: ‸3}\n", "merges mappings"),
 }
 
 
-def cases() -> list[object]:
-    texts = {f"top: {name}": case for name, case in TOP.items()}
-    texts |= {f"rule: {name}": (HEAD + RULE + text, message) for name, (text, message) in KEYS.items()}
-    for name, (text, message) in RULE_KEYS.items():
-        text = text if "‸" in text else f"‸{text}"
-        texts[f"key: {name}"] = (
-            f"{HEAD}{RULE}  - name: b\n    select: x\n    chain: [orthogonal]\n    {text}\n",
-            message,
-        )
-    for name, (text, message) in SELECTORS.items():
-        texts[f"select: {name}"] = (
-            f"{HEAD}rules:\n  - name: b\n    chain: [orthogonal]\n    select: {text}\n",
-            message,
-        )
-    for name, (text, message) in STEPS.items():
-        texts[f"step: {name}"] = (
-            f"{HEAD}rules:\n  - name: b\n    select: x\n    chain:\n      - {text}\n",
-            message,
-        )
-    texts |= {f"syntax: {name}": (f"reparam: 1\n{text}", message) for name, (text, message) in SYNTAX.items()}
-    texts["syntax: directive of 1.1"] = (f"‸%YAML 1.1\n---\nreparam: 1\n{RULE}", "YAML 1.2")
-    return [pytest.param(text, message, id=name) for name, (text, message) in texts.items()]
+PLACES = [
+    ("top", TOP, "%"),
+    ("rule", KEYS, f"{HEAD}{RULE}%"),
+    ("key", RULE_KEYS, f"{HEAD}{RULE}  - name: b\n    select: x\n    chain: [orthogonal]\n    %\n"),
+    ("select", SELECTORS, f"{HEAD}rules:\n  - name: b\n    chain: [orthogonal]\n    select: %\n"),
+    ("step", STEPS, f"{HEAD}rules:\n  - name: b\n    select: x\n    chain:\n      - %\n"),
+    ("syntax", SYNTAX, "reparam: 1\n%"),
+]
+CASES = [
+    pytest.param(around.replace("%", text), message, id=f"{group}: {name}")
+    for group, table, around in PLACES
+    for name, (text, message) in table.items()
+]
 
 
-@pytest.mark.parametrize(("marked", "message"), cases())
+@pytest.mark.parametrize(("marked", "message"), CASES)
 def test_a_wrong_spec_is_refused_at_its_line_and_column(marked: str, message: str) -> None:
     before, caret, after = marked.partition("‸")
     assert caret, "the case does not say where its problem is"
@@ -267,7 +259,7 @@ def test_a_caret_stands_below_the_column() -> None:
     assert caret.index("^") == source.index("maybe")
 
 
-def test_thousands_of_problems_are_counted_and_the_first_hundred_shown() -> None:
+def test_of_thousands_of_problems_a_hundred_are_shown() -> None:
     rules = "".join(f"  - {{name: r{i}, select: x, chain: [ortogonal], overrides: [q{i}]}}\n" for i in range(1000))
     with pytest.raises(SpecError) as caught:
         load_spec(f"reparam: 1\nrules:\n{rules}")
