@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core.core_schema import IsInstanceSchema
 
-from rewriter.language._words import choices, words
+from rewriter.language._words import words
 
 
 class Annotation:
@@ -44,22 +43,17 @@ class Annotation:
                     raise misfit from None
                 raise
 
-    @property
-    def choices(self) -> list[str]:
-        """All texts that a Literal anywhere in the annotation allows."""
-        return choices(self._schema())
-
     def __str__(self) -> str:
-        schema = self._schema()
+        schema = {} if self._adapter is None else self._adapter.json_schema(schema_generator=_Schema)
         return words(schema, schema.get("$defs", {}))
-
-    def _schema(self) -> dict[str, Any]:
-        return {} if self._adapter is None else self._adapter.json_schema(schema_generator=_Schema)
 
 
 class _Schema(GenerateJsonSchema):
-    def is_instance_schema(self, schema: IsInstanceSchema) -> dict[str, Any]:
-        return {"title": schema["cls"].__name__}
+    """The JSON Schema of an annotation; what JSON has no form for becomes a title alone."""
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
+        kind: Any = schema.get("cls", schema["type"])
+        return {"title": getattr(kind, "__name__", kind)}
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any] | None:

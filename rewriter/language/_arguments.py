@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from rewriter.language._annotations import Annotation
 from rewriter.language._forms import is_module
-from rewriter.language._problems import Problem, describe, invalid
+from rewriter.language._problems import Problem, choices_of, describe, invalid
 
 Factory = Callable[..., Any]
 _CONSTRAINTS = "greater_than greater_than_equal less_than less_than_equal multiple_of value_error".split()
@@ -152,4 +152,5 @@ def _misfit(step: str, name: str, value: Any, annotation: Annotation, wrong: Val
         message = f"`{name}` {wanted}, found {describe(error['input'])}"
     elif inside and error["type"] not in ("missing", "unexpected_positional_argument"):
         message = f"`{name}` must be {annotation}, found {describe(error['input'])} in it"
-    return Problem((step, name, *inside), message, "", value if isinstance(value, str) else "", annotation.choices)
+    choices = [choice for one in (error, *others) for choice in choices_of(one)]
+    return Problem((step, name, *inside), message, "", value if isinstance(value, str) else "", choices)

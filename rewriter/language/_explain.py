@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rewriter.language._document import Key
-from rewriter.language._problems import Problem, describe
+from rewriter.language._problems import Problem, choices_of, describe
 from rewriter.language._selector import DOTTED, Predicates
 from rewriter.language._spec import NAME, PREFIX, Per, Rule, Spec
 from rewriter.language._step import LABEL
@@ -61,8 +60,7 @@ def _explain(error: ErrorDetails) -> Problem:
         case "wrong_form":
             return Problem(path, message, _remedy(found, path))
         case "literal_error" | "unknown_choice":
-            choices = context.get("choices") or re.findall(r"'([^']*)'", context["expected"])
-            return Problem(path, message, "", found if isinstance(found, str) else "", choices)
+            return Problem(path, message, "", found if isinstance(found, str) else "", choices_of(error))
         case "string_pattern_mismatch":
             return Problem(path, f"{shown} is not {_PATTERNS[context['pattern']]}", on_key=on_key)
         case "too_short" | "string_too_short":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from rewriter.errors import Diagnostic, SpecError
 from rewriter.language._document import Document, Key, Location
@@ -70,6 +71,13 @@ def invalid(problems: Iterable[Problem]) -> ValidationError:
         )
         for problem in problems
     ])  # fmt: skip
+
+
+def choices_of(error: ErrorDetails) -> list[str]:
+    """Return the texts that a key with a closed list of values allows."""
+    context = error.get("ctx", {})
+    choices: list[str] = context.get("choices") or re.findall(r"'([^']*)'", str(context.get("expected", "")))
+    return choices
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

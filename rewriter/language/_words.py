@@ -23,18 +23,11 @@ def words(schema: Mapping[str, Any], models: Mapping[str, Any]) -> str:
     return " or ".join(part for part in (", ".join(found[:-1]), found[-1]) if part)
 
 
-def choices(schema: Any) -> list[str]:
-    """Return all texts that an ``enum`` anywhere in the schema allows."""
-    if isinstance(schema, list):
-        return [choice for item in schema for choice in choices(item)]
-    if not isinstance(schema, dict):
-        return []
-    own = [choice for choice in schema.get("enum", ()) if isinstance(choice, str)]
-    return own + [choice for key, value in schema.items() if key != "enum" for choice in choices(value)]
-
-
 def _words(schema: Mapping[str, Any], models: Mapping[str, Any]) -> Iterator[str]:
-    schema = models[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        # A model inside itself is not written out again.
+        schema, models = models.get(name, {}), {other: model for other, model in models.items() if other != name}
     kind = schema.get("type")
     if "const" in schema or "enum" in schema:
         yield from map(repr, schema.get("enum", [schema.get("const")]))

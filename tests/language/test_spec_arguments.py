@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ import pytest
 import torch
 from annotated_types import Ge
 from torch import nn
+from typing_extensions import TypedDict
 
 from rewriter.errors import SpecError
 from rewriter.language import Step, load_spec
@@ -19,6 +20,10 @@ from rewriter.parametrizations._registry import register
 
 class Side(Enum):
     LEFT = "left"
+
+
+class Tree(TypedDict, total=False):
+    left: Tree
 
 
 @register("test_annotations")
@@ -35,6 +40,8 @@ class Annotations(nn.Module):
         rank: Annotated[int, Ge(1)] = 1,
         file: Path | None = None,
         mask: torch.Tensor | None = None,
+        hook: Callable[..., Any] | None = None,
+        tree: Tree | None = None,
         strange: lambda x: x = None,  # type: ignore[valid-type]
         later: NowhereDefined = None,  # type: ignore[name-defined]  # noqa: F821
         plain=None,  # type: ignore[no-untyped-def]
@@ -78,6 +85,8 @@ def test_an_argument_arrives_as_its_annotation_wants_it(name: str, value: Any, e
         ("mode", 1, "`mode` must be 'a', 'b' or true or false, found 1"),
         ("rank", 0, "`rank` must be greater than or equal to 1, found 0"),
         ("mask", [1], "`mask` must be a Tensor or null, found a list"),
+        ("hook", 1, "`hook` must be a callable or null, found 1"),
+        ("tree", 1, "`tree` must be a mapping or null, found 1"),
         ("weight", 1, "'test_annotations' has no argument 'weight'"),
     ],
 )

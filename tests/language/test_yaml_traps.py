@@ -102,8 +102,8 @@ def test_texts_that_explode_are_refused_quickly(text: str) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        b"\xff\xfe\x00", b"\x80abc", b"reparam: 1\n\xc3\x28", b"\x00" * 100, b"PK\x03\x04\x14\x00", b"", b"\xef\xbb\xbf",
-        b"# only\n", b"---\n", b"...\n", b"\x7fELF\x02", "reparam: 1".encode("utf-16"),
+        b"\xff\xfe\x00", b"\x80abc", b"reparam: 1\n\xc3\x28", b"\x00" * 100, b"PK\x03\x04\x14\x00", b"",
+        b"\xef\xbb\xbf", b"# only\n", b"---\n", b"...\n", b"\x7fELF\x02", "reparam: 1".encode("utf-16"),
     ],
 )  # fmt: skip
 def test_files_that_are_no_text_are_refused(raw: bytes, tmp_path: Path) -> None:
