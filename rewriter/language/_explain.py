@@ -49,7 +49,8 @@ def _explain(error: ErrorDetails) -> Problem:
     message = f"{subject} {wanted}, found {shown}"
     match kind:
         case "problem":
-            return replace(context["problem"], path=path)
+            problem: Problem = context["problem"]
+            return replace(problem, path=path)
         case "missing":
             hint = "write `reparam: 1` as the first line" if path == ("reparam",) else ""
             return Problem(path[:-1], f"missing key {path[-1]!r}", hint)

@@ -67,7 +67,9 @@ def invalid(problems: Iterable[Problem]) -> ValidationError:
     """Return what a validator raises for problems; their paths start at the value that it validates."""
     return ValidationError.from_exception_data("value", [
         InitErrorDetails(
-            type=PydanticCustomError("problem", "see the context", {"problem": problem}), loc=problem.path, input=None
+            type=PydanticCustomError("problem", "{message}", {"message": problem.message, "problem": problem}),
+            loc=problem.path,
+            input=None,
         )
         for problem in problems
     ])  # fmt: skip

@@ -55,7 +55,7 @@ def _overrides(rules: list[tuple[int, dict[str, Any]]], overridden: dict[str, tu
 
 
 def _keys_together(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
-    if rule.get("chain") == () and not rule.get("overrides") and "from" not in rule:
+    if rule.get("chain") in ((), []) and not rule.get("overrides") and "from" not in rule:
         hint = "name the rule that would own these tensors: `overrides: [rule]`, or write the chain"
         yield Problem(("rules", index, "chain"), "an empty chain does nothing", hint)
     for key in _NOT_WITH_JOINT:
@@ -75,4 +75,4 @@ def _labels(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _list(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else ()
+    return tuple(value) if isinstance(value, list | tuple) else ()

@@ -11,10 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer, PrivateAttr, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 from rewriter.language._document import Document, Key, Location
 from rewriter.language._forms import Forms, OrAbsent
+from rewriter.language._problems import invalid
+from rewriter.language._references import check_references
 from rewriter.language._selector import DOTTED, WrittenSelector
 from rewriter.language._step import Text, WrittenStep
 from rewriter.language._value import FrozenMapping, Value, plain
@@ -182,6 +192,14 @@ class Spec(Value):
     """Which tensors get which chain; each tensor belongs to one rule at most."""
 
     _document: Document | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _check_references(self, info: ValidationInfo) -> Spec:
+        if info.context is None:  # made in Python; `load_spec` checks what is written, correct or not
+            problems = list(check_references(self.to_dict()))
+            if problems:
+                raise invalid(problems)
+        return self
 
     def _place(self, document: Document) -> None:
         """Let the rules and steps know that they are written in `document`."""

@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from rewriter.errors import RewriterError, SpecError
-from rewriter.language import Expect, Location, Per, Spec, load_spec
+from rewriter.errors import SpecError
+from rewriter.language import Expect, Location, Per, Rule, Spec, load_spec
 from rewriter.parametrizations._chain import chain
 
 EVERY_KEY = Path(__file__).with_name("every_key.yaml")
@@ -79,7 +79,7 @@ def test_defaults() -> None:
     rule = load_spec(ONE).rules[0]
     assert (rule.cache, rule.init, rule.batch, rule.memory) == ("forward", "keep", "auto", "keep")
     assert not rule.share and not rule.unsafe and rule.overrides == rule.joint == ()
-    assert rule.exclude is rule.per is rule.reshape is rule.source is None and rule.expect == Expect(1, None)
+    assert (rule.exclude, rule.per, rule.reshape, rule.source, rule.expect) == (None, None, None, None, Expect(1, None))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,17 @@ def test_expect_is_a_count_or_a_range(written: int | str, met: list[int], shown:
 
 def test_absorb_alone_is_a_spec() -> None:
     assert load_spec("reparam: 1\nabsorb: true\n") == Spec(reparam=1, absorb=True)
+
+
+def test_a_spec_can_be_made_of_its_values() -> None:
+    rule = Rule(name="a", select="fc.weight", chain=("orthogonal",))  # type: ignore[arg-type]
+    assert Spec(reparam=1, rules=(rule,)) == load_spec(ONE) == load_spec(Spec(reparam=1, rules=(rule,)))
+    with pytest.raises(ValidationError, match=r"rules\[0\] has the name 'a' already"):
+        Spec(reparam=1, rules=(rule, rule))
+    with pytest.raises(ValidationError, match="missing key 'rules'"):
+        Spec(reparam=1)
+    with pytest.raises(ValidationError, match="unknown parametrization 'ortogonal'"):
+        Rule(name="a", select="fc.weight", chain=("ortogonal",))  # type: ignore[arg-type]
 
 
 def test_a_chain_from_python_may_contain_modules() -> None:
@@ -186,7 +197,7 @@ def test_a_spec_is_immutable_and_survives_copies_and_pickles() -> None:
     assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == spec
     assert hash(spec) == hash(load_spec(EVERY_KEY))
     with pytest.raises(ValidationError, match="frozen"):
-        spec.rules[0].name = "b"  # type: ignore[misc]
+        spec.rules[0].name = "b"
     with pytest.raises(TypeError):
         spec.rules[0].chain[0].arguments["map"] = "x"  # type: ignore[index]
 
@@ -226,6 +237,6 @@ def test_the_language_itself_does_not_import_torch() -> None:
 
 
 def test_spec_errors_pickle_with_their_diagnostics() -> None:
-    with pytest.raises(RewriterError) as caught:
+    with pytest.raises(SpecError) as caught:
         load_spec("reparam: 2\n")
     assert pickle.loads(pickle.dumps(caught.value)).diagnostics == caught.value.diagnostics

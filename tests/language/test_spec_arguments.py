@@ -42,7 +42,7 @@ class Annotations(nn.Module):
         mask: torch.Tensor | None = None,
         hook: Callable[..., Any] | None = None,
         tree: Tree | None = None,
-        strange: lambda x: x = None,  # type: ignore[valid-type]
+        strange: lambda x: x = None,  # type: ignore[no-untyped-def, valid-type]
         later: NowhereDefined = None,  # type: ignore[name-defined]  # noqa: F821
         plain=None,  # type: ignore[no-untyped-def]
     ) -> None:
