@@ -33,4 +33,4 @@ def absorb(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     from rewriter._rewrite import rewrite
 
     check_model(model, "absorb")
-    return rewrite(model, Spec((), absorb=True), inplace=inplace)
+    return rewrite(model, Spec(reparam=1, absorb=True), inplace=inplace)

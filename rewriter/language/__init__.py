@@ -1,17 +1,20 @@
-"""The spec language: text becomes a tree with positions, then checked models, then an immutable Spec."""
+"""The spec language: a text becomes a document with positions, and a document an immutable Spec."""
 
 from __future__ import annotations
 
-from rewriter.language._json_schema import json_schema
+from rewriter.language._document import Location
 from rewriter.language._load import load_spec
-from rewriter.language._location import Location
-from rewriter.language._model import Expect, Per, Rule, Spec, Step
-from rewriter.language._selectors import Selector, TensorInfo, class_names, select
+from rewriter.language._schema import json_schema, reference
+from rewriter.language._selector import Predicates, Selector
+from rewriter.language._spec import Expect, Per, Rule, Spec
+from rewriter.language._step import Step
+from rewriter.language._tensors import TensorInfo, class_names
 
 __all__ = [
     "Expect",
     "Location",
     "Per",
+    "Predicates",
     "Rule",
     "Selector",
     "Spec",
@@ -20,5 +23,5 @@ __all__ = [
     "class_names",
     "json_schema",
     "load_spec",
-    "select",
+    "reference",
 ]

@@ -1,19 +1,21 @@
-"""Reading a spec: text, a positioned document, checks that see all of it, an immutable Spec."""
+"""Reading a spec: a text becomes a document, and a document an immutable Spec or one error with every problem."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from rewriter.language._chains import written_rules, written_steps
-from rewriter.language._grammar import check
+from pydantic import ValidationError
+
+from rewriter.language._arguments import Resolver
+from rewriter.language._explain import explain
 from rewriter.language._imports import import_modules
-from rewriter.language._model import Spec
 from rewriter.language._problems import raise_all
+from rewriter.language._read import read
 from rewriter.language._references import check_references
-from rewriter.language._schema import SpecForm
-from rewriter.language._source import read
+from rewriter.language._spec import Spec
 
 
 def load_spec(
@@ -32,8 +34,8 @@ def load_spec(
     'orthogonal(map=cayley)'
 
     Arguments:
-        source: a path, YAML text, or a mapping whose chains may hold modules. Text without a line break is a
-            path if such a file exists or it ends in ``.yaml``, ``.yml`` or ``.json``. A Spec comes back.
+        source: a path, YAML text, or a mapping whose chains may contain modules. Text without a line break is a
+            path if such a file exists or it ends in ``.yaml``, ``.yml`` or ``.json``. A Spec is returned as it is.
         allow_imports: packages whose code the spec's ``imports`` may run; ``None`` for any.
 
     Raises:
@@ -42,24 +44,15 @@ def load_spec(
     if isinstance(source, Spec):
         return source
     document = read(source)
-    data = document.data
-    form, problems = check(SpecForm, data)
-    problems += check_references(data)
-    modules, failed = import_modules(data, allow_imports)
-    problems += failed
-
-    # What resolves names imports torch, which a spec that is never read should not cost.
-    from rewriter.language._arguments import Resolver
-    from rewriter.language._build import build
-
-    resolver = Resolver(modules, frozenset(str(problem.path[-1]) for problem in failed))
-    steps = {}
-    for index, rule in written_rules(data):
-        for step in written_steps(rule, index):
-            resolved, wrong = resolver.resolve(step)
-            problems += wrong
-            if resolved is not None:
-                steps[index, step.index] = resolved
+    modules, problems = import_modules(document.data, allow_imports)
+    resolver = Resolver(modules, missing=frozenset(str(problem.path[-1]) for problem in problems))
+    problems += check_references(document.data)
+    spec = None
+    try:
+        spec = Spec.model_validate(document.data, context=resolver)
+    except ValidationError as wrong:
+        problems += explain(wrong)
     raise_all(document, problems)
-    assert form is not None
-    return build(form, document, steps)
+    assert spec is not None
+    spec._place(document if document.mark else replace(document, data=None))
+    return spec

@@ -1,15 +1,22 @@
-"""Problems of a spec, on their way to one SpecError."""
+"""Problems of a spec, collected for one SpecError."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from rewriter.errors import Diagnostic, SpecError
-from rewriter.language._location import Key
-from rewriter.language._source import MOST_REPORTED, Document
+from rewriter.language._document import Document, Key, Location
+
+MOST_REPORTED = 100
+"""Problems that one error shows; the others are counted."""
 
 _MOST_COMPARED = 1000
 
@@ -20,7 +27,7 @@ class Problem:
 
     Arguments:
         hint: what to do about it.
-        word: what was written where one of `choices` was expected; the nearest ones become the hint.
+        word: what was written instead of one of `choices`; the nearest choices become the hint.
         on_key: the key itself is wrong.
     """
 
@@ -31,20 +38,48 @@ class Problem:
     choices: Sequence[str] = ()
     on_key: bool = False
 
+    def where(self, document: Document) -> Location:
+        return document.locate(self.path, key=self.on_key)
+
+    def diagnose(self, document: Document) -> Diagnostic:
+        near = nearest(self.word, self.choices) if self.word else ""
+        return self.where(document).diagnose(self.message, near or self.hint)
+
 
 def raise_all(document: Document, problems: Iterable[Problem]) -> None:
-    """Raise everything found in a document in the order of its text, and do nothing for none."""
-    found = list(problems)
-    # A hint compares a word with every name there is, so only those that are shown are worked out.
-    shown = sorted(found, key=lambda problem: _order(document, problem))[:MOST_REPORTED]
-    diagnostics = [*document.problems, *(_diagnose(document, problem) for problem in shown)]
-    diagnostics.sort(key=lambda diagnostic: (diagnostic.line or 0, diagnostic.column or 0))
-    total = len(document.problems) + len(found)
-    if total > MOST_REPORTED:
-        more = Diagnostic(f"and {total - MOST_REPORTED} more problems", document.file)
-        raise SpecError([*diagnostics[:MOST_REPORTED], more])
+    """Raise everything found in a document in the order of its text; do nothing if nothing was found."""
+
+    def place(found: Location | Diagnostic) -> tuple[int, int]:
+        return found.line or 0, found.column or 0
+
+    found = sorted(problems, key=lambda problem: place(problem.where(document)))
+    # A hint compares a word with every name there is, so only problems that are shown are diagnosed.
+    shown = [*document.problems, *(problem.diagnose(document) for problem in found[:MOST_REPORTED])]
+    diagnostics = sorted(shown, key=place)[:MOST_REPORTED]
+    left = len(document.problems) + len(found) - len(diagnostics)
+    if left:
+        diagnostics.append(Diagnostic(f"and {left} more problems", document.file))
     if diagnostics:
         raise SpecError(diagnostics)
+
+
+def invalid(problems: Iterable[Problem]) -> ValidationError:
+    """Return what a validator raises for problems; their paths start at the value that it validates."""
+    return ValidationError.from_exception_data("value", [
+        InitErrorDetails(
+            type=PydanticCustomError("problem", "{message}", {"message": problem.message, "problem": problem}),
+            loc=problem.path,
+            input=None,
+        )
+        for problem in problems
+    ])  # fmt: skip
+
+
+def choices_of(error: ErrorDetails) -> list[str]:
+    """Return the texts that a key with a closed list of values allows."""
+    context = error.get("ctx", {})
+    choices: list[str] = context.get("choices") or re.findall(r"'([^']*)'", str(context.get("expected", "")))
+    return choices
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -54,12 +89,25 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"did you mean {' or '.join(repr(folded[match]) for match in near)}?" if near else ""
 
 
-def _order(document: Document, problem: Problem) -> tuple[int, int]:
-    location = document.locate(problem.path, key=problem.on_key)
-    return (location.line or 0, location.column or 0)
+def describe(value: Any) -> str:
+    """Return what was found, as people call it.
 
-
-def _diagnose(document: Document, problem: Problem) -> Diagnostic:
-    location = document.locate(problem.path, key=problem.on_key)
-    near = nearest(problem.word, problem.choices) if problem.word else ""
-    return location.diagnose(problem.message, near or problem.hint)
+    >>> describe("on"), describe(True), describe({}), describe(None)
+    ("'on'", 'true', 'a mapping', 'nothing')
+    """
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case str():
+            return repr(value if len(value) <= 60 else value[:57] + "...")
+        case dict():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case int() if abs(value) >= 10**20:
+            return "a huge number"
+        case int() | float():
+            return str(value)
+    return f"an object of class {type(value).__name__}"

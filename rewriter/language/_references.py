@@ -1,4 +1,7 @@
-"""What one part of a spec says about another: unique names, overrides, keys that exclude each other."""
+"""What one part of a spec says about another: unique names, overrides, keys that exclude each other.
+
+The checks read plain values that need not be correct, so that their problems come with those of every other check.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +9,53 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from rewriter.language._chains import written_rules, written_steps
-from rewriter.language._grammar import check
 from rewriter.language._problems import Problem
-from rewriter.language._schema import StepKeys
 
 _NOT_WITH_JOINT = ("per", "reshape", "from")
 
 
 def check_references(data: Any) -> Iterator[Problem]:
     """Yield what is wrong between the parts of a spec, whether or not each part is right by itself."""
-    if isinstance(data, dict) and "rules" not in data and data.get("absorb") is not True:
+    if not isinstance(data, dict):
+        return
+    if "rules" not in data and data.get("absorb") is not True:
         yield Problem((), "missing key 'rules'")
-    rules = written_rules(data)
-    yield from _names(rules)
-    yield from _overrides(rules)
+    rules = [(index, rule) for index, rule in enumerate(_list(data.get("rules"))) if isinstance(rule, dict)]
+    named = [(index, rule) for index, rule in rules if isinstance(rule.get("name"), str)]
+    yield from _names(named)
+    yield from _overrides(rules, {rule["name"]: _list(rule.get("overrides")) for _, rule in named})
     for index, rule in rules:
         yield from _keys_together(index, rule)
-        yield from _steps(index, rule)
+        yield from _labels(index, rule)
 
 
 def _names(rules: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for index, rule in rules:
-        if _named(rule):
-            owner = first.setdefault(unicodedata.normalize("NFC", rule["name"]), index)
-            if owner != index:
-                message = f"the name {rule['name']!r} is taken by rules[{owner}]; each rule has a name of its own"
-                yield Problem(("rules", index, "name"), message)
+        owner = first.setdefault(unicodedata.normalize("NFC", rule["name"]), index)
+        if owner != index:
+            message = f"rules[{owner}] has the name {rule['name']!r} already; each rule needs a name of its own"
+            yield Problem(("rules", index, "name"), message)
 
 
-def _overrides(rules: list[tuple[int, dict[str, Any]]]) -> Iterator[Problem]:
-    overridden = {rule["name"]: set(_texts(rule.get("overrides"))) for _, rule in rules if _named(rule)}
+def _overrides(rules: list[tuple[int, dict[str, Any]]], overridden: dict[str, tuple[Any, ...]]) -> Iterator[Problem]:
     choices = list(overridden)
     for index, rule in rules:
-        for at, other in enumerate(_texts(rule.get("overrides"))):
+        name = rule.get("name")
+        for at, other in enumerate(_list(rule.get("overrides"))):
             path = ("rules", index, "overrides", at)
-            if other == rule.get("name"):
+            if not isinstance(other, str):
+                continue
+            if other == name:
                 yield Problem(path, f"the rule {other!r} cannot override itself")
             elif other not in overridden:
                 yield Problem(path, f"there is no rule named {other!r}", "", other, choices)
-            elif _named(rule) and rule["name"] in overridden[other]:
-                yield Problem(path, f"the rules {rule['name']!r} and {other!r} override each other")
+            elif name in overridden[other]:
+                yield Problem(path, f"the rules {name!r} and {other!r} override each other")
 
 
 def _keys_together(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
-    if rule.get("chain") == [] and not rule.get("overrides") and "from" not in rule:
+    if rule.get("chain") in ((), []) and not rule.get("overrides") and "from" not in rule:
         hint = "name the rule that would own these tensors: `overrides: [rule]`, or write the chain"
         yield Problem(("rules", index, "chain"), "an empty chain does nothing", hint)
     for key in _NOT_WITH_JOINT:
@@ -60,20 +64,15 @@ def _keys_together(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(("rules", index, key), message, on_key=True)
 
 
-def _steps(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
-    labels: dict[str, int] = {}
-    for step in written_steps(rule, index):
-        path = (*step.path, step.name)
-        yield from check(StepKeys, step.reserved, path)[1]
-        label = step.reserved.get("label")
-        if isinstance(label, str) and labels.setdefault(label, step.index) != step.index:
-            message = f"the label {label!r} is taken by chain[{labels[label]}]; labels are unique in a chain"
-            yield Problem((*path, "label"), message)
+def _labels(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for at, step in enumerate(_list(rule.get("chain"))):
+        for name, keys in step.items() if isinstance(step, dict) else ():
+            label = keys.get("label") if isinstance(keys, dict) else None
+            if isinstance(label, str) and first.setdefault(label, at) != at:
+                message = f"chain[{first[label]}] has the label {label!r} already; labels are unique in a chain"
+                yield Problem(("rules", index, "chain", at, name, "label"), message)
 
 
-def _named(rule: dict[str, Any]) -> bool:
-    return isinstance(rule.get("name"), str)
-
-
-def _texts(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+def _list(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else ()

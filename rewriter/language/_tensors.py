@@ -28,7 +28,7 @@ class TensorInfo:
 
     @property
     def owner(self) -> str:
-        """The path of the module that holds the tensor; empty for the root."""
+        """The path of the module that owns the tensor; empty for the root."""
         return self.name.rpartition(".")[0]
 
     @property

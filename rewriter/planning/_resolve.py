@@ -63,7 +63,7 @@ def _select(
     rule: Rule, key: str, selector: Selector, entries: Sequence[Entry], problems: list[Diagnostic]
 ) -> list[Entry]:
     found: dict[int, Entry] = {}
-    alternatives = selector.alternatives or (selector,)
+    alternatives = selector.alternatives
     for index, alternative in enumerate(alternatives):
         matches = [entry for entry in entries if any(map(alternative.matches, entry.infos))]
         found.update((id(entry), entry) for entry in matches)

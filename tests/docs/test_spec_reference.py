@@ -12,7 +12,7 @@ from torch import nn
 
 from rewriter import load_spec
 from rewriter.language import json_schema
-from rewriter.language._source import read
+from rewriter.language._read import read
 
 PAGE = (Path(__file__).parents[2] / "docs" / "spec.md").read_text()
 
@@ -41,13 +41,12 @@ def described() -> dict[tuple[str, str], dict[str, Any]]:
     """Every key of the schema, by the page's section."""
     schema = json_schema()
     forms = schema["$defs"]
-    step = forms["RuleForm"]["properties"]["chain"]["items"]["oneOf"][1]["additionalProperties"]
     sections = {
         "A spec": schema,
-        "A rule": forms["RuleForm"],
-        "A selector": forms["SelectorPredicates"],
-        "A step": step,
-        "per": forms["PerForm"],
+        "A rule": forms["Rule"],
+        "A selector": forms["Predicates"],
+        "A step": forms["StepKeys"],
+        "per": forms["Per"],
     }
     return {(name, key): value for name, form in sections.items() for key, value in form["properties"].items()}
 

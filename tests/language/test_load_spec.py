@@ -11,10 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from pydantic import ValidationError
 from torch import nn
 
-from rewriter.errors import RewriterError, SpecError
-from rewriter.language import Expect, Location, Per, Spec, load_spec
+from rewriter.errors import SpecError
+from rewriter.language import Expect, Location, Per, Rule, Spec, load_spec
 from rewriter.parametrizations._chain import chain
 
 EVERY_KEY = Path(__file__).with_name("every_key.yaml")
@@ -58,7 +59,7 @@ def test_a_spec_comes_from_a_path_a_text_a_mapping_or_a_spec(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "nowhere.YML", "a/b/nowhere.json"])
 def test_a_path_that_does_not_exist_says_so(name: str, tmp_path: Path) -> None:
     for source in (name, Path(name), tmp_path / "other", tmp_path):
-        with pytest.raises(SpecError, match=r"there is no such file|this is not a file"):
+        with pytest.raises(SpecError, match=r"there is no such file|Is a directory"):
             load_spec(source)
 
 
@@ -77,36 +78,36 @@ def test_odd_texts_are_spec_errors(source: str) -> None:
 def test_defaults() -> None:
     rule = load_spec(ONE).rules[0]
     assert (rule.cache, rule.init, rule.batch, rule.memory) == ("forward", "keep", "auto", "keep")
-    assert (rule.share, rule.unsafe, rule.per, rule.reshape, rule.source, rule.joint) == (
-        False,
-        False,
-        None,
-        None,
-        None,
-        (),
-    )
-    assert (rule.exclude, rule.overrides, rule.expect) == (None, (), Expect(1, None))
+    assert not rule.share and not rule.unsafe and rule.overrides == rule.joint == ()
+    assert (rule.exclude, rule.per, rule.reshape, rule.source, rule.expect) == (None, None, None, None, Expect(1, None))
 
 
 @pytest.mark.parametrize(
-    ("written", "counts", "shown"),
-    [("33", [33], "33"), ("1..", [1, 99], "1.."), ("3..8", [3, 8], "3..8"), ("..5", [0, 5], "0..5"), ("'7'", None, "")],
+    ("written", "met", "shown"),
+    [(33, [33], "33"), ("1..", [1, 3, 5, 8, 33], "1.."), ("3..8", [3, 5, 8], "3..8"), ("..5", [0, 1, 3, 5], "0..5")],
 )
-def test_expect_is_a_count_or_a_range(written: str, counts: list[int] | None, shown: str) -> None:
-    text = f"reparam: 1\nrules: [{{name: a, select: x, chain: [identity], expect: {written}}}]\n"
-    if counts is None:
-        with pytest.raises(SpecError):
-            load_spec(text)
-        return
-    expect = load_spec(text).rules[0].expect
-    assert all(count in expect for count in counts) and 100 not in Expect(3, 8) and str(expect) == shown
+def test_expect_is_a_count_or_a_range(written: int | str, met: list[int], shown: str) -> None:
+    expect = Expect.read(written)
+    assert [count for count in (0, 1, 3, 5, 8, 33) if count in expect] == met
+    assert str(expect) == shown and Expect.read(expect.written()) == expect
 
 
 def test_absorb_alone_is_a_spec() -> None:
-    assert load_spec("reparam: 1\nabsorb: true\n") == Spec((), absorb=True)
+    assert load_spec("reparam: 1\nabsorb: true\n") == Spec(reparam=1, absorb=True)
 
 
-def test_a_chain_from_python_may_hold_modules() -> None:
+def test_a_spec_can_be_made_of_its_values() -> None:
+    rule = Rule(name="a", select="fc.weight", chain=("orthogonal",))  # type: ignore[arg-type]
+    assert Spec(reparam=1, rules=(rule,)) == load_spec(ONE) == load_spec(Spec(reparam=1, rules=(rule,)))
+    with pytest.raises(ValidationError, match=r"rules\[0\] has the name 'a' already"):
+        Spec(reparam=1, rules=(rule, rule))
+    with pytest.raises(ValidationError, match="missing key 'rules'"):
+        Spec(reparam=1)
+    with pytest.raises(ValidationError, match="unknown parametrization 'ortogonal'"):
+        Rule(name="a", select="fc.weight", chain=("ortogonal",))  # type: ignore[arg-type]
+
+
+def test_a_chain_from_python_may_contain_modules() -> None:
     double = Double()
     rule = {"name": "a", "select": "x", "chain": ["orthogonal", double]}
     spec = load_spec({"reparam": 1, "rules": [rule]})
@@ -119,19 +120,11 @@ def test_a_composed_chain_from_python_is_its_steps() -> None:
     first, second, third = Double(), Double(), Double()
     composed = chain(first, second)
     written = [composed, [composed, third], [third, composed, "orthogonal"], third, nn.Sequential(third)]
-    spec = load_spec(
-        {
-            "reparam": 1,
-            "rules": [{"name": f"r{i}", "select": "x", "chain": chain} for i, chain in enumerate(written)],
-        }
-    )
+    rules = [{"name": f"r{i}", "select": "x", "chain": chain} for i, chain in enumerate(written)]
+    spec = load_spec({"reparam": 1, "rules": rules})
     assert [[step.module for step in rule.chain] for rule in spec.rules] == [
-        [first, second],
-        [first, second, third],
-        [third, first, second, None],
-        [third],
-        [written[-1]],
-    ]
+        [first, second], [first, second, third], [third, first, second, None], [third], [written[-1]],
+    ]  # fmt: skip
 
 
 def test_a_module_elsewhere_than_in_a_chain_is_an_error() -> None:
@@ -148,7 +141,7 @@ def test_a_mapping_reports_paths() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {3: 4}, {1, 2}, object(), b"x", 1 + 2j])
-def test_values_that_text_cannot_hold_are_errors_in_mappings(value: object) -> None:
+def test_values_that_no_text_has_are_errors_in_mappings(value: object) -> None:
     for key in ("select", "expect", "share", "reshape"):
         with pytest.raises(SpecError):
             load_spec({"reparam": 1, "rules": [{"name": "a", "select": "x", "chain": ["identity"], key: value}]})
@@ -203,8 +196,8 @@ def test_a_spec_is_immutable_and_survives_copies_and_pickles() -> None:
     spec = load_spec(EVERY_KEY)
     assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == spec
     assert hash(spec) == hash(load_spec(EVERY_KEY))
-    with pytest.raises(AttributeError):
-        spec.rules[0].name = "b"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.rules[0].name = "b"
     with pytest.raises(TypeError):
         spec.rules[0].chain[0].arguments["map"] = "x"  # type: ignore[index]
 
@@ -214,7 +207,7 @@ def test_rules_know_where_their_keys_are_written() -> None:
     assert str(rule.location) == f"{EVERY_KEY}:10:5"
     assert (rule.where("expect").line, rule.where("expect").column) == (13, 13)
     assert rule.where("except", 0).column == 14 and rule.where("select", "ndim").line == 11
-    assert rule.where("cache") == rule.location
+    assert str(rule.where("cache")) == str(rule.location)
     assert rule.chain[0].location.line == 14
     assert "attention" in (rule.where("name").source or "")
     assert str(load_spec(ONE).rules[0].where("select")) == "<spec> rules[0].select"
@@ -223,7 +216,7 @@ def test_rules_know_where_their_keys_are_written() -> None:
     assert Location().diagnose("x").message == "x"
 
 
-def test_two_thousand_rules_load_in_a_moment() -> None:
+def test_two_thousand_rules_load_within_seconds() -> None:
     rules = "".join(
         f"  - name: r{i}\n"
         f"    select: {{path: 'blocks.{i}.{{q,k}}.weight', module: torch.nn.Linear, shape: ['>=64', '*']}}\n"
@@ -244,6 +237,6 @@ def test_the_language_itself_does_not_import_torch() -> None:
 
 
 def test_spec_errors_pickle_with_their_diagnostics() -> None:
-    with pytest.raises(RewriterError) as caught:
+    with pytest.raises(SpecError) as caught:
         load_spec("reparam: 2\n")
     assert pickle.loads(pickle.dumps(caught.value)).diagnostics == caught.value.diagnostics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ import pytest
 import torch
 from annotated_types import Ge
 from torch import nn
+from typing_extensions import TypedDict
 
 from rewriter.errors import SpecError
 from rewriter.language import Step, load_spec
@@ -19,6 +20,10 @@ from rewriter.parametrizations._registry import register
 
 class Side(Enum):
     LEFT = "left"
+
+
+class Tree(TypedDict, total=False):
+    left: Tree
 
 
 @register("test_annotations")
@@ -35,7 +40,9 @@ class Annotations(nn.Module):
         rank: Annotated[int, Ge(1)] = 1,
         file: Path | None = None,
         mask: torch.Tensor | None = None,
-        strange: lambda x: x = None,  # type: ignore[valid-type]
+        hook: Callable[..., Any] | None = None,
+        tree: Tree | None = None,
+        strange: lambda x: x = None,  # type: ignore[no-untyped-def, valid-type]
         later: NowhereDefined = None,  # type: ignore[name-defined]  # noqa: F821
         plain=None,  # type: ignore[no-untyped-def]
     ) -> None:
@@ -74,10 +81,12 @@ def test_an_argument_arrives_as_its_annotation_wants_it(name: str, value: Any, e
         ("sizes", [1, "2"], "`sizes` must be a list of whole numbers, found '2' in it"),
         ("pair", [1], "`pair` must be a list of 2 values, found a list"),
         ("table", {"a": "1"}, "`table` must be a mapping of numbers or null, found '1' in it"),
-        ("side", "right", "`side` must be a Side, found 'right'"),
+        ("side", "right", "`side` must be 'left', found 'right'"),
         ("mode", 1, "`mode` must be 'a', 'b' or true or false, found 1"),
-        ("rank", 0, "`rank`: input should be greater than or equal to 1, found 0"),
+        ("rank", 0, "`rank` must be greater than or equal to 1, found 0"),
         ("mask", [1], "`mask` must be a Tensor or null, found a list"),
+        ("hook", 1, "`hook` must be a callable or null, found 1"),
+        ("tree", 1, "`tree` must be a mapping or null, found 1"),
         ("weight", 1, "'test_annotations' has no argument 'weight'"),
     ],
 )
@@ -86,6 +95,13 @@ def test_an_argument_that_does_not_fit_is_named(name: str, value: Any, message: 
         step(**{name: value})
     assert message in str(caught.value)
     assert caught.value.diagnostics[0].path.startswith(f"rules[0].chain[0].test_annotations.{name}")
+
+
+def test_a_float_may_be_infinite() -> None:
+    text = "reparam: 1\nrules: [{name: a, select: x, chain: [ln_structured: {amount: 0.5, n: .inf}]}]\n"
+    spec = load_spec(text)
+    assert spec.rules[0].chain[0].arguments == {"amount": 0.5, "n": float("inf")}
+    assert load_spec(spec.to_dict()) == spec
 
 
 def test_a_tensor_can_be_given_from_python() -> None:

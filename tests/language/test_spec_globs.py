@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import time
 from functools import cache
 
@@ -62,16 +61,17 @@ def test_a_malformed_glob_is_an_error(pattern: str) -> None:
 @pytest.mark.parametrize(
     "pattern", ["**a" * 300 + "b", "*{a,aa}" * 120 + "b", "{a*,*a}" * 100 + "b", "*a*" * 300 + "b"]
 )
-def test_no_glob_takes_exponential_time(pattern: str) -> None:
+def test_a_glob_with_very_many_wildcards_is_an_error(pattern: str) -> None:
+    with pytest.raises(GlobError, match="wildcards and braces; at most"):
+        Glob(pattern)
+
+
+def test_a_glob_with_many_wildcards_is_matched_quickly() -> None:
+    names = [f"model.decoder.layers.{i}.self_attention.{kind}_proj.weight" for i in range(500) for kind in "qkvo"]
+    glob = Glob("**.{encoder,decoder}.**.layers.{*0,*5}.**attention**.{q*,k*,v*}.{weight,*scale*,**.bias}")
     start = time.perf_counter()
-    assert not Glob(pattern).matches("a" * 3000)
-    assert time.perf_counter() - start < 10
-
-
-def test_globs_compare_and_pickle_by_their_pattern() -> None:
-    glob = Glob("a.{b,c}")
-    assert pickle.loads(pickle.dumps(glob)) == glob
-    assert glob != Glob("a.{c,b}")
+    assert sum(map(glob.matches, names)) == 300
+    assert time.perf_counter() - start < 1
 
 
 WORDS = st.sampled_from(

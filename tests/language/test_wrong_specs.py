@@ -14,7 +14,7 @@ TOP = {
     "a scalar": ("‸5\n", "a spec must be a mapping, found 5"),
     "a list": ("‸- reparam: 1\n", "must be a mapping, found a list"),
     "a word": ("‸spec.txt\n", "if it is a path, there is no such file"),
-    "no version": (f"‸{RULE}", "missing key 'reparam'"),
+    "no version": (f"‸{RULE}", "write `reparam: 1` as the first line"),
     "no rules": ("‸reparam: 1\n", "missing key 'rules'"),
     "another version": (f"reparam: ‸2\n{RULE}", "version 1 is read"),
     "a version in words": (f"reparam: ‸one\n{RULE}", "must be a whole number, found 'one'"),
@@ -22,6 +22,8 @@ TOP = {
     "a version as a boolean": (f"reparam: ‸true\n{RULE}", "must be a whole number, found true"),
     "unknown key": (f"reparam: 1\n‸rule: []\n{RULE}", "did you mean 'rules'?"),
     "unknown key unlike any": (f"reparam: 1\n‸zzz: 1\n{RULE}", "known keys: reparam, imports, absorb, rules"),
+    "unknown key in brackets": (f"reparam: 1\n‸<text>: 1\n{RULE}", "unknown key '<text>'"),
+    "directive of 1.1": (f"‸%YAML 1.1\n---\nreparam: 1\n{RULE}", "YAML 1.2"),
     "absorb in words": (f"reparam: 1\nabsorb: ‸yes\n{RULE}", "write true or false"),
     "rules as a mapping": ("reparam: 1\nrules: ‸{name: a}\n", "`rules` must be a list, found a mapping"),
     "rules empty of value": ("reparam: 1\nrules:‸\n", "`rules` must be a list, found nothing"),
@@ -45,7 +47,7 @@ KEYS = {
     "empty name": ("  - name: ‸''\n    select: x\n    chain: [orthogonal]\n", "`name` is empty"),
     "name with spaces around": ("  - name: ‸' b'\n    select: x\n    chain: [orthogonal]\n", "without spaces around"),
     "name as a number": ("  - name: ‸3\n    select: x\n    chain: [orthogonal]\n", "quote it"),
-    "name twice": ("  - name: ‸a\n    select: x\n    chain: [orthogonal]\n", "the name 'a' is taken by rules[0]"),
+    "name twice": ("  - name: ‸a\n    select: x\n    chain: [orthogonal]\n", "rules[0] has the name 'a' already"),
     "overriding each other": (
         "  - {name: b, select: x, chain: [orthogonal], overrides: [c]}\n"
         "  - {name: c, select: x, chain: [orthogonal], overrides: [‸b]}\n",
@@ -66,6 +68,7 @@ RULE_KEYS = {
     "share": ("share: ‸on", "on, off, yes and no are text"),
     "unsafe": ("unsafe: ‸1", "must be true or false, found 1"),
     "expect word": ("expect: ‸all", "a count is written 33, '1..', '3..8' or '..5'"),
+    "expect text": ("expect: ‸'7'", "a count is written"),
     "expect dots": ("expect: ‸'..'", "a count is written"),
     "expect backwards": ("expect: ‸8..3", "the least count is above the largest"),
     "expect negative": ("expect: ‸-1", "cannot be negative"),
@@ -74,7 +77,7 @@ RULE_KEYS = {
     "overrides text": ("overrides: ‸a", "write [a]"),
     "overrides nobody": ("overrides: [a, ‸aa]", "there is no rule named 'aa'"),
     "overrides itself": ("overrides: [‸b]", "cannot override itself"),
-    "overrides twice": ("overrides: ‸[a, a]", "'a' stands here twice"),
+    "overrides twice": ("overrides: ‸[a, a]", "'a' is written twice"),
     "overrides empty": ("overrides: ‸[]", "`overrides` is empty"),
     "per of several": (
         "joint: [weight, bias]\n    ‸per: {dim: 0, chunks: 4}",
@@ -83,7 +86,7 @@ RULE_KEYS = {
     "from of several": ("joint: [weight, bias]\n    ‸from: x.weight", "`from` is about one tensor"),
     "per number": ("per: ‸4", "`per` must be a mapping, found 4"),
     "per without chunks": ("per: ‸{dim: 0}", "missing key 'chunks'"),
-    "per zero chunks": ("per: {dim: 0, chunks: ‸0}", "must be at least 1, found 0"),
+    "per zero chunks": ("per: {dim: 0, chunks: ‸0}", "must be greater than or equal to 1, found 0"),
     "per unknown": ("per: {dim: 0, chunks: 4, ‸chunk: 4}", "did you mean 'chunks'?"),
     "reshape text": ("reshape: ‸out", "`reshape` must be a list"),
     "reshape word": ("reshape: [‸outt, -1]", "did you mean 'out'?"),
@@ -93,14 +96,14 @@ RULE_KEYS = {
     "from list": ("from: ‸[embed.weight]", "`from` must be text, found a list"),
     "from null": ("from:‸", "`from` must be text, found nothing"),
     "joint of one": ("joint: ‸[weight]", "must have at least 2 entries, found 1"),
-    "joint twice": ("joint: ‸[weight, weight]", "'weight' stands here twice"),
+    "joint twice": ("joint: ‸[weight, weight]", "'weight' is written twice"),
     "except empty": ("except: ‸[]", "`except` is empty"),
     "except number": ("except: [‸3]", "must be text or a mapping, found 3"),
     "except null": ("except:‸", "must be text or a mapping or a list, found nothing"),
-    "repeated": ("name: b", "repeated key 'name'; it stands at line 7, column 5 already"),
+    "repeated": ("‸name: b", "repeated key 'name'; line 7, column 5 has it already"),
     "leading zero": ("expect: ‸010", "010 is octal to some readers; write 10 or quote it"),
-    "infinity": ("expect: ‸.inf", ".inf is not a finite number"),
-    "more than 64 bits": ("expect: ‸99999999999999999999", "larger than 64 bits"),
+    "infinity": ("expect: ‸.inf", "must be a whole number or text, found inf"),
+    "more than 64 bits": ("expect: ‸99999999999999999999", "needs more than 64 bits"),
     "tag": ("cache: ‸!!python/name:os.system x", "tags are not read"),
     "local tag": ("cache: ‸!mine never", "tags are not read, found '!mine'"),
     "key that is a number": ("‸1: x", "a key must be text, found 1 (quote it)"),
@@ -137,6 +140,13 @@ SELECTORS = {
 STEPS = {
     "unknown": ("‸ortogonal", "did you mean 'orthogonal'"),
     "unknown with arguments": ("‸ortogonal: {map: cayley}", "unknown parametrization 'ortogonal'"),
+    "torch's own name": (
+        "‸torch.nn.utils.parametrizations.orthogonal",
+        "did you mean `orthogonal`, or `torch.Orthogonal`?",
+    ),
+    "infinity for a count": ("spectral_norm: {n_power_iterations: ‸.inf}", "must be a whole number, found inf"),
+    "not a number": ("spectral_norm: {eps: ‸.nan}", ".nan is not a number"),
+    "beyond the largest float": ("spectral_norm: {eps: ‸1e999}", "write .inf"),
     "number": ("‸3", "a step of `chain` must be text or a mapping, found 3"),
     "null": ("‸~", "a step of `chain` must be text or a mapping, found nothing"),
     "nothing": ("‸{}", "a step names one parametrization, found 0"),
@@ -170,7 +180,7 @@ STEPS = {
     "injected": ("my.half: {‸size: 3}", "'my.half' has no argument 'size'"),
     "label": ("orthogonal: {label: ‸3}", "`label` must be text, found 3"),
     "label with a dot": ("orthogonal: {label: ‸a.b}", "is not a label"),
-    "label twice": ("orthogonal: {label: q}\n      - symmetric: {label: ‸q}", "the label 'q' is taken by chain[0]"),
+    "label twice": ("orthogonal: {label: q}\n      - symmetric: {label: ‸q}", "chain[0] has the label 'q' already"),
     "inputs text": ("orthogonal: {inputs: ‸a.weight}", "write [a.weight]"),
     "inputs empty": ("orthogonal: {inputs: ‸[]}", "`inputs` is empty"),
 }
@@ -184,40 +194,30 @@ SYNTAX = {
     "unquoted star in a shape": ("rules:\n  - select: {shape: [3, *‸]}\n", "quote a pattern that starts with *"),
     "unquoted brace": ("rules:\n  - select: {q,k}‸.weight\n", "quote a pattern that starts with * or {"),
     "unknown alias": ("rules: ‸*nowhere\n", "has no anchor"),
-    "alias in itself": ("rules: &a [‸*a]\n", "stands inside its own anchor"),
+    "alias in itself": ("rules: &a [‸*a]\n", "is inside its own anchor"),
     "second document": ("rules: []\n‸---\nrules: []\n", "a second document"),
-    "directive of 1.1": ("", "YAML 1.2"),
     "control character": ("rules: a‸\x07\n", "the character U+0007"),
     "NUL": ("rules: ‸\0\n", "the character U+0000"),
     "merge of a number": ("rules: {<<: ‸3}\n", "merges mappings"),
 }
 
 
-def cases() -> list[object]:
-    texts = {f"top: {name}": case for name, case in TOP.items()}
-    texts |= {f"rule: {name}": (HEAD + RULE + text, message) for name, (text, message) in KEYS.items()}
-    for name, (text, message) in RULE_KEYS.items():
-        text = text if "‸" in text else f"‸{text}"
-        texts[f"key: {name}"] = (
-            f"{HEAD}{RULE}  - name: b\n    select: x\n    chain: [orthogonal]\n    {text}\n",
-            message,
-        )
-    for name, (text, message) in SELECTORS.items():
-        texts[f"select: {name}"] = (
-            f"{HEAD}rules:\n  - name: b\n    chain: [orthogonal]\n    select: {text}\n",
-            message,
-        )
-    for name, (text, message) in STEPS.items():
-        texts[f"step: {name}"] = (
-            f"{HEAD}rules:\n  - name: b\n    select: x\n    chain:\n      - {text}\n",
-            message,
-        )
-    texts |= {f"syntax: {name}": (f"reparam: 1\n{text}", message) for name, (text, message) in SYNTAX.items()}
-    texts["syntax: directive of 1.1"] = (f"‸%YAML 1.1\n---\nreparam: 1\n{RULE}", "YAML 1.2")
-    return [pytest.param(text, message, id=name) for name, (text, message) in texts.items()]
+PLACES = [
+    ("top", TOP, "%"),
+    ("rule", KEYS, f"{HEAD}{RULE}%"),
+    ("key", RULE_KEYS, f"{HEAD}{RULE}  - name: b\n    select: x\n    chain: [orthogonal]\n    %\n"),
+    ("select", SELECTORS, f"{HEAD}rules:\n  - name: b\n    chain: [orthogonal]\n    select: %\n"),
+    ("step", STEPS, f"{HEAD}rules:\n  - name: b\n    select: x\n    chain:\n      - %\n"),
+    ("syntax", SYNTAX, "reparam: 1\n%"),
+]
+CASES = [
+    pytest.param(around.replace("%", text), message, id=f"{group}: {name}")
+    for group, table, around in PLACES
+    for name, (text, message) in table.items()
+]
 
 
-@pytest.mark.parametrize(("marked", "message"), cases())
+@pytest.mark.parametrize(("marked", "message"), CASES)
 def test_a_wrong_spec_is_refused_at_its_line_and_column(marked: str, message: str) -> None:
     before, caret, after = marked.partition("‸")
     assert caret, "the case does not say where its problem is"
@@ -246,9 +246,7 @@ def test_all_problems_come_together_in_the_order_of_the_text() -> None:
 """
     with pytest.raises(SpecError) as caught:
         load_spec(text)
-    lines = [found.line for found in caught.value.diagnostics]
-    assert lines == sorted(lines)
-    assert [line for line in lines if line is not None] == [5, 6, 7, 9, 10, 11, 11, 12, 13]
+    assert [found.line for found in caught.value.diagnostics] == [5, 6, 7, 9, 10, 11, 11, 12, 13]
 
 
 def test_a_caret_stands_below_the_column() -> None:
@@ -259,7 +257,7 @@ def test_a_caret_stands_below_the_column() -> None:
     assert caret.index("^") == source.index("maybe")
 
 
-def test_thousands_of_problems_are_counted_and_the_first_hundred_shown() -> None:
+def test_of_thousands_of_problems_a_hundred_are_shown() -> None:
     rules = "".join(f"  - {{name: r{i}, select: x, chain: [ortogonal], overrides: [q{i}]}}\n" for i in range(1000))
     with pytest.raises(SpecError) as caught:
         load_spec(f"reparam: 1\nrules:\n{rules}")

@@ -10,7 +10,7 @@ import yaml
 from rewriter.errors import SpecError
 from rewriter.language import _yaml as reader
 from rewriter.language import load_spec
-from rewriter.language._source import read
+from rewriter.language._read import read
 
 RULES = "rules: [{name: a, select: fc.weight, chain: [orthogonal]}]\n"
 
@@ -33,7 +33,7 @@ def value(text: str) -> Any:
     ("text", "expected"),
     [
         ("1e-3", 1e-3), ("1e5", 1e5), ("1.5E+3", 1500.0), (".5", 0.5), ("1.", 1.0), ("-0.0", 0.0), ("+3", 3),
-        ("0o10", 8), ("0xff", 255), ("0", 0), ("-7", -7),
+        (".inf", float("inf")), ("-.Inf", float("-inf")), ("0o10", 8), ("0xff", 255), ("0", 0), ("-7", -7),
         ("on", "on"), ("off", "off"), ("yes", "yes"), ("No", "No"), ("y", "y"), ("true", True), ("False", False),
         ("1:30", "1:30"), ("190:20:30", "190:20:30"), ("1_000", "1_000"), ("2020-01-01", "2020-01-01"), ("=", "="),
         ("'1'", "1"), ('"true"', "true"), ("''", ""), ("", None), ("~", None), ("null", None), ("none", "none"),
@@ -49,7 +49,7 @@ def test_scalars_mean_what_yaml_1_2_says(text: str, expected: Any) -> None:
 @pytest.mark.parametrize(
     "text", ["010", "-007", ".inf", "-.inf", ".NaN", "1e999", "9" * 30, "1" * 10_000, "!!int 3", "!x 3", "! 3"]
 )
-def test_scalars_that_mean_different_things_to_different_readers_are_refused(text: str) -> None:
+def test_scalars_that_readers_disagree_about_are_refused(text: str) -> None:
     with pytest.raises(SpecError):
         load_spec(f"reparam: {text}\n{RULES}")
 
@@ -85,22 +85,12 @@ MERGES = "a: &a {" + ", ".join(f"k{i}: 1" for i in range(2000)) + "}\nb:\n" + " 
 @pytest.mark.parametrize(
     "text",
     [
-        LAUGHS,
-        MERGES,
-        "a: &a [*a]\n",
-        "a: &a {b: *a}\n",
-        "a: &a {<<: *a}\n",
-        "a: " + "[" * 100_000,
-        "a: " + "{a: " * 100_000,
-        "- " * 100_000 + "\n",
-        "? " * 10_000 + "\n",
-        "a: [" + "x," * 120_000 + "]\n",
-        "a: '" + "x" * 2**20 + "'\n",
-        "#" * (2**20 + 1) + "\n",
-        "a: &x " + "&y " * 1000 + "\n",
+        LAUGHS, MERGES, "a: &a [*a]\n", "a: &a {b: *a}\n", "a: &a {<<: *a}\n", "a: " + "[" * 100_000,
+        "a: " + "{a: " * 100_000, "- " * 100_000 + "\n", "? " * 10_000 + "\n", "a: [" + "x," * 120_000 + "]\n",
+        "a: '" + "x" * 2**20 + "'\n", "#" * (2**20 + 1) + "\n", "a: &x " + "&y " * 1000 + "\n",
     ],
     ids=lambda text: text[:12],
-)
+)  # fmt: skip
 def test_texts_that_explode_are_refused_quickly(text: str) -> None:
     start = time.perf_counter()
     with pytest.raises(SpecError) as caught:
@@ -112,20 +102,10 @@ def test_texts_that_explode_are_refused_quickly(text: str) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        b"\xff\xfe\x00",
-        b"\x80abc",
-        b"reparam: 1\n\xc3\x28",
-        b"\x00" * 100,
-        b"PK\x03\x04\x14\x00",
-        b"",
-        b"\xef\xbb\xbf",
-        b"# only\n",
-        b"---\n",
-        b"...\n",
-        b"\x7fELF\x02",
-        "reparam: 1".encode("utf-16"),
+        b"\xff\xfe\x00", b"\x80abc", b"reparam: 1\n\xc3\x28", b"\x00" * 100, b"PK\x03\x04\x14\x00", b"",
+        b"\xef\xbb\xbf", b"# only\n", b"---\n", b"...\n", b"\x7fELF\x02", "reparam: 1".encode("utf-16"),
     ],
-)
+)  # fmt: skip
 def test_files_that_are_no_text_are_refused(raw: bytes, tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_bytes(raw)
