@@ -26,7 +26,7 @@ from benchmarks._measure import keep_memory  # noqa: E402
 from benchmarks._report import Group, environment, to_markdown  # noqa: E402
 from benchmarks._settings import Settings  # noqa: E402
 
-BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "rewriting")
+BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "rewriting", "ordinary", "passes")
 
 
 def main() -> int:
