@@ -63,9 +63,9 @@ def test_a_malformed_glob_is_an_error(pattern: str) -> None:
     "pattern", ["**a" * 300 + "b", "*{a,aa}" * 120 + "b", "{a*,*a}" * 100 + "b", "*a*" * 300 + "b"]
 )
 def test_no_glob_takes_exponential_time(pattern: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert not Glob(pattern).matches("a" * 3000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_globs_compare_and_pickle_by_their_pattern() -> None:
