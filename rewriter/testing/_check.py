@@ -87,7 +87,10 @@ def check_parametrization(
     if unknown:
         raise ValueError(f"no law is called {sorted(unknown)}; the laws are {list(LAWS)}")
     with nothing_drawn(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.*|Complex modules are a new feature")
+        warnings.filterwarnings(
+            "ignore",
+            message=".*torch.jit.*|Complex modules are a new feature|Input #. requires gradient and is not a double",
+        )
         torch.manual_seed(seed)
         case = Case.of(subject, torch.randn(*shape, dtype=dtype), arguments or {}, originals, tolerance)
         results = {

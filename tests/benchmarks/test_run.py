@@ -15,6 +15,7 @@ from benchmarks._report import Bound, Row
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_the_report_and_the_tables(tmp_path: Path) -> None:
     options = ["--quick", "--only", "micro_batches", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
     subprocess.run([sys.executable, str(RUN), *options], check=True)
