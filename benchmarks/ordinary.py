@@ -126,10 +126,10 @@ def _measure(settings: Settings, group: Group, work: Work) -> None:
     for who in ("torch uncached", "torch cached"):
         group.faster(str(work), timings, "ours", who, settings.asked(work.torch))
     if work.inference:
-        kept = rewriter.rewrite(model, _spec(work.by, tensors, cache="version"))
+        cached = rewriter.rewrite(model, _spec(work.by, tensors, cache="version"))
         forwards = {
-            "plain": _forward(rewriter.bake(kept), x),
-            "version": _forward(kept, x),
+            "plain": _forward(rewriter.bake(cached), x),
+            "version": _forward(cached, x),
             "torch uncached": _forward(torchs, x),
         }
         timings = interleaved(forwards, rounds, device=settings.device)

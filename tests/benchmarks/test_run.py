@@ -1,4 +1,4 @@
-"""The benchmarks run and write their tables; what they measure is no matter of a test."""
+"""The benchmarks run and write their tables. No test checks a measured time."""
 
 from __future__ import annotations
 
