@@ -147,9 +147,11 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def to_markdown(environments: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Iterable[Group]]) -> str:
-    """Return the page of the docs; both arguments by setting."""
-    lines = [_PREFACE]
+def to_markdown(
+    environments: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Iterable[Group]], summary: str
+) -> str:
+    """Return the page of the docs: the summary of the first setting, then every group of every setting."""
+    lines = [_TITLE, summary, _PREFACE]
     for label, found in groups.items():
         facts = ", ".join(f"{key} {value}" for key, value in environments[label].items())
         lines += [f"## On {label}\n", f"{facts}.\n"]
@@ -158,9 +160,12 @@ def to_markdown(environments: Mapping[str, Mapping[str, Any]], groups: Mapping[s
     return "\n".join(lines).rstrip() + "\n"
 
 
-_PREFACE = """# Benchmarks
+_TITLE = """# Benchmarks
 
 Written by `python benchmarks/run.py`; the numbers behind it are in `benchmarks/report.json`.
+"""
+
+_PREFACE = """## How this is measured
 
 All contenders of a table run in one process, in rounds. In each round every contender runs once, in random order.
 A ratio is taken within a round; the table shows the median over the rounds and the quartiles. *Speed* says how many

@@ -40,12 +40,10 @@ def measure(settings: Settings) -> Group:
     steps, width, batch = (10, 16, 4) if settings.quick else (100, 128, 16)
     group = Group(
         "Unrolled RNN, one training step",
-        f"{steps} steps, {width} units, batch {batch}; the recurrent weight is parametrized, with originals as they "
-        "are some way into training. *graph*: the traced model, with the loop written out and one product for all "
-        "inputs; *row by row*: the same without that product. *module*: the class and its loop stay, and each step "
-        "reads the weight; its bound is *by hand*, which evaluates the same chain once and passes the weight to each "
-        "step. Memory is the peak of the tensors made during the step, counted from the storages that operators "
-        "return until they are freed.",
+        f"{steps} steps, {width} units, batch {batch}. The recurrent weight is parametrized; its originals are as some "
+        "way into training. *graph*: the traced model, with the loop written out and one product for all inputs. *row "
+        "by row*: the same without that product. *module*: the class and its loop stay. *by hand*: the chain is "
+        "evaluated once and each step gets the weight. Memory is the peak of the tensors that a step makes.",
     )
     torch.manual_seed(0)
     plain = Recurrent(steps, width).to(settings.device)

@@ -25,6 +25,7 @@ sys.path[0] = str(HERE.parent)
 from benchmarks._measure import keep_memory  # noqa: E402
 from benchmarks._report import Group, environment, to_markdown  # noqa: E402
 from benchmarks._settings import Settings  # noqa: E402
+from benchmarks._summary import summary  # noqa: E402
 
 BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "rewriting", "ordinary", "passes")
 
@@ -40,7 +41,7 @@ def main() -> int:
         torch.set_num_threads(settings.threads)
         environments[settings.label] = environment(settings.device)
         groups[settings.label] = [_run(name, settings) for name in chosen]
-    page = to_markdown(environments, groups)
+    page = to_markdown(environments, groups, summary(next(iter(groups.values()), [])))
     report = {
         "quick": arguments.quick,
         "environment": environments,
@@ -62,8 +63,8 @@ def main() -> int:
         for label, row in rows
         if row.verdict in ("even", "fails")
     ]
-    summary = f"{counts['holds']} rows hold, {counts['even']} are even, {counts['fails']} fail"
-    print(summary, *notes, sep="\n  ", file=sys.stderr)
+    verdicts = f"{counts['holds']} rows hold, {counts['even']} are even, {counts['fails']} fail"
+    print(verdicts, *notes, sep="\n  ", file=sys.stderr)
     return int(counts["fails"] > 0)
 
 
