@@ -1,4 +1,4 @@
-"""Timing of contenders side by side: round after round in one process, so that what slows the machine slows all."""
+"""Timing of contenders side by side: in rounds, in one process, so that a slow machine slows all of them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Spread:
         median: of the samples.
         low: the first quartile.
         high: the third quartile.
-        sure: where the median of ever more samples would lie, with 95 % confidence, by the ranks of the samples alone
-            (as many lie below it as heads fall in as many tosses).
+        sure: the 95 % confidence interval of the median, from the ranks of the samples: the number of samples below
+            the true median has a binomial distribution.
     """
 
     median: float
@@ -51,7 +51,7 @@ class Spread:
 
 
 class Timings:
-    """What each contender took in each round, in seconds.
+    """The seconds that each contender needed in each round.
 
     Arguments:
         samples: contender → seconds per call, one for each round.
@@ -65,7 +65,7 @@ class Timings:
         return Spread.of(self.samples[name])
 
     def ratio(self, longer: str, shorter: str) -> Spread:
-        """Return how many times as long as `shorter` `longer` takes: round by round, so that drift cancels."""
+        """Return the time of `longer` over the time of `shorter`, round by round, so that drift cancels."""
         pairs = zip(self.samples[longer], self.samples[shorter], strict=True)
         return Spread.of([one / other for one, other in pairs])
 
@@ -80,18 +80,18 @@ def interleaved(
     shortest: float = 0.01,
     collecting: bool = False,
 ) -> Timings:
-    """Time every contender once per round, in an order that is drawn anew for each round.
+    """Time every contender once per round, in a random order for each round.
 
     Arguments:
-        contenders: name → what to time.
+        contenders: name → function to time.
         rounds: how many samples each contender gives.
-        device: where they run; an accelerator is waited for.
-        prepare: makes, untimed, what each call is given; without it contenders are called with nothing.
+        device: where they run; each sample waits until an accelerator is idle.
+        prepare: makes the argument of each call, outside the time; without it contenders have no argument.
         warm_up: rounds that do not count.
-        shortest: seconds; what is faster is called so often that a sample takes about as long. Up to ten times as
-            long, the samples follow a call that does not count: what ran before has put other things in the
-            processor's caches, while training and serving call one model again and again.
-        collecting: leave Python's garbage collector on, for work of which it is a part.
+        shortest: seconds. A faster contender is called several times per sample, so that a sample lasts about this
+            long. Contenders up to ten times slower get one call before each sample that does not count, since the
+            contender before it filled the processor's caches; training and serving call one model repeatedly.
+        collecting: leave Python's garbage collector on, for work that includes it.
     """
     names, order = list(contenders), random.Random(0)
     repeats, settling = dict.fromkeys(names, 1), dict.fromkeys(names, False)
@@ -103,12 +103,12 @@ def interleaved(
             arguments = [()] * repeats[name] if prepare is None else [(prepare(),)]
             if settling[name]:
                 contenders[name]()
-            taken = _sample(contenders[name], arguments, device, collecting)
+            seconds = _sample(contenders[name], arguments, device, collecting)
             if index >= 0:
-                samples[name].append(taken)
+                samples[name].append(seconds)
             elif prepare is None:
-                repeats[name] = max(1, math.ceil(shortest / taken))
-                settling[name] = taken < 10 * shortest
+                repeats[name] = max(1, math.ceil(shortest / seconds))
+                settling[name] = seconds < 10 * shortest
     return Timings(samples)
 
 
@@ -132,10 +132,10 @@ def _wait(device: str) -> None:
 
 
 def keep_memory() -> None:
-    """Let the C library keep what is freed, where it is glibc.
+    """Make glibc reuse freed memory instead of returning it to the system; other C libraries are left alone.
 
-    As it comes, it gives the top of its heap back to the system and asks for it again, page by page, or does not,
-    depending on what lies there: by chance, that made steps of a millisecond up to a half longer for one contender.
+    By default glibc returns the top of its heap to the system and requests it again, page by page. Whether it does
+    depends on what is at the top, by chance. That made steps of a millisecond up to 1.5 times as long.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
@@ -144,10 +144,10 @@ def keep_memory() -> None:
 
 
 def peak_bytes(run: Run, device: str = "cpu") -> int:
-    """Return the most memory that tensors made during a call hold at one time.
+    """Return the peak memory of the tensors that a call makes.
 
-    On a CPU every operator is watched for the storages that it returns, until they are freed: that includes all that
-    is kept for backward, and leaves out the temporaries inside of a single operator.
+    On a CPU this counts the storages that operators return, until they are freed. It includes tensors saved for
+    backward, and not the temporaries inside an operator.
     """
     run()
     gc.collect()
@@ -163,11 +163,11 @@ def peak_bytes(run: Run, device: str = "cpu") -> int:
 
 
 class _Watch(TorchDispatchMode):
-    """Adds up the storages that come into being, and takes off those that are freed."""
+    """Adds the size of each new storage, and subtracts it when the storage is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held, self.peak = 0, 0
+        self.bytes, self.peak = 0, 0
         self.known: dict[int, weakref.ref[Any] | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,12 +183,12 @@ class _Watch(TorchDispatchMode):
         size = storage.nbytes()
 
         def freed(_: object) -> None:
-            self.held -= size
+            self.bytes -= size
             del self.known[key]
 
         self.known[key] = weakref.ref(storage, freed)
-        self.held += size
-        self.peak = max(self.peak, self.held)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

@@ -1,4 +1,4 @@
-"""The models of the benchmarks, and the ways to parametrize them that are compared."""
+"""Models of the benchmarks, and the ways to parametrize them."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Recurrent(nn.Module):
 
 
 class RecurrentByHand(nn.Module):
-    """`Recurrent` as one writes it to evaluate the recurrent weight once: an explicit weight, used by every step.
+    """`Recurrent`, written by hand to evaluate the recurrent weight once and use it in every step.
 
     Arguments:
-        plain: whose tensors to use.
-        chain: what computes the weight.
-        originals: what it is computed from.
+        plain: its other tensors are copied.
+        chain: computes the weight.
+        originals: the inputs of the chain.
     """
 
     def __init__(self, plain: Recurrent, chain: nn.Module, originals: Sequence[Tensor]) -> None:
@@ -99,7 +99,7 @@ def by_torch(model: nn.Module, name: str, tensors: Sequence[str]) -> nn.Module:
 
 
 def by_geotorch(model: nn.Module, name: str, tensors: Sequence[str]) -> nn.Module | None:
-    """Return a copy of `model` with geotorch's parametrization; None where there is none or it is not installed."""
+    """Return a copy of `model` with geotorch's parametrization; None if geotorch has none or is not installed."""
     try:
         import geotorch
     except ImportError:
@@ -115,9 +115,9 @@ def by_geotorch(model: nn.Module, name: str, tensors: Sequence[str]) -> nn.Modul
 
 @torch.no_grad()
 def as_trained(model: M) -> M:
-    """Return `model` with its stored tensors moved a little, the same way in every contender.
+    """Return `model` with its originals moved a little, the same way in every contender.
 
-    Freshly parametrized, the stored tensor of a matrix exponential is zero, whose exponential costs next to nothing.
+    At first the original of a matrix exponential is zero, and its exponential costs almost nothing.
     """
     torch.manual_seed(1)
     for name, stored in model.named_parameters():
@@ -132,7 +132,7 @@ def _places(model: nn.Module, tensors: Sequence[str]) -> list[tuple[nn.Module, s
 
 
 def training_step(model: nn.Module, *inputs: Tensor) -> Callable[[], None]:
-    """Return forward and backward of `model`, starting without gradients."""
+    """Return a function that runs forward and backward of `model`, without gradients at the start."""
     parameters = list(model.parameters())
 
     def step() -> None:
@@ -144,7 +144,7 @@ def training_step(model: nn.Module, *inputs: Tensor) -> Callable[[], None]:
 
 
 def under_cached(step: Callable[[], None]) -> Callable[[], None]:
-    """Return `step` inside torch's cache."""
+    """Return `step` under `parametrize.cached()`."""
 
     def run() -> None:
         with parametrize.cached():

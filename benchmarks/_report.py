@@ -1,4 +1,4 @@
-"""What is measured and what is asked of it, as data and as the tables that the docs show."""
+"""Measurements and their targets, as data and as the tables in the docs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks._measure import Spread, Timings
 
 @dataclass(frozen=True)
 class Bound:
-    """What a ratio has to keep to; either end may be open.
+    """The target of a ratio; either end may be open.
 
     Arguments:
         low: the ratio is at least this.
@@ -44,12 +44,12 @@ class Row:
 
     Arguments:
         name: of the work.
-        what: what the ratio is of: ``"speed"`` (how many times faster than `against`), ``"time"`` or ``"memory"``
-            (how many times as much of it as `against`), or ``"slope"``.
-        against: whom it is measured against.
-        bound: what is asked; ``None`` for a ratio that is only told.
+        what: the kind of ratio: ``"speed"`` (how many times faster than `against`), ``"time"`` or ``"memory"``
+            (how many times as much as `against`), or ``"slope"``.
+        against: the contender to compare with.
+        bound: the target; ``None`` for a ratio without one.
         measured: the ratio.
-        also: a further condition, and whether it holds.
+        also: a further condition, and whether it is true.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Say whether the row ``"holds"`` or ``"fails"``; nothing where nothing is asked.
+        """Return ``"holds"`` if the target is met, ``"fails"`` if it is missed, ``""`` without a target.
 
-        ``"even"`` is what the measurement cannot tell: the median lies on one side, and its error on both.
+        ``"even"``: the target is inside the 95 % confidence interval of the median.
         """
         if self.bound is None:
             return ""
@@ -103,7 +103,7 @@ class Group:
     times: dict[str, dict[str, Spread]] = field(default_factory=dict)
 
     def add_times(self, work: str, timings: Timings) -> None:
-        """Keep the times of all contenders of one work."""
+        """Add the times of all contenders of one work."""
         self.times[work] = {name: timings.seconds(name) for name in timings.samples}
 
     def faster(self, work: str, timings: Timings, who: str, against: str, low: float | None) -> None:
@@ -128,7 +128,7 @@ class Group:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return the processor and the versions that the numbers depend on."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "cores": os.cpu_count(),
@@ -147,31 +147,34 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def to_markdown(environments: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Iterable[Group]]) -> str:
-    """Return the page of the docs; both arguments by setting."""
-    lines = [_PREFACE]
+def to_markdown(
+    environments: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Iterable[Group]], summary: str
+) -> str:
+    """Return the page of the docs: the summary of the first setting, then every group of every setting."""
+    lines = [_TITLE, summary, _PREFACE]
     for label, found in groups.items():
-        told = ", ".join(f"{key} {value}" for key, value in environments[label].items())
-        lines += [f"## On {label}\n", f"{told}.\n"]
+        facts = ", ".join(f"{key} {value}" for key, value in environments[label].items())
+        lines += [f"## On {label}\n", f"{facts}.\n"]
         for group in found:
             lines += [f"### {group.title}\n", f"{group.about}\n", _rows_table(group), _times_table(group)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-_PREFACE = """# Benchmarks
+_TITLE = """# Benchmarks
 
 Written by `python benchmarks/run.py`; the numbers behind it are in `benchmarks/report.json`.
+"""
 
-All contenders of a table run in one process, one after the other in each round, in an order drawn anew for each
-round. A ratio is taken within a round; shown are its median over the rounds and, in brackets, the quartiles. *Speed*
-says how many times faster, *time* and *memory* how many times as much. A training step is forward and backward. What is
-asked of a ratio holds (✓), fails (✗), or cannot be told (≈), where it lies within the 95 % confidence interval of the
-median.
+_PREFACE = """## How this is measured
 
-On a CPU everything is measured twice: with one thread, and with one for each core. Matrices as small as those of the
-RNN gain little from a second thread, while torch's matrix exponential, which works on a matrix of twice the size, gains
-much. The C library is told to keep the memory that is freed: giving it back and asking for it again takes one step or
-another up to half as long again, by chance.
+All contenders of a table run in one process, in rounds. In each round every contender runs once, in random order.
+A ratio is taken within a round; the table shows the median over the rounds and the quartiles. *Speed* says how many
+times faster, *time* and *memory* say how many times as much. A training step is forward and backward.
+✓ target met, ✗ target missed, ≈ target inside the 95 % confidence interval of the median.
+
+On a CPU everything is measured with one thread and with one thread per core. A second thread helps small matrices
+little. It helps torch's matrix exponential much, since that works on a matrix of twice the size. glibc is set to reuse
+freed memory: returning it to the system makes steps up to 1.5 times as long, by chance.
 """
 
 
@@ -179,7 +182,7 @@ _MARKS = {"holds": "✓", "fails": "✗", "even": "≈", "": ""}
 
 
 def _rows_table(group: Group) -> str:
-    lines = ["| what is measured | ratio | against | asked | measured | |", "|---|---|---|---|---|---|"]
+    lines = ["| work | ratio | against | target | measured | |", "|---|---|---|---|---|---|"]
     for row in group.rows:
         ratio = f"**{row.measured.median:.3g}** ({row.measured.low:.3g} – {row.measured.high:.3g})"
         if row.also is not None:

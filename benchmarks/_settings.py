@@ -1,4 +1,4 @@
-"""How much work a run does."""
+"""The size of a run and its device."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """What every benchmark is given.
+    """The settings of a run.
 
     Arguments:
-        quick: smaller work and fewer rounds, to see that everything runs; its ratios prove nothing.
+        quick: smaller work and fewer rounds, to check that everything runs; the ratios are too noisy for targets.
         device: ``"cpu"`` or ``"cuda"``.
-        threads: among how many threads of the processor one operator is divided.
+        threads: number of threads of one operator on the CPU.
     """
 
     quick: bool = False
@@ -25,9 +25,9 @@ class Settings:
         return "cuda" if self.device == "cuda" else f"cpu, {self.threads} thread{'s' * (self.threads > 1)}"
 
     def rounds(self, full: int) -> int:
-        """Return how many rounds to run where a full run has `full`."""
+        """Return the number of rounds, `full` in a full run."""
         return min(full, 3) if self.quick else full
 
     def asked(self, ratio: float) -> float | None:
-        """Return the ratio that is asked for; nothing is asked of an accelerator or of a quick run."""
+        """Return the target; an accelerator and a quick run have none."""
         return None if self.quick or self.device != "cpu" else ratio

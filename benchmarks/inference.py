@@ -1,4 +1,4 @@
-"""Forwards without gradients: values that are kept, and models that were baked."""
+"""Forwards without gradients: cached values, and baked models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(settings: Settings) -> Group:
         "Inference",
         f"Forward without gradients, orthogonal weights (Cayley map). The RNN: {steps} steps, {width} units, batch "
         f"{batch}. The layers: four linear ones of {4 * width}×{4 * width} with ReLU, batch {2 * batch}. *version* "
-        "keeps the values from one forward to the next while nothing they depend on changes.",
+        "reuses the cached values while nothing they depend on changes.",
     )
     torch.manual_seed(0)
     rnn = Recurrent(steps, width).to(settings.device)

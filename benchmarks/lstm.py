@@ -11,7 +11,7 @@ from benchmarks._report import Group
 from benchmarks._settings import Settings
 
 ROUNDS = {"weight_norm": 400, "spectral_norm": 200, "householder": 60}
-"""Parametrization → rounds: the closer the contenders, the more of them it takes to tell one from the other."""
+"""Parametrization → rounds. Contenders of almost the same time need more rounds."""
 TENSORS = [f"lstm.weight_{kind}_l{layer}" for layer in range(2) for kind in ("ih", "hh")]
 CACHED = 1.0
 

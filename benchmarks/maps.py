@@ -1,4 +1,4 @@
-"""The orthogonal maps alone: forward and backward of one weight, against torch's."""
+"""The orthogonal maps alone: forward and backward of one weight, compared with torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measure(settings: Settings) -> Group:
     group = Group(
         "Orthogonal maps, forward and backward of one weight",
         "Against torch.nn.utils.parametrizations.orthogonal with the same map, and geotorch where it has the map. The "
-        "tall weight: `stiefel`, and `orthogonal` for comparison, against what torch takes by default.",
+        "tall weight: `stiefel`, and `orthogonal` for comparison, against torch's default map.",
     )
     for (name, size), asked in ASKED.items():
         if settings.quick and size > 64:

@@ -1,4 +1,4 @@
-"""What rewriting costs, and what a rewritten model's forward costs beyond one written by hand."""
+"""The time of rewriting, and of a rewritten forward compared with one written by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BY_HAND = 1.05
 
 
 def measure(settings: Settings) -> Group:
-    """Time plan and rewrite over the number of layers, and the forward that comes out."""
+    """Time plan and rewrite for several numbers of layers, and a forward of a rewritten model."""
     sizes = (20, 40, 80) if settings.quick else (1000, 2000, 5000, 10000)
     group = Group(
         "Rewriting",

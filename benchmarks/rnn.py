@@ -1,4 +1,4 @@
-"""The training step of an unrolled RNN, where evaluating once instead of at every step pays most."""
+"""The training step of an unrolled RNN, which gains most from one evaluation per forward."""
 
 from __future__ import annotations
 
@@ -40,12 +40,10 @@ def measure(settings: Settings) -> Group:
     steps, width, batch = (10, 16, 4) if settings.quick else (100, 128, 16)
     group = Group(
         "Unrolled RNN, one training step",
-        f"{steps} steps, {width} units, batch {batch}; the recurrent weight is parametrized, and as it "
-        "is some way into training. *graph* is the traced model, in which the loop is written out and the products of "
-        "all inputs are one, except in *row by row*; *module* is the one that keeps its class and runs its own loop, "
-        "of which nothing more can be asked than what *by hand* takes: it evaluates the same chain once and gives each "
-        "step the weight explicitly. Memory is the most that tensors made during the step hold at one time, counted "
-        "from the storages that operators return until they are freed.",
+        f"{steps} steps, {width} units, batch {batch}. The recurrent weight is parametrized; its originals are as some "
+        "way into training. *graph*: the traced model, with the loop written out and one product for all inputs. *row "
+        "by row*: the same without that product. *module*: the class and its loop stay. *by hand*: the chain is "
+        "evaluated once and each step gets the weight. Memory is the peak of the tensors that a step makes.",
     )
     torch.manual_seed(0)
     plain = Recurrent(steps, width).to(settings.device)
@@ -93,12 +91,12 @@ def _contenders(plain: Recurrent, name: str, x: Tensor) -> dict[str, Step]:
 
 
 def _memory(settings: Settings, name: str, contenders: dict[str, Step]) -> list[Row]:
-    held = {who: peak_bytes(contenders[who], settings.device) for who in ("graph", "module", "torch uncached")}
+    peak = {who: peak_bytes(contenders[who], settings.device) for who in ("graph", "module", "torch uncached")}
     asked = settings.asked(MEMORY)
     rows = []
     for ours in ("graph", "module"):
-        ratio = held[ours] / held["torch uncached"]
-        work = f"{name}: {ours}, {held[ours] / 2**20:.1f} MiB of {held['torch uncached'] / 2**20:.1f}"
+        ratio = peak[ours] / peak["torch uncached"]
+        work = f"{name}: {ours}, {peak[ours] / 2**20:.1f} MiB of {peak['torch uncached'] / 2**20:.1f}"
         bound = None if asked is None else Bound(high=asked)
         rows.append(Row(work, "memory", "torch uncached", bound, Spread.of([ratio])))
     return rows

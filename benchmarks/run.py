@@ -1,7 +1,7 @@
 """Run the benchmarks and write their tables: ``python benchmarks/run.py``.
 
 A full run takes a quarter of an hour on two cores, first with one thread for each operator and then with as many as
-there are cores, and on a GPU where there is one. It writes benchmarks/report.json and docs/benchmarks.md. With
+there are cores, and on a GPU if the machine has one. It writes benchmarks/report.json and docs/benchmarks.md. With
 ``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are printed, and written where ``--out`` says.
 """
 
@@ -25,12 +25,13 @@ sys.path[0] = str(HERE.parent)
 from benchmarks._measure import keep_memory  # noqa: E402
 from benchmarks._report import Group, environment, to_markdown  # noqa: E402
 from benchmarks._settings import Settings  # noqa: E402
+from benchmarks._summary import summary  # noqa: E402
 
-BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "rewriting")
+BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "rewriting", "ordinary", "passes")
 
 
 def main() -> int:
-    """Run what the command line asks for; return 1 if a row fails."""
+    """Run the benchmarks that the command line names; return 1 if a row misses its target."""
     arguments = _parser().parse_args()
     keep_memory()
     chosen = [name for name in BENCHMARKS if name in (arguments.only or BENCHMARKS)]
@@ -40,7 +41,7 @@ def main() -> int:
         torch.set_num_threads(settings.threads)
         environments[settings.label] = environment(settings.device)
         groups[settings.label] = [_run(name, settings) for name in chosen]
-    page = to_markdown(environments, groups)
+    page = to_markdown(environments, groups, summary(next(iter(groups.values()), [])))
     report = {
         "quick": arguments.quick,
         "environment": environments,
@@ -57,24 +58,24 @@ def main() -> int:
         _write(HERE.parent / "docs" / "benchmarks.md", page)
     rows = [(label, row) for label, found in groups.items() for group in found for row in group.rows]
     counts = Counter(row.verdict for _, row in rows)
-    told = [
+    notes = [
         f"{row.verdict}: {label}, {row.name}, {row.what} against {row.against}"
         for label, row in rows
         if row.verdict in ("even", "fails")
     ]
-    summary = f"{counts['holds']} rows hold, {counts['even']} are even, {counts['fails']} fail"
-    print(summary, *told, sep="\n  ", file=sys.stderr)
+    verdicts = f"{counts['holds']} rows hold, {counts['even']} are even, {counts['fails']} fail"
+    print(verdicts, *notes, sep="\n  ", file=sys.stderr)
     return int(counts["fails"] > 0)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument(
-        "--quick", action="store_true", help="small work and few rounds; nothing is asked of the ratios"
-    )
+    parser.add_argument("--quick", action="store_true", help="small work and few rounds, without targets")
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run this one; may be repeated")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="only on this device; otherwise on all there are")
-    parser.add_argument("--threads", type=int, action="append", metavar="N", help="so many on the CPU; may be repeated")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only on this device; by default on all devices")
+    parser.add_argument(
+        "--threads", type=int, action="append", metavar="N", help="number of threads on the CPU; may be repeated"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json and benchmarks.md here")
     return parser
 

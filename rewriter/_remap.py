@@ -1,4 +1,4 @@
-"""An optimizer for a model that was rewritten or baked, with the state of the one it had."""
+"""Optimizers for models that were rewritten or baked, with the state that they had."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rewriter.planning import survey
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 
-Home = dict[str, Tensor]
-"""The trainable tensors behind one tensor of a model: itself, or what its chain is made of."""
+Parts = dict[str, Tensor]
+"""The trainable tensors behind one tensor of a model: the parameter itself, or its site's originals and parameters."""
 
 
 def remap_optimizer(optimizer: O, before: nn.Module, after: nn.Module) -> O:
-    """Return an optimizer for the parameters of `after` that goes on where the one for `before` stands.
+    """Return an optimizer for the parameters of `after` with the state of the one for `before`.
 
     >>> import torch, rewriter
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3))
@@ -30,23 +30,23 @@ def remap_optimizer(optimizer: O, before: nn.Module, after: nn.Module) -> O:
     >>> len(remap_optimizer(optimizer, model, new).param_groups[0]["params"])
     3
 
-    A parameter keeps its state where it is in both models: under its own name, or as the stored tensor of its form
-    in the place of a weight, and back. All others start without state, in the group of the tensor they belong to.
-    `optimizer` stays as it is; learning-rate schedulers have to be built for the new one.
+    A parameter keeps its state if both models have it: under its own name, or as a weight in one model and as an
+    original of the same shape and dtype in the other. Other parameters start without state, in the group of the tensor
+    that they belong to. `optimizer` does not change. Build new learning-rate schedulers for the new one.
 
     Arguments:
         optimizer: over parameters of `before`.
         before: the model the optimizer was built for.
-        after: what `rewrite` or `bake` made of it.
+        after: the model that `rewrite` or `bake` returned.
 
     Raises:
-        RewriterError: the optimizer holds a parameter that `before` has not, or that `after` has no place for.
+        RewriterError: the optimizer has a parameter that is not in `before`, or whose tensor is not in `after`.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RewriterError(f"remap_optimizer takes a torch optimizer first, not {kind_of(optimizer)}")
     for model in (before, after):
         check_model(model, "remap_optimizer", programs=False)
-    old, new = _homes(before), _homes(after)
+    old, new = _parts(before), _parts(after)
     owner = {id(tensor): (name, part) for name, home in old.items() for part, tensor in home.items()}
     state: dict[Tensor, Any] = defaultdict(dict)
     groups: list[dict[str, Any]] = []
@@ -55,43 +55,45 @@ def remap_optimizer(optimizer: O, before: nn.Module, after: nn.Module) -> O:
         members: list[Tensor] = []
         for parameter in group["params"]:
             if id(parameter) not in owner:
-                raise RewriterError("the optimizer holds a parameter that is not one of the model it was built for")
+                raise RewriterError("the optimizer has a parameter that is not in the first model")
             name, part = owner[id(parameter)]
             if name not in new:
-                raise RewriterError(f"{name} is no tensor of the new model; was it made of the old one?")
-            kept = _kept(parameter, part, old[name], new[name])
+                raise RewriterError(
+                    f"the second model has no tensor {name}; pass what `rewrite` or `bake` made of the first model"
+                )
+            successor = _successor(parameter, part, old[name], new[name])
             for tensor in new[name].values():
-                joins = tensor is kept or (tensor.requires_grad and _new(tensor, old, new, name))
+                joins = tensor is successor or (tensor.requires_grad and _new(tensor, old, new, name))
                 if joins and id(tensor) not in placed:
                     placed.add(id(tensor))
                     members.append(tensor)
-            if kept is not None and parameter in optimizer.state:
+            if successor is not None and parameter in optimizer.state:
                 entry = optimizer.state[parameter]
-                state[kept] = entry if kept is parameter else copy.deepcopy(entry)
+                state[successor] = entry if successor is parameter else copy.deepcopy(entry)
         groups.append({**group, "params": members})
     return _like(optimizer, groups, state)
 
 
-def _homes(model: nn.Module) -> dict[str, Home]:
-    homes: dict[str, Home] = {}
+def _parts(model: nn.Module) -> dict[str, Parts]:
+    found: dict[str, Parts] = {}
     for entry in survey(model):
         if entry.site is not None:
-            homes[entry.name] = dict(entry.site.named_parameters())
+            found[entry.name] = dict(entry.site.named_parameters())
         elif isinstance(entry.tensor, nn.Parameter):
-            homes[entry.name] = {"": entry.tensor}
-    return homes
+            found[entry.name] = {"": entry.tensor}
+    return found
 
 
-def _kept(parameter: Tensor, part: str, old: Home, new: Home) -> Tensor | None:
-    """Return the tensor in `new` that goes on with the parameter's state."""
+def _successor(parameter: Tensor, part: str, old: Parts, new: Parts) -> Tensor | None:
+    """Return the tensor in `new` that gets the parameter's state."""
     for tensor in new.values():
         if tensor is parameter:
             return tensor
-    if part in new and _same_form(parameter, new[part]):
+    if part in new and _alike(parameter, new[part]):
         return new[part]
     if part == "" or "" in new:
         candidates = old if part else new
-        first = next((key for key in candidates if _same_form(candidates[key], new.get("", parameter))), None)
+        first = next((key for key in candidates if _alike(candidates[key], new.get("", parameter))), None)
         if part and first == part:
             return new[""]
         if not part and first is not None:
@@ -99,19 +101,19 @@ def _kept(parameter: Tensor, part: str, old: Home, new: Home) -> Tensor | None:
     return None
 
 
-def _new(tensor: Tensor, old: dict[str, Home], new: dict[str, Home], name: str) -> bool:
-    """Whether no parameter of the old model goes on in this one, which then joins its neighbours."""
-    return not any(_kept(parameter, part, old[name], new[name]) is tensor for part, parameter in old[name].items())
+def _new(tensor: Tensor, old: dict[str, Parts], new: dict[str, Parts], name: str) -> bool:
+    """Return whether the tensor gets no old parameter's state: it then joins the group of its site."""
+    return not any(_successor(parameter, part, old[name], new[name]) is tensor for part, parameter in old[name].items())
 
 
-def _same_form(one: Tensor, other: Tensor) -> bool:
+def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def _like(optimizer: O, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> O:
     kind: Any = type(optimizer)
     clone: Any = kind.__new__(kind)
-    # A learning-rate scheduler wraps `step` of the instance; the wrapper would step the old optimizer.
+    # A learning-rate scheduler wraps `step` of the instance. The copied wrapper would step the old optimizer.
     clone.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
     for name, value in optimizer.__dict__.items():
         if name.startswith("_optimizer_") and isinstance(value, dict):

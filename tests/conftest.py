@@ -1,18 +1,35 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import hypothesis
+import numpy
 import pytest
 import torch
 
-hypothesis.settings.register_profile("reparam", deadline=None)
+hypothesis.settings.register_profile("reparam", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("reparam")
+
+# pytest-xdist runs one process per core. More threads in each process only compete with the other processes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """Each test starts from one seed and leaves the generator as it found it."""
+    """Seed torch, numpy and random before each test, and restore their states after it."""
+    python, arrays = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        numpy.random.seed(0)
+        random.seed(0)
         yield
+    random.setstate(python)
+    numpy.random.set_state(arrays)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse test ids that contain an address: they differ between processes, and pytest-xdist needs equal ids."""
+    found = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if found:
+        raise pytest.UsageError("give these tests ids without addresses (`ids=`):\n  " + "\n  ".join(found))

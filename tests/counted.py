@@ -1,4 +1,4 @@
-"""A net whose chains count their evaluations and their backwards."""
+"""A network whose chains count their evaluations and their backwards."""
 
 from __future__ import annotations
 

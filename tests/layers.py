@@ -1,4 +1,4 @@
-"""A model of three layers whose weights are kept from one forward to the next."""
+"""A model of three layers whose cached values stay valid between forwards."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def layers() -> nn.Sequential:
 
 
 class Layers:
-    """A model of three layers whose weights are kept, after forwards that found them all.
+    """A model of three layers under ``cache: version``, after three forwards: its values are cached.
 
     Arguments:
-        plain: the model that is rewritten.
-        weights: the tensors that are computed.
-        model: the rewritten model, where it is another one.
+        plain: the model to rewrite.
+        weights: names of the computed tensors.
+        model: a rewritten model to use instead.
         options: of the rules.
     """
 

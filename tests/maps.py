@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Smooth(nn.Module):
-    """A smooth map of the tensor, with a parameter, a buffer and a setting of its own, each of which changes it."""
+    """A smooth map that depends on a parameter, a buffer and a setting of the module."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The members of the catalog, whatever else tests have registered."""
+"""The members of the catalog, without those that tests register."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from rewriter.parametrizations._registry import find, names
 
 
 def members() -> list[str]:
-    """Return the names that specs can use without an import, of the product's own classes."""
+    """Return the names of the package's own classes."""
     return [name for name in names() if find(name).__module__.startswith("rewriter.parametrizations.")]

@@ -12,7 +12,7 @@ from rewriter import bake, rewrite
 
 
 class Count(nn.Module):
-    """Half the tensor, counted over all threads."""
+    """Halves the tensor; counts evaluations in all threads."""
 
     total = 0
     lock = threading.Lock()
@@ -33,7 +33,7 @@ class Step(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """A loop whose length depends on data, over tensors of its own and of two submodules."""
+    """A loop whose length depends on data, with its own tensors and those of two submodules."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Several processes of a test, started anew: a fork of one that has computed may wait for threads it does not have."""
+"""New processes for a test. A fork of a process that has computed may wait for threads that it does not have."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_processes(worker: Callable[..., None], folder: Path, processes: int, patience: float = 120) -> None:
-    """Run ``worker(rank, folder)`` in each of some processes; its module ends with a call of `work`.
+    """Run ``worker(rank, folder)`` in `processes` processes; its module ends with a call of `work`.
 
     Raises:
-        AssertionError: one of them fails, with what it wrote; or it takes longer than `patience` seconds.
+        AssertionError: one of them fails; the message is its output.
+        subprocess.TimeoutExpired: one of them takes longer than `patience` seconds.
     """
     command = [sys.executable, "-m", worker.__module__, worker.__name__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}  # no look-up of the host's name
@@ -39,9 +40,9 @@ def run_processes(worker: Callable[..., None], folder: Path, processes: int, pat
 
 
 def work(functions: dict[str, Any]) -> None:
-    """Be one of the processes: run the function that the command line names, and end at once.
+    """Run the function that the command line names, and end the process at once.
 
-    In the interpreter's tear-down, threads of torch's communication now and then abort a process whose work is done.
+    Without that, threads of torch.distributed sometimes abort the process while the interpreter shuts down.
     """
     functions[sys.argv[1]](int(sys.argv[2]), sys.argv[3])
     sys.stdout.flush()

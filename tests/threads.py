@@ -1,4 +1,4 @@
-"""Several threads of a test, whose failures fail the test."""
+"""Several threads for a test. A failure in a thread fails the test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def run_threads(*functions: Callable[[], None]) -> None:
-    """Run each function in a thread of its own, wait for all, and raise what one of them raised."""
+    """Run each function in its own thread, wait for all, and raise the first exception."""
     problems: list[BaseException] = []
 
     def guarded(function: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks run and write their tables; what they measure is no matter of a test."""
+"""The benchmarks run and write their tables. No test checks a measured time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks._measure import Spread
-from benchmarks._report import Bound, Row
+from benchmarks._report import Bound, Group, Row
+from benchmarks._summary import summary
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_the_report_and_the_tables(tmp_path: Path) -> None:
     options = ["--quick", "--only", "micro_batches", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
     subprocess.run([sys.executable, str(RUN), *options], check=True)
@@ -50,3 +52,13 @@ def test_a_row_is_even_where_the_measurement_cannot_tell(
 def test_a_condition_that_does_not_hold_fails_the_row() -> None:
     row = Row("work", "time", "plain", Bound(high=1.0), Spread.of([0.5]), also=("same graph", False))
     assert row.verdict == "fails"
+
+
+def test_the_summary_shows_the_rows_that_were_measured() -> None:
+    group = Group("Unrolled RNN, one training step", "")
+    for against, what, ratio in (("plain", "time", 0.8), ("torch cached", "speed", 2.1), ("by hand", "time", 0.7)):
+        group.rows.append(Row("householder: graph", what, against, None, Spread.of([ratio])))
+    lines = summary([group]).splitlines()
+    assert lines[2].endswith("| **0.8**× the time | plain weights |")
+    assert lines[3:] == ["| the same | **2.1**× as fast | torch cached |"]
+    assert summary([]) == ""

@@ -326,6 +326,7 @@ OPERATIONS: dict[str, Callable[[World], Any]] = {
 POLICIES = st.tuples(*[st.sampled_from(["forward", "never", "version"])] * 3)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     capture=st.sampled_from(["graph", "module"]),

@@ -21,9 +21,8 @@ RULE = {"name": "q", "select": "0.weight", "chain": [{"orthogonal": {"map": "cay
 X = torch.linspace(-1, 1, 4 * 2 * 3 * 4, dtype=torch.float64).reshape(4, 2, 3, 4)
 """Four micro-batches for each of two processes."""
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
-)
+GLOO = dist.is_available() and dist.is_gloo_available() and sys.platform == "linux"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not GLOO, reason="needs gloo")]
 
 
 def _model(capture: str = "auto", cache: str = "forward") -> nn.Module:

@@ -123,7 +123,7 @@ def test_jacobians_hessians_and_forward_mode(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_once_for_all_steps_of_a_training(net: nn.Module, backend: str, training: bool) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -147,7 +147,7 @@ def test_compiled_once_for_all_steps_of_a_training(net: nn.Module, backend: str,
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_exported_under_held_values(net: nn.Module, strict: bool) -> None:
     with torch.no_grad():
         expected = net(X)

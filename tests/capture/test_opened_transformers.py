@@ -154,7 +154,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
 @pytest.mark.parametrize("make", [lambda **o: Encoding(encoder(**o)), lambda **o: Encoding(layer(**o))])
 def test_every_option_of_an_encoder_is_respected(make: Callable[..., nn.Module], options: dict[str, Any]) -> None:
     select = SELECT if options.get("bias", True) else "**.{in_proj_weight,linear1.weight,norm1.weight}"

@@ -78,6 +78,7 @@ def _distribute(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo"
 )

@@ -142,6 +142,7 @@ def test_version(reparam):
     assert result.out.startswith("reparam")
 
 
+@pytest.mark.slow
 def test_torch_is_not_heard_but_its_reason_is(folder):
     command = ["plan", "spec.yaml", "model.pt", "--capture", "export", "--example", "float32[2,5]"]
     result = subprocess.run(

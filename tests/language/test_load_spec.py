@@ -224,10 +224,10 @@ def test_two_thousand_rules_load_within_seconds() -> None:
         for i in range(2000)
     )
     load_spec(ONE)
-    start = time.perf_counter()
+    start = time.process_time()
     spec = load_spec(f"reparam: 1\nrules:\n{rules}")
     assert len(spec.rules) == 2000
-    assert time.perf_counter() - start < 8
+    assert time.process_time() - start < 8
 
 
 def test_the_language_itself_does_not_import_torch() -> None:

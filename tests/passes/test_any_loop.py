@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, reject, settings
@@ -87,7 +88,8 @@ def _results(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [value.detach(), again, *gradients]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=5), st.booleans(), st.booleans())
 def test_any_loop_gives_what_it_gave(operations: list[str], first: bool, both: bool) -> None:
     torch.manual_seed(0)

@@ -211,6 +211,7 @@ def test_a_held_value_is_not_evaluated_in_a_batch(runs: list[int]) -> None:
     assert runs == [5]
 
 
+@pytest.mark.slow
 def test_functional_call_vmap_and_compile(runs: list[int]) -> None:
     new, x = rewrite(_layers(), _spec(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
     other = {name: parameter * 0.9 for name, parameter in new.named_parameters()}

@@ -22,7 +22,7 @@ def test_singular_vectors_are_fitted_to_a_weight_that_is_loaded_without_them(
     state = {name: value for name, value in new.state_dict().items() if not name.endswith(("._u", "._v"))}
     new.load_state_dict({**state, key: other}, strict=False)
     value = new.get_submodule("0").weight
-    assert float(torch.linalg.matrix_norm(value, 2)) == pytest.approx(1, abs=1e-5)
+    assert torch.linalg.matrix_norm(value, 2).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_singular_vectors_that_are_loaded_stay_as_they_are(rule: Callable[..., dict[str, Any]]) -> None:

@@ -272,6 +272,7 @@ print(type(baked).__name__, *baked.state_dict())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["graph", "graph module", "module"])
 def test_a_pickled_model_runs_and_bakes_in_a_fresh_process(kind: str, tmp_path: Path, rule: Rule) -> None:
     model: nn.Module = nn.Sequential(nn.Linear(4, 5), nn.GRUCell(5, 5), nn.Linear(5, 2))

@@ -319,7 +319,7 @@ def test_placeholders_that_would_become_code_are_refused(target):
 @pytest.mark.parametrize(
     "value",
     [
-        object(),
+        pytest.param(object(), id="object"),
         {"node": "later"},
         {"dtype": "load"},
         {"dtype": "float32.x"},

@@ -70,6 +70,7 @@ def test_a_rewritten_model_is_read_and_baked_without_trust(name, tmp_path):
     assert torch.allclose(_tensor(baked(x)), _tensor(new(x)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reads_the_same_outputs(tmp_path):
     _, new, x = _rewritten("sequential")
     save_model(new, tmp_path / "new.pt")
