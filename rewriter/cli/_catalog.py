@@ -1,4 +1,4 @@
-"""``reparam catalog``: what a chain can be made of."""
+"""``reparam catalog``: the parametrizations that specs can name."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rewriter.cli._app import app
-from rewriter.cli._options import Debug, Json
+from rewriter.cli._app import command
 from rewriter.cli._outcome import Outcome
+from rewriter.cli._text import table
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
     from rewriter.parametrizations import Entry
 
 
-@app.command()
+@command("reparam catalog", "reparam catalog orthogonal")
 def catalog(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="One of them, in full.", show_default=False)
+        str | None, typer.Argument(metavar="[NAME]", help="The one to describe.", show_default=False)
     ] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> Outcome:
-    """List the parametrizations that specs know by name, or describe one."""
+    """List the parametrizations that specs can name, or describe one."""
     from rewriter.parametrizations import _registry, describe
 
     try:
@@ -34,9 +32,8 @@ def catalog(
         entries = [describe(known) for known in _registry.names()]
     except LookupError as unknown:
         raise RewriterError(str(unknown.args[0] if unknown.args else unknown)) from unknown
-    width = max(len(entry.name) for entry in entries)
-    lines = [f"{entry.name:<{width}}  {entry.summary}" for entry in entries]
-    return Outcome({"parametrizations": [asdict(entry) for entry in entries]}, "\n".join(lines))
+    listed = table(("name", "what it does"), [(entry.name, entry.summary) for entry in entries])
+    return Outcome({"parametrizations": [asdict(entry) for entry in entries]}, listed)
 
 
 def _described(entry: Entry) -> str:

@@ -1,4 +1,4 @@
-"""Reading what commands work on, with progress on stderr."""
+"""Reading what commands work on."""
 
 from __future__ import annotations
 
@@ -9,31 +9,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from rewriter.errors import Diagnostic, RewriterError, SpecError
+from rewriter.cli._console import step
+from rewriter.errors import Diagnostic, ModelFileError, RewriterError, SpecError
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from rewriter.cli._options import ModelOptions
     from rewriter.language import Spec
 
-stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-
-
-@contextlib.contextmanager
-def step(text: str) -> Iterator[None]:
-    """Show `text` on stderr while the body runs, if anyone watches."""
-    with stderr.status(text):
-        yield
+_MODEL_SUFFIXES = {".pt", ".pth", ".pt2", ".bin", ".safetensors"}
 
 
 def read_spec(path: Path, allow_import: Sequence[str] | None) -> Spec:
-    """Read the spec file of a command line, ``-`` for stdin; its imports run only where they are allowed.
+    """Read the spec file of a command line, ``-`` for stdin.
 
     Raises:
-        SpecError: also where the file cannot be read.
+        SpecError: also if the file cannot be read.
     """
     from rewriter.language import load_spec
 
@@ -42,18 +35,30 @@ def read_spec(path: Path, allow_import: Sequence[str] | None) -> Spec:
         return load_spec(source, allow_imports=tuple(allow_import or ()))
 
 
-def read_model(
-    path: Path, factory: str | None, allow: Sequence[str] | None, trust: bool
-) -> nn.Module | ExportedProgram:
+def read_model(path: Path, options: ModelOptions) -> nn.Module | ExportedProgram:
     """Read the model file of a command line."""
-    with step(f"reading {path}"), working_folder_importable(bool(factory or allow or trust)):
+    if os.path.isdir(path):  # `Path.is_dir` raises for a name that is too long.
+        raise ModelFileError(_files_in(path))
+    importable = bool(options.model or options.allow or options.trust)
+    with step(f"reading {path}"), working_folder_importable(importable):
+        from rewriter.cli._script import script_of
         from rewriter.serialization import load_model
 
-        return load_model(path, model=factory, allow=tuple(allow or ()), trust=trust)
+        allow = tuple(options.allow or ())
+        with script_of(path, options.model, options.allow) as (factory, classes):
+            return load_model(path, model=factory, key=options.key, allow=(*allow, *classes), trust=options.trust)
+
+
+def _files_in(folder: Path) -> str:
+    found = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_SUFFIXES)
+    if not found:
+        return f"{folder} is a directory without a model file"
+    names = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
+    return f"{folder} is a directory; name a model file in it: {names}"
 
 
 def no_inputs(option: str) -> RewriterError:
-    """Return what to raise where `option` needs example inputs and there are none."""
+    """Return the error for an `option` that needs example inputs."""
     return RewriterError(f"{option} runs the model: give its inputs, such as --example float32[2,3]")
 
 
@@ -68,7 +73,7 @@ def read_examples(texts: Sequence[str] | None) -> tuple[Any, ...] | None:
 
 @contextlib.contextmanager
 def working_folder_importable(wanted: bool) -> Iterator[None]:
-    """Let imports find what lies in the working folder, last: only for names that the user gave."""
+    """Let imports find the modules of the working folder, after all others."""
     folder = os.getcwd()
     added = wanted and folder not in sys.path
     if added:
@@ -84,7 +89,7 @@ def _from_stdin() -> str:
     problem = ""
     try:
         if sys.stdin is not None:
-            # The line break makes it text whatever it says, and not the name of a file.
+            # `load_spec` reads a text with a line break as YAML, and any other text as a path.
             return sys.stdin.buffer.read().decode("utf-8") + "\n"
         problem = "it is closed"
     except (OSError, UnicodeDecodeError) as failed:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json as to_json
 
-from rewriter.cli._app import app
-from rewriter.cli._options import Debug, Json
+from rewriter.cli._app import command
 from rewriter.cli._outcome import Outcome
 
 
-@app.command()
-def schema(json: Json = False, debug: Debug = False) -> Outcome:
-    """Print the JSON Schema of specs, for editors that check and complete while one writes."""
+@command("reparam schema > reparam.schema.json")
+def schema() -> Outcome:
+    """Print the JSON Schema of specs, for editors that check and complete."""
     from rewriter.language import json_schema
 
     document = json_schema()

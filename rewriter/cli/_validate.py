@@ -1,17 +1,18 @@
-"""``reparam validate``: check a spec on its own."""
+"""``reparam validate``: check a spec without a model."""
 
 from __future__ import annotations
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import read_spec
-from rewriter.cli._options import AllowImport, Debug, Json, SpecFile
+from rewriter.cli._app import command
+from rewriter.cli._options import SpecFile, SpecOptions
 from rewriter.cli._outcome import Outcome
+from rewriter.cli._text import counted
 
 
-@app.command()
-def validate(spec: SpecFile, allow_import: AllowImport = None, json: Json = False, debug: Debug = False) -> Outcome:
-    """Check SPEC without a model; every problem is listed with its line and column."""
-    read = read_spec(spec, allow_import)
+@command("reparam validate spec.yaml")
+def validate(spec: SpecFile, spec_options: SpecOptions) -> Outcome:
+    """Check SPEC without a model; list every problem with its line and column."""
+    read = spec_options.read(spec)
     rules = [{"name": rule.name, "chain": [str(step) for step in rule.chain]} for rule in read.rules]
-    count = "1 rule" if len(rules) == 1 else f"{len(rules)} rules"
-    return Outcome({"spec": str(spec), "valid": True, "rules": rules}, f"{spec}: {count}, no problem")
+    return Outcome(
+        {"spec": str(spec), "valid": True, "rules": rules}, f"{spec}: {counted(len(rules), 'rule')}, no problem"
+    )
