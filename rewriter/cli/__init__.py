@@ -18,7 +18,7 @@ from rewriter.cli._outcome import INTERRUPTED, USAGE, Outcome, error_document, e
 __all__ = ["app", "main"]
 
 # In the order of `--help`. Each module registers its commands.
-for _name in "validate apply bake demo inspect explain diff draw catalog schema".split():
+for _name in "init recipes validate apply bake demo inspect explain diff draw catalog schema".split():
     importlib.import_module(f"rewriter.cli._{_name}")
 
 
@@ -70,9 +70,13 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         from rich.console import Console
 
         console = Console(soft_wrap=isinstance(outcome.text, str), highlight=False, markup=False)
-        if not console.is_terminal:  # A file or another program gets lines of any length.
+        if console.is_terminal:
+            console.print(outcome.text)
+        else:  # A file or another program gets lines of any length.
             console.width = 10_000
-        console.print(outcome.text)
+            with console.capture() as captured:
+                console.print(outcome.text)
+            print("\n".join(map(str.rstrip, captured.get().splitlines())))
     sys.stdout.flush()
 
 

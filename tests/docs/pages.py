@@ -1,8 +1,12 @@
 """Run the code blocks of a Markdown page, from top to bottom, in one namespace and one folder.
 
 The first word after the fence is the language. `python` runs, `bash` runs `reparam`, `text` is not run. Attributes:
-`title="FILE"` writes the block to FILE instead, `raises="TEXT"` and `warns="TEXT"` expect an error or a warning
-that contains TEXT, and `needs="MODULE"` skips the block where MODULE is not installed. A block after `<!-- ci: NAME -->` belongs to `.ci/run`.
+
+* `title="FILE"` writes the block to FILE instead.
+* `raises="TEXT"` and `warns="TEXT"` expect an error or a warning that contains TEXT.
+* `needs="MODULE"` skips the block if MODULE is not installed.
+
+A block after `<!-- ci: NAME -->` belongs to `.ci/run`.
 """
 
 from __future__ import annotations

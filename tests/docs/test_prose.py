@@ -32,7 +32,8 @@ def sentences(page: str) -> Iterator[str]:
 
 
 def test_sentences_are_separated() -> None:
-    page = "# One two\n\nA `b c` d. Then\nthis!\n\n- item one\n- item [two](x.md)\n\n| a b | c |\n|---|---|\n| d | e |\n```python\nx = 1\n```\n"
+    page = "# One two\n\nA `b c` d. Then\nthis!\n\n- item one\n- item [two](x.md)\n\n"
+    page += "| a b | c |\n|---|---|\n| d | e |\n```python\nx = 1\n```\n"
     assert list(sentences(page)) == [
         "One two", "A code d.", "Then this!", "item one", "item two", "a b", "c", "d", "e",
     ]  # fmt: skip
