@@ -12,6 +12,8 @@ from rewriter.cli._console import stderr
 from rewriter.cli._options import Force
 from rewriter.cli._outcome import Outcome
 
+_PARTS = ("with the spec", "without it", "with torch's parametrize")
+
 
 @command("reparam demo", "reparam demo --out demo --seconds 20 --force")
 def demo(
@@ -27,7 +29,7 @@ def demo(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr) as bars:
-        tasks = {part: bars.add_task(f"training {part}", total=None) for part in ("with the spec", "without it")}
+        tasks = {part: bars.add_task(f"training {part}", total=None) for part in _PARTS}
 
         def progress(part: str, done: int, total: int) -> None:
             bars.update(tasks[part], completed=done, total=total)
