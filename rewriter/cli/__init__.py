@@ -18,7 +18,7 @@ from rewriter.cli._outcome import INTERRUPTED, USAGE, Outcome, error_document, e
 __all__ = ["app", "main"]
 
 # In the order of `--help`. Each module registers its commands.
-for _name in "init recipes validate apply bake demo inspect explain diff draw catalog schema".split():
+for _name in "init recipes apply bake demo inspect explain diff draw language".split():
     importlib.import_module(f"rewriter.cli._{_name}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,7 +45,7 @@ def apply(
 ) -> Outcome:
     """Put the parametrizations of SPEC into MODEL, check the values, and write OUT."""
     if dry_run:
-        return _plan(spec, model_file, spec_options, model_options, example, capture)
+        return plan(spec, model_file, spec_options, model_options, example, capture)
     if output is None:
         raise typer.BadParameter("say where to write the model: -o OUT (or --dry-run)")
     import rewriter
@@ -86,17 +85,6 @@ def plan(
     capture: Capture = "auto",
 ) -> Outcome:
     """Show which rule of SPEC owns which tensors of MODEL, and how far each would move."""
-    return _plan(spec, model_file, spec_options, model_options, example, capture)
-
-
-def _plan(
-    spec: Path,
-    model_file: Path,
-    spec_options: SpecOptions,
-    model_options: ModelOptions,
-    example: ExampleOptions,
-    capture: Way,
-) -> Outcome:
     import rewriter
 
     examples = example.read()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rewriter.errors import (
@@ -54,21 +54,7 @@ def exit_code(error: BaseException) -> int:
 
 def error_document(error: BaseException, code: int) -> dict[str, Any]:
     """Return the document of ``--json`` for a failed command."""
-    document: dict[str, Any] = {
-        "kind": type(error).__name__,
-        "message": str(error),
-        "exit_code": code,
-    }
+    document: dict[str, Any] = {"kind": type(error).__name__, "message": str(error), "exit_code": code}
     if isinstance(error, SpecError | PlanError):
-        document["diagnostics"] = [
-            {
-                "file": problem.file,
-                "line": problem.line,
-                "column": problem.column,
-                "path": problem.path,
-                "message": problem.message,
-                "hint": problem.hint,
-            }
-            for problem in error.diagnostics
-        ]
+        document["diagnostics"] = [asdict(problem) for problem in error.diagnostics]
     return {"error": document}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,11 +32,7 @@ def recipes(
         return Outcome({"recipes": titles}, table(("name", "what it is"), list(titles.items())))
     if name not in texts:
         raise RewriterError(f"there is no recipe {name!r}; the recipes are {', '.join(texts)}")
-    if output is None:
-        return Outcome({"name": name, "text": texts[name]}, texts[name].rstrip("\n"))
-    write_text(output, texts[name], force)
-    stderr.print(f"wrote {output}; next: reparam plan {output} MODEL")
-    return Outcome({"name": name, "text": texts[name], "output": str(output)})
+    return written_spec({"name": name}, texts[name], output, force)
 
 
 def recipe_texts() -> dict[str, str]:
@@ -45,10 +42,14 @@ def recipe_texts() -> dict[str, str]:
     return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in found if file.name.endswith(".yaml")}
 
 
-def write_text(path: Path, text: str, force: bool) -> None:
-    """Write a whole file or none; overwrite only with `force`."""
+def written_spec(about: Mapping[str, Any], text: str, output: Path | None, force: bool) -> Outcome:
+    """Print a spec, or write it to `output`, whole or not at all."""
     from rewriter.serialization import check_writable, written_atomically
 
-    check_writable(path, force)
-    with written_atomically(path, force=force) as temporary:
+    if output is None:
+        return Outcome({**about, "text": text}, text.rstrip("\n"))
+    check_writable(output, force)
+    with written_atomically(output, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    stderr.print(f"wrote {output}; next: reparam plan {output} MODEL")
+    return Outcome({**about, "text": text, "output": str(output)})

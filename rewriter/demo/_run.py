@@ -45,48 +45,57 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Report:
-    """The measurements of the demo, with times in seconds.
-
-    The suffix says which network is measured: none for the rewritten one, ``plain`` without the spec, ``torch`` with
-    torch's parametrize, ``cached`` with parametrize inside ``parametrize.cached()``.
+class Variant:
+    """The measurements of one variant of the network; ``None`` for what is not measured.
 
     Arguments:
-        steps: number of training steps of each network.
         accuracy: share of the test images that are classified correctly.
-        orthogonality: the largest ‖WᵀW − I‖ during training; for the other networks, after training.
+        orthogonality: the largest ‖WᵀW − I‖ during training of the rewritten network; for others, after training.
         evaluations: evaluations of the chain per forward.
+        step_seconds: time of one forward and backward.
+        training_seconds: time of the training.
+    """
+
+    accuracy: float | None = None
+    orthogonality: float | None = None
+    evaluations: int | None = None
+    step_seconds: float | None = None
+    training_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The measurements of the demo.
+
+    Arguments:
+        steps: number of training steps of each variant.
+        rewritten: the network with the spec.
+        plain: without the spec.
+        cached, torch: with torch's parametrize, inside and outside of ``parametrize.cached()``. Both train equally, so
+            only `cached` is trained.
         difference_baked, difference_scripted: largest difference of a logit from the rewritten network.
-        step_seconds: one forward and backward.
         plan: the plan as JSON data.
     """
 
     seed: int
     steps: int
-    accuracy: float
-    accuracy_plain: float
-    accuracy_cached: float
-    orthogonality: float
-    orthogonality_plain: float
-    orthogonality_cached: float
-    evaluations: int
-    evaluations_torch: int
-    evaluations_cached: int
+    rewritten: Variant
+    plain: Variant
+    cached: Variant
+    torch: Variant
     difference_baked: float
     difference_scripted: float
-    step_seconds: float
-    step_seconds_plain: float
-    step_seconds_torch: float
-    step_seconds_cached: float
-    training_seconds: float
-    training_seconds_plain: float
-    training_seconds_cached: float
     total_seconds: float
     plan: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON data."""
-        return asdict(self)
+        """Return it as flat JSON data: ``accuracy`` of the rewritten network, ``accuracy_plain``, and so on."""
+        document = asdict(self)
+        for name in ("rewritten", "plain", "cached", "torch"):
+            suffix = "" if name == "rewritten" else f"_{name}"
+            measured = document.pop(name)
+            document |= {key + suffix: value for key, value in measured.items() if value is not None}
+        return document
 
 
 def run_demo(
@@ -128,10 +137,10 @@ def _run(out: Path, seconds: float, seed: int, force: bool, show: Progress) -> R
     with_torch = copy.deepcopy(plain)
     parametrizations.orthogonal(with_torch.cell, "weight_hh", orthogonal_map="cayley")
 
-    step_seconds, step_seconds_plain = (seconds_per_step(model, data, 5) for model in (rewritten, plain))
-    step_seconds_torch = seconds_per_step(with_torch, data, 2)
-    step_seconds_cached = seconds_per_step(with_torch, data, 5, cached=True)
-    steps = _affordable(seconds - _FIXED_SECONDS, step_seconds + step_seconds_plain + step_seconds_cached)
+    seconds_rewritten, seconds_plain = (seconds_per_step(model, data, 5) for model in (rewritten, plain))
+    seconds_cached = seconds_per_step(with_torch, data, 5, cached=True)
+    seconds_torch = seconds_per_step(with_torch, data, 2)
+    steps = _affordable(seconds - _FIXED_SECONDS, seconds_rewritten + seconds_plain + seconds_cached)
     orthogonality: list[float] = []
 
     def watch(done: int) -> None:
@@ -152,27 +161,21 @@ def _run(out: Path, seconds: float, seed: int, force: bool, show: Progress) -> R
     scripted = torch.jit.load(str(out / "scripted.pt"))  # type: ignore[no-untyped-call]
     differences = _differences(rewritten, {"baked": baked, "scripted": scripted}, data.test_images)
 
+    chain, chain_torch = (model.get_submodule("cell.parametrizations.weight_hh.0") for model in (rewritten, with_torch))
+    evaluations = evaluations_per_forward(rewritten, chain, data)
+    evaluations_cached = evaluations_per_forward(with_torch, chain_torch, data, cached=True)
+    off_plain, off_cached = (distance_from_orthogonal(_kernel(model)) for model in (plain, with_torch))
     report = Report(
         seed=seed,
         steps=steps,
-        accuracy=accuracy(baked, data),
-        accuracy_plain=accuracy(plain, data),
-        accuracy_cached=accuracy(with_torch, data),
-        orthogonality=max(orthogonality),
-        orthogonality_plain=distance_from_orthogonal(_kernel(plain)),
-        orthogonality_cached=distance_from_orthogonal(_kernel(with_torch)),
-        evaluations=evaluations_per_forward(rewritten, _chain_step(rewritten), data),
-        evaluations_torch=evaluations_per_forward(with_torch, _chain_step(with_torch), data),
-        evaluations_cached=evaluations_per_forward(with_torch, _chain_step(with_torch), data, cached=True),
+        rewritten=Variant(accuracy(baked, data), max(orthogonality), evaluations, seconds_rewritten, training_seconds),
+        plain=Variant(accuracy(plain, data), off_plain, None, seconds_plain, training_seconds_plain),
+        cached=Variant(
+            accuracy(with_torch, data), off_cached, evaluations_cached, seconds_cached, training_seconds_cached
+        ),
+        torch=Variant(evaluations=evaluations_per_forward(with_torch, chain_torch, data), step_seconds=seconds_torch),
         difference_baked=differences["baked"],
         difference_scripted=differences["scripted"],
-        step_seconds=step_seconds,
-        step_seconds_plain=step_seconds_plain,
-        step_seconds_torch=step_seconds_torch,
-        step_seconds_cached=step_seconds_cached,
-        training_seconds=training_seconds,
-        training_seconds_plain=training_seconds_plain,
-        training_seconds_cached=training_seconds_cached,
         total_seconds=time.perf_counter() - start,
         plan=plan.to_dict(),
     )
@@ -206,10 +209,6 @@ def _affordable(seconds: float, step_seconds: float) -> int:
 def _kernel(model: nn.Module) -> Tensor:
     kernel: Tensor = getattr(model.get_submodule("cell"), "weight_hh")  # noqa: B009
     return kernel
-
-
-def _chain_step(model: nn.Module) -> nn.Module:
-    return model.get_submodule("cell.parametrizations.weight_hh.0")
 
 
 @torch.no_grad()

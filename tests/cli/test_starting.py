@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import yaml
 from torch import nn
 
 from rewriter import load_spec, rewrite
-from rewriter.cli._init import JOBS
+from rewriter.cli._init import Job
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -44,7 +45,7 @@ MODELS = {
 IMPOSSIBLE = {("convolutions only", "lora")}
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", get_args(Job))
 @pytest.mark.parametrize("kind", MODELS)
 def test_starter_spec_validates_and_plans_on_its_model(reparam, folder, job, kind):
     model = MODELS[kind]()

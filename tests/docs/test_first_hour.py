@@ -68,7 +68,7 @@ def test_newcomer_reaches_a_served_file(tmp_path: Path, monkeypatch: pytest.Monk
     spec = Path("spec.yaml").read_text()
     lines = spec.partition("rules:\n")[0] + "rules:\n  - {name: a, select: fc1.wieght, chain: [spectral_norm]}\n"
     Path("wrong.yaml").write_text(lines)
-    assert "did you mean 'fc1.weight'?" in reparam("plan", "wrong.yaml", "net.pt", *net, code=4)
+    assert "did you mean 'fc1.weight'" in reparam("plan", "wrong.yaml", "net.pt", *net, code=4)
     Path("spec.yaml").write_text(lines.replace("wieght", "weight"))
     assert "fc1.weight" in reparam("plan", "spec.yaml", "net.pt", *net)
 

@@ -1,19 +1,39 @@
-"""``reparam catalog``: the parametrizations that specs can name."""
+"""The commands about the spec language itself: ``validate``, ``schema`` and ``catalog``."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rewriter.cli._app import command
+from rewriter.cli._options import SpecFile, SpecOptions
 from rewriter.cli._outcome import Outcome
-from rewriter.cli._text import table
+from rewriter.cli._text import counted, table
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
     from rewriter.parametrizations import Entry
+
+
+@command("reparam validate spec.yaml")
+def validate(spec: SpecFile, spec_options: SpecOptions) -> Outcome:
+    """Check SPEC without a model; list every problem with its line and column."""
+    read = spec_options.read(spec)
+    rules = [{"name": rule.name, "chain": [str(step) for step in rule.chain]} for rule in read.rules]
+    text = f"{spec}: {counted(len(rules), 'rule')}, no problem"
+    return Outcome({"spec": str(spec), "valid": True, "rules": rules}, text)
+
+
+@command("reparam schema > reparam.schema.json")
+def schema() -> Outcome:
+    """Print the JSON Schema of specs, for editors that check and complete."""
+    from rewriter.language import json_schema
+
+    document = json_schema()
+    return Outcome(document, json.dumps(document, indent=2, ensure_ascii=False))
 
 
 @command("reparam catalog", "reparam catalog orthogonal")
