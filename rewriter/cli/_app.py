@@ -38,7 +38,9 @@ def command(*examples: str) -> Callable[[Command], Command]:
 
     def register(function: Command) -> Command:
         hints = get_type_hints(function, include_extras=True)
-        groups = {name: hint for name, hint in hints.items() if name != "return" and dataclasses.is_dataclass(hint)}
+        groups: dict[str, Any] = {
+            name: hint for name, hint in hints.items() if name != "return" and dataclasses.is_dataclass(hint)
+        }
         options: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(function).parameters.items():
             group = groups.get(name)

@@ -28,7 +28,7 @@ def diff(
     """Compare the tensors of two models, and the chains of those that are computed."""
     a, b = (model_options.read(path) for path in (first, second))
     tensors = _compare(state_of(a), state_of(b))
-    chains = _compare_chains(_chains(a), _chains(b))
+    chains = _compare_chains(a, b)
     classes = [type(a).__name__, type(b).__name__]
     document = {
         "classes": classes,
@@ -69,13 +69,14 @@ def _form(tensor: Tensor) -> str:
     return f"{shape_text(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _chains(model: nn.Module | ExportedProgram) -> dict[str, str]:
-    return {entry.name: " >> ".join(entry.site.record.chain) for entry in entries_of(model) if entry.site}
-
-
-def _compare_chains(old: dict[str, str], new: dict[str, str]) -> list[dict[str, Any]]:
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+def _compare_chains(*models: nn.Module | ExportedProgram) -> list[dict[str, Any]]:
+    old, new = (
+        {entry.name: " >> ".join(entry.site.record.chain) for entry in entries_of(model) if entry.site}
+        for model in models
+    )
+    details = {name: (old.get(name, "plain"), new.get(name, "plain")) for name in {**old, **new}}
     return [
-        {"name": name, "change": "chain", "detail": f"{old.get(name, 'plain')} → {new.get(name, 'plain')}"}
-        for name in names
+        {"name": name, "change": "chain", "detail": f"{before} → {after}"}
+        for name, (before, after) in details.items()
+        if before != after
     ]

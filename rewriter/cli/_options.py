@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rewriter.cli import _console
+from rewriter.cli import _inputs
+from rewriter.cli._console import set_verbosity, step
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +45,7 @@ class Common:
 
     def apply(self) -> None:
         """Set how much the command prints on stderr."""
-        _console.set_verbosity(self.quiet, self.verbose)
+        set_verbosity(self.quiet, self.verbose)
 
 
 @dataclass
@@ -57,10 +58,16 @@ class SpecOptions:
     ] = None
 
     def read(self, path: Path) -> Spec:
-        """Read the spec; its imports run only if they are allowed."""
-        from rewriter.cli._inputs import read_spec
+        """Read the spec file, or stdin for ``-``; its imports run only if they are allowed.
 
-        return read_spec(path, self.allow_import)
+        Raises:
+            SpecError: also if the file cannot be read.
+        """
+        from rewriter.language import load_spec
+
+        source = _inputs.text_from_stdin() if str(path) == "-" else path
+        with step(f"reading {path}"), _inputs.working_folder_importable(bool(self.allow_import)):
+            return load_spec(source, allow_imports=tuple(self.allow_import or ()))
 
 
 @dataclass
@@ -82,9 +89,15 @@ class ModelOptions:
 
     def read(self, path: Path) -> nn.Module | ExportedProgram:
         """Read the model file."""
-        from rewriter.cli._inputs import read_model
+        _inputs.refuse_directory(path)
+        importable = bool(self.model or self.allow or self.trust)
+        with step(f"reading {path}"), _inputs.working_folder_importable(importable):
+            from rewriter.cli._script import script_of
+            from rewriter.serialization import load_model
 
-        return read_model(path, self)
+            allow = self.allow or []
+            with script_of(path, self.model, allow) as (factory, classes):
+                return load_model(path, model=factory, key=self.key, allow=[*allow, *classes], trust=self.trust)
 
 
 @dataclass
@@ -98,6 +111,8 @@ class ExampleOptions:
 
     def read(self) -> tuple[Any, ...] | None:
         """Make the inputs."""
-        from rewriter.cli._inputs import read_examples
+        if not self.example:
+            return None
+        from rewriter.export import example_tensor
 
-        return read_examples(self.example)
+        return tuple(map(example_tensor, self.example))

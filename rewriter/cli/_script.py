@@ -17,7 +17,7 @@ Factory = str | Callable[[], Any] | None
 
 
 @contextlib.contextmanager
-def script_of(path: Path, factory: str | None, allow: Sequence[str] | None) -> Iterator[tuple[Factory, list[str]]]:
+def script_of(path: Path, factory: str | None, allow: Sequence[str]) -> Iterator[tuple[Factory, list[str]]]:
     """Import the script of ``--model script.py:Net``; yield the factory for weights, and the classes to allow.
 
     While the context is open, ``__main__`` has the module classes of the script that the file asks for.
@@ -28,7 +28,7 @@ def script_of(path: Path, factory: str | None, allow: Sequence[str] | None) -> I
     asked = _names_in(path)
     file, colon, name = (factory or "").rpartition(":")
     if not colon or not file.endswith(".py"):
-        saved = [known for known in asked if known.startswith("__main__.") and known not in (allow or ())]
+        saved = [known for known in asked if known.startswith("__main__.") and known not in allow]
         if saved:
             raise ModelFileError(
                 f"{path} was saved from a script that defines {', '.join(saved)}: "

@@ -42,7 +42,7 @@ def train(
 
 def caching(cached: bool) -> AbstractContextManager[None]:
     """Return torch's ``parametrize.cached()``, or a context that does nothing."""
-    return parametrize.cached() if cached else nullcontext()  # type: ignore[no-untyped-call]
+    return parametrize.cached() if cached else nullcontext()
 
 
 def step(model: nn.Module, images: Tensor, digits: Tensor, *, cached: bool = False) -> None:

@@ -132,6 +132,7 @@ def test_built_package_contains_the_recipes(tmp_path):
     finally:
         os.chdir(before)
     names = zipfile.ZipFile(tmp_path / wheel).namelist()
+    assert "rewriter/cli/starters.yaml" in names
     assert {Path(name).name for name in names if name.startswith("rewriter/recipes/")} == {
         path.name for path in (CHECKOUT / "specs").glob("*.yaml")
     }
