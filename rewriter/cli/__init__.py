@@ -3,82 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from rewriter.cli import (
-    _apply,
-    _bake,
-    _catalog,
-    _demo,
-    _diff,
-    _draw,
-    _explain,
-    _inspect,
-    _schema,
-    _validate,
-)
 from rewriter.cli._app import app
 from rewriter.cli._outcome import INTERRUPTED, USAGE, Outcome, error_document, exit_code
 
 __all__ = ["app", "main"]
 
-# In the order in which `--help` lists them.
-_COMMANDS = (_apply, _bake, _catalog, _demo, _diff, _draw, _explain, _inspect, _schema, _validate)
+# In the order of `--help`. Each module registers its commands.
+for _name in "init recipes apply bake demo inspect explain diff draw language".split():
+    importlib.import_module(f"rewriter.cli._{_name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code.
 
-    Results go to stdout, as one JSON document with ``--json``; everything else goes to stderr. An error is a
-    message, never a traceback, unless ``--debug`` asks for it.
+    Results go to stdout, as one JSON document with ``--json``. Everything else goes to stderr. An error is a message;
+    ``--debug`` adds the traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in given
-    # What a user's module prints must not end up in the document.
+    as_json, debug = "--json" in given, "--debug" in given
+    # The output of a user's module must not mix with the document.
     aside: contextlib.AbstractContextManager[Any] = (
         contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     )
-    if "--debug" not in given:
-        _quiet()
     try:
-        with aside:
+        with aside, warnings.catch_warnings():
+            _set_warnings(debug)
             outcome = app(args=given or ["--help"], prog_name="reparam", standalone_mode=False)
-        if outcome == INTERRUPTED:
-            # Typer's translation of an interrupt.
+        if outcome == INTERRUPTED:  # Typer returns it for an interrupt.
             raise KeyboardInterrupt
         if isinstance(outcome, Outcome):
             _show(outcome, as_json)
         sys.exit(0 if given else USAGE)
     except BrokenPipeError:
-        # Whoever reads has seen enough; the interpreter must not complain when it flushes at exit.
-        sys.stdout = None
+        sys.stdout = None  # The interpreter would raise again when it flushes at exit.
         sys.exit(0)
     except KeyboardInterrupt:
         _fail("interrupted", error_document(KeyboardInterrupt("interrupted"), INTERRUPTED), as_json, INTERRUPTED)
     except Exception as error:
-        _report(error, as_json, debug="--debug" in given)
+        _report(error, as_json, debug)
 
 
-def _quiet() -> None:
-    # torch talks to its developers, through warnings and with tracebacks of what it then raises.
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)
-    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
+def _set_warnings(debug: bool) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    if not debug:  # These are for torch's developers.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        logging.getLogger("torch._subclasses.fake_tensor").disabled = True
 
 
 def _show(outcome: Outcome, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_finite(outcome.document), indent=2, ensure_ascii=False, allow_nan=False))
+        _print_json(outcome.document)
     elif outcome.text:
         from rich.console import Console
 
-        Console(soft_wrap=isinstance(outcome.text, str), highlight=False, markup=False).print(outcome.text)
+        console = Console(soft_wrap=isinstance(outcome.text, str), highlight=False, markup=False)
+        if console.is_terminal:
+            console.print(outcome.text)
+        else:  # A file or another program gets lines of any length.
+            console.width = 10_000
+            with console.capture() as captured:
+                console.print(outcome.text)
+            print("\n".join(map(str.rstrip, captured.get().splitlines())))
     sys.stdout.flush()
 
 
@@ -88,33 +86,32 @@ def _report(error: Exception, as_json: bool, debug: bool) -> NoReturn:
     if type(error).__module__.startswith(("typer", "click")):
         text = getattr(error, "format_message", lambda: "aborted")()
         code = INTERRUPTED if type(error).__name__ == "Abort" else USAGE
-        context = getattr(error, "ctx", None)
-        path = getattr(context, "command_path", "reparam")
-        _fail(
-            f"{text}\nTry `{path} --help`.",
-            {"error": {"kind": "Usage", "message": text, "exit_code": code}},
-            as_json,
-            code,
-        )
+        path = getattr(getattr(error, "ctx", None), "command_path", "reparam")
+        document = {"error": {"kind": "Usage", "message": text, "exit_code": code}}
+        _fail(f"{text}\nTry `{path} --help`.", document, as_json, code)
     code = exit_code(error)
     text = str(error)
     if code == 1:
-        text = f"{type(error).__name__}: {text}" + ("" if debug else "\n(--debug shows where)")
+        text = f"{type(error).__name__}: {text}" + ("" if debug else "\n(--debug shows the traceback)")
     _fail(text, error_document(error, code), as_json, code)
 
 
 def _fail(text: str, document: dict[str, Any], as_json: bool, code: int) -> NoReturn:
     print(text, file=sys.stderr)
     if as_json:
-        print(json.dumps(document, indent=2, ensure_ascii=False))
+        _print_json(document)
     sys.exit(code)
 
 
+def _print_json(document: Mapping[str, Any]) -> None:
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
 def _finite(value: Any) -> Any:
-    # JSON knows neither NaN nor infinity.
+    # JSON has neither NaN nor infinity.
     if isinstance(value, float) and value - value != 0:
         return str(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]

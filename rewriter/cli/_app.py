@@ -1,18 +1,81 @@
-"""The Typer application; each command registers itself from its own file."""
+"""The Typer application, and the decorator that registers a command."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+from rich.markup import escape
+
+from rewriter.cli._options import Common
+from rewriter.cli._outcome import Outcome
 
 app = typer.Typer(
     name="reparam",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+EXAMPLES: dict[str, tuple[str, ...]] = {}
+"""The examples of each command's help."""
+
+Command = TypeVar("Command", bound=Callable[..., Outcome])
+
+
+def command(*examples: str) -> Callable[[Command], Command]:
+    """Register a function as a command that has the options of `Common`, too.
+
+    A parameter that is a dataclass stands for the options that are its fields: several commands share it.
+
+    Arguments:
+        examples: command lines for the end of the help text.
+    """
+
+    def register(function: Command) -> Command:
+        hints = get_type_hints(function, include_extras=True)
+        groups: dict[str, Any] = {
+            name: hint for name, hint in hints.items() if name != "return" and dataclasses.is_dataclass(hint)
+        }
+        options: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            group = groups.get(name)
+            options += _fields(group) if group else [parameter.replace(annotation=hints[name], kind=_KEYWORD)]
+
+        def run(**given: Any) -> Outcome:
+            for name, group in [*groups.items(), ("common", Common)]:
+                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            given.pop("common").apply()
+            return function(**given)
+
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__signature__ = inspect.Signature([*options, *_fields(Common)])  # type: ignore[attr-defined]
+        run.__annotations__ = {}
+        EXAMPLES[function.__name__] = examples
+        app.command(epilog="\n\n".join(["[bold]Examples[/]", *map(escape, examples)]))(run)
+        return function
+
+    return register
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _fields(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            _KEYWORD,
+            annotation=hints[field.name],
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+        )
+        for field in dataclasses.fields(group)
+    ]
 
 
 def _show_version(wanted: bool) -> None:
@@ -28,7 +91,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def reparam(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """A compiler for model weights: put parametrizations in from a spec, bake them out again."""

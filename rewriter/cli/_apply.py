@@ -1,28 +1,23 @@
-"""``reparam apply`` and ``reparam plan``: put a spec into a model, or say what that would do."""
+"""``reparam apply`` and ``reparam plan``: put a spec into a model, or show what that would do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import no_inputs, read_examples, read_model, read_spec, stderr, step
+from rewriter.cli._app import command
+from rewriter.cli._console import stderr, step
+from rewriter.cli._inputs import no_inputs
 from rewriter.cli._options import (
-    Allow,
-    AllowImport,
     Capture,
-    Debug,
-    Example,
-    Factory,
+    ExampleOptions,
     Force,
-    Json,
-    ModelPath,
+    ModelFile,
+    ModelOptions,
     OptionalOutput,
     SpecFile,
-    Trust,
+    SpecOptions,
     Way,
 )
 from rewriter.cli._outcome import Outcome
@@ -33,25 +28,24 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-@app.command()
+@command(
+    "reparam apply spec.yaml model.pt -o rewritten.pt",
+    "reparam apply spec.yaml model.pt -o rewritten.pt --example float32[2,4]",
+)
 def apply(
     spec: SpecFile,
-    model_file: ModelPath,
+    model_file: ModelFile,
+    spec_options: SpecOptions,
+    model_options: ModelOptions,
+    example: ExampleOptions,
     output: OptionalOutput = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     capture: Capture = "auto",
-    example: Example = None,
-    model: Factory = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    allow_import: AllowImport = None,
     force: Force = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> Outcome:
     """Put the parametrizations of SPEC into MODEL, check the values, and write OUT."""
     if dry_run:
-        return _plan(spec, model_file, capture, example, model, allow, trust, allow_import)
+        return plan(spec, model_file, spec_options, model_options, example, capture)
     if output is None:
         raise typer.BadParameter("say where to write the model: -o OUT (or --dry-run)")
     import rewriter
@@ -63,9 +57,9 @@ def apply(
     check_writable(output, force)
     if output.exists() and spec.exists() and output.samefile(spec):
         raise RewriterError(f"{output} is the spec itself; choose another name for the model")
-    examples = read_examples(example)
-    read = read_spec(spec, allow_import)
-    loaded = read_model(model_file, model, allow, trust)
+    examples = example.read()
+    read = spec_options.read(spec)
+    loaded = model_options.read(model_file)
     check_suffix(loaded, output)
     call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
@@ -81,38 +75,21 @@ def apply(
     return Outcome({**planned.to_dict(), "output": str(output), "checks": checks.to_dict()})
 
 
-@app.command()
+@command("reparam plan spec.yaml model.pt", "reparam plan spec.yaml model.pt --json")
 def plan(
     spec: SpecFile,
-    model_file: ModelPath,
+    model_file: ModelFile,
+    spec_options: SpecOptions,
+    model_options: ModelOptions,
+    example: ExampleOptions,
     capture: Capture = "auto",
-    example: Example = None,
-    model: Factory = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    allow_import: AllowImport = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> Outcome:
-    """Say which rule of SPEC owns which tensors of MODEL, and how far each would move."""
-    return _plan(spec, model_file, capture, example, model, allow, trust, allow_import)
-
-
-def _plan(
-    spec: Path,
-    model_file: Path,
-    capture: Way,
-    example: Sequence[str] | None,
-    factory: str | None,
-    allow: Sequence[str] | None,
-    trust: bool,
-    allow_import: Sequence[str] | None,
-) -> Outcome:
+    """Show which rule of SPEC owns which tensors of MODEL, and how far each would move."""
     import rewriter
 
-    examples = read_examples(example)
-    read = read_spec(spec, allow_import)
-    loaded = read_model(model_file, factory, allow, trust)
+    examples = example.read()
+    read = spec_options.read(spec)
+    loaded = model_options.read(model_file)
     call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
         planned = rewriter.plan(loaded, read, capture=capture, example_inputs=call)
@@ -122,7 +99,7 @@ def _plan(
 def _inputs_for_capture(
     model: nn.Module | ExportedProgram, capture: Way, examples: tuple[Any, ...] | None
 ) -> tuple[Any, ...] | None:
-    """Return the example inputs, where they are for capturing the model: a program is captured already."""
+    """Return the example inputs for capturing the model; a program is captured already."""
     from torch import nn
 
     if not isinstance(model, nn.Module):

@@ -1,17 +1,20 @@
-"""``reparam bake``: evaluate the parametrizations of a model and write it plain."""
+"""``reparam bake``: evaluate the chains of a model and write a plain model."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import no_inputs, read_examples, read_model, stderr, step
+from rewriter.cli._app import command
+from rewriter.cli._console import stderr, step
+from rewriter.cli._inputs import no_inputs
 from rewriter.cli._models import entries_of
-from rewriter.cli._options import Allow, Debug, Example, Factory, Force, Json, ModelPath, Output, Trust
+from rewriter.cli._options import ExampleOptions, Force, ModelFile, ModelOptions, Output
 from rewriter.cli._outcome import Outcome
+from rewriter.cli._text import counted
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
@@ -21,10 +24,17 @@ if TYPE_CHECKING:
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
 
 
-@app.command()
+@command(
+    "reparam bake rewritten.pt -o plain.pt",
+    "reparam bake rewritten.pt -o part.pt --only 0.weight",
+    "reparam bake rewritten.pt -o scripted.ts",
+    "reparam bake rewritten.pt -o plain.pt2 --example float32[2,4]",
+)
 def bake(
-    model_file: ModelPath,
+    model_file: ModelFile,
     output: Output,
+    model_options: ModelOptions,
+    example: ExampleOptions,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,20 +42,14 @@ def bake(
         ),
     ] = None,
     format: Annotated[
-        Format | None, typer.Option("--format", help="What to write; if not given, what OUT is called.")
+        Format | None, typer.Option("--format", help="What to write. Default: by the suffix of OUT.")
     ] = None,
     keep: Annotated[
-        Literal["value", "original"], typer.Option("--keep", help="The values, or the stored tensors.")
+        Literal["value", "original"], typer.Option("--keep", help="The values, or the originals.")
     ] = "value",
-    example: Example = None,
-    model: Factory = None,
-    allow: Allow = None,
-    trust: Trust = False,
     force: Force = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> Outcome:
-    """Turn the parametrized tensors of MODEL into plain ones and write OUT."""
+    """Replace each computed tensor of MODEL by its value and write OUT."""
     from torch import nn
 
     import rewriter
@@ -55,8 +59,8 @@ def bake(
     if str(output) == "-":
         raise RewriterError("a model is written to a file, not to stdout: -o OUT")
     check_writable(output, force)
-    examples = read_examples(example)
-    loaded = read_model(model_file, model, allow, trust)
+    examples = example.read()
+    loaded = model_options.read(model_file)
     written = format or _format_of(loaded, output)
     if written in ("pt2", "onnx") and examples is None and isinstance(loaded, nn.Module):
         raise no_inputs(f"--format {written}")
@@ -68,9 +72,8 @@ def bake(
     with step(f"writing {output}"):
         export_model(baked, output, format=written, example_inputs=examples, force=force)
     if not before:
-        stderr.print(f"{model_file} has no parametrized tensor: it is written as it is")
-    tensors = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    stderr.print(f"wrote {output}: {tensors} baked, {len(left)} left parametrized, as {written}")
+        warnings.warn(f"{model_file} has no computed tensor, so {output} is the same model", stacklevel=1)
+    stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {written}")
     return Outcome({"baked": names, "left": sorted(left), "format": written, "output": str(output)})
 
 

@@ -1,4 +1,4 @@
-"""``reparam demo``: the whole way on real data in about a minute."""
+"""``reparam demo``: the whole job on real data in about a minute."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Annotated
 
 import typer
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import stderr
-from rewriter.cli._options import Debug, Force, Json
+from rewriter.cli._app import command
+from rewriter.cli._console import stderr
+from rewriter.cli._options import Force
 from rewriter.cli._outcome import Outcome
 
+_PARTS = ("with the spec", "without it", "with torch's parametrize")
 
-@app.command()
+
+@command("reparam demo", "reparam demo --out demo --seconds 20 --force")
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", readable=False, help="Where the artefacts are kept.")
-    ] = Path("reparam-demo"),
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="About how long it may take.")] = 60,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides split, weights and batches.")] = 0,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", readable=False, help="The folder for the files.")] = Path(
+        "reparam-demo"
+    ),
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="About how long the demo takes.")] = 60,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Determines split, weights and batches.")] = 0,
     force: Force = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> Outcome:
     """Train a recurrent network on digits with an orthogonal kernel, bake it, export it, and compare."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr) as bars:
-        tasks = {part: bars.add_task(f"training {part}", total=None) for part in ("with the spec", "without it")}
+        tasks = {part: bars.add_task(f"training {part}", total=None) for part in _PARTS}
 
         def progress(part: str, done: int, total: int) -> None:
             bars.update(tasks[part], completed=done, total=total)

@@ -6,33 +6,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import read_model
+from rewriter.cli._app import command
 from rewriter.cli._models import entries_of, state_of
-from rewriter.cli._options import Allow, Debug, Factory, Json, Trust
+from rewriter.cli._options import ModelOptions
 from rewriter.cli._outcome import Outcome
-from rewriter.cli._text import columns, shape_text
+from rewriter.cli._text import counted, shape_text, table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
 
-@app.command()
+@command("reparam diff model.pt plain.pt")
 def diff(
     first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A model file.")],
-    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another one.")],
-    model: Factory = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    json: Json = False,
-    debug: Debug = False,
+    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another model file.")],
+    model_options: ModelOptions,
 ) -> Outcome:
     """Compare the tensors of two models, and the chains of those that are computed."""
-    a, b = (read_model(path, model, allow, trust) for path in (first, second))
+    a, b = (model_options.read(path) for path in (first, second))
     tensors = _compare(state_of(a), state_of(b))
-    chains = _compare_chains(_chains(a), _chains(b))
+    chains = _compare_chains(a, b)
     classes = [type(a).__name__, type(b).__name__]
     document = {
         "classes": classes,
@@ -42,10 +38,10 @@ def diff(
     }
     changed = [row for row in tensors if row["change"] != "equal"]
     rows = [(row["name"], row["change"], row["detail"]) for row in [*changed, *chains]]
-    head = f"{first} and {second}: {len(tensors) - len(changed)} tensors equal, {len(changed)} not"
+    head = f"{first} and {second}: {counted(len(tensors) - len(changed), 'tensor')} equal, {len(changed)} not"
     if classes[0] != classes[1]:
         head += f"; classes {' and '.join(classes)}"
-    return Outcome(document, f"{head}\n\n{columns(('name', 'change', ''), rows)}" if rows else head)
+    return Outcome(document, Group(head, "", table(("name", "change", ""), rows)) if rows else head)
 
 
 def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -73,13 +69,14 @@ def _form(tensor: Tensor) -> str:
     return f"{shape_text(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _chains(model: nn.Module | ExportedProgram) -> dict[str, str]:
-    return {entry.name: " >> ".join(entry.site.record.chain) for entry in entries_of(model) if entry.site}
-
-
-def _compare_chains(old: dict[str, str], new: dict[str, str]) -> list[dict[str, Any]]:
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+def _compare_chains(*models: nn.Module | ExportedProgram) -> list[dict[str, Any]]:
+    old, new = (
+        {entry.name: " >> ".join(entry.site.record.chain) for entry in entries_of(model) if entry.site}
+        for model in models
+    )
+    details = {name: (old.get(name, "plain"), new.get(name, "plain")) for name in {**old, **new}}
     return [
-        {"name": name, "change": "chain", "detail": f"{old.get(name, 'plain')} → {new.get(name, 'plain')}"}
-        for name in names
+        {"name": name, "change": "chain", "detail": f"{before} → {after}"}
+        for name, (before, after) in details.items()
+        if before != after
     ]

@@ -1,12 +1,11 @@
-"""``reparam draw``: a model's graph as text, chains written out where they are evaluated."""
+"""``reparam draw``: the graph of a model as text, with each chain at its evaluation."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import read_model
-from rewriter.cli._options import Allow, Debug, Factory, Json, ModelPath, Trust
+from rewriter.cli._app import command
+from rewriter.cli._options import ModelFile, ModelOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.errors import CaptureError
 
@@ -15,27 +14,23 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-@app.command()
+@command("reparam draw rewritten.pt")
 def draw(
-    model_file: ModelPath,
-    model: Factory = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    json: Json = False,
-    debug: Debug = False,
+    model_file: ModelFile,
+    model_options: ModelOptions,
 ) -> Outcome:
-    """Print the graph of MODEL, one line for each operation."""
+    """Print the graph of MODEL, one line per operation."""
     from torch import nn
 
     from rewriter.passes import print_graph
 
-    read = read_model(model_file, model, allow, trust)
+    read = model_options.read(model_file)
     lines = print_graph(_graph_module(read)).splitlines() if isinstance(read, nn.Module) else _program_lines(read)
     return Outcome({"model": str(model_file), "graph": lines}, "\n".join(lines))
 
 
 def _program_lines(program: ExportedProgram) -> list[str]:
-    """Print a program's graph, its tensors under their names and each chain with what it computes."""
+    """Print the graph of a program, with the names of its tensors and the chain of each value."""
     from rewriter.passes import print_graph
     from rewriter.program import sites_of_program
 

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import read_model, read_spec
+from rewriter.cli._app import command
 from rewriter.cli._models import entries_of
-from rewriter.cli._options import Allow, AllowImport, Debug, Factory, Json, ModelPath, SpecFile, Trust
+from rewriter.cli._options import ModelFile, ModelOptions, SpecFile, SpecOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.errors import PlanError
 
@@ -18,17 +17,13 @@ if TYPE_CHECKING:
     from rewriter.planning import Entry
 
 
-@app.command()
+@command("reparam explain spec.yaml model.pt 0.weight")
 def explain(
     spec: SpecFile,
-    model_file: ModelPath,
+    model_file: ModelFile,
     tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="The full name of a parameter or buffer.")],
-    model: Factory = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    allow_import: AllowImport = None,
-    json: Json = False,
-    debug: Debug = False,
+    spec_options: SpecOptions,
+    model_options: ModelOptions,
 ) -> Outcome:
     """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
     from torch import nn
@@ -36,8 +31,8 @@ def explain(
     from rewriter.absorbing import held_entries
     from rewriter.parametrizations._registry import suggestion
 
-    read = read_spec(spec, allow_import)
-    loaded = read_model(model_file, model, allow, trust)
+    read = spec_options.read(spec)
+    loaded = model_options.read(model_file)
     held = held_entries(loaded) if isinstance(loaded, nn.Module) else []
     entries = [*(entry for entry, _ in held), *entries_of(loaded)]
     found = next((entry for entry in entries if tensor in entry.names), None)

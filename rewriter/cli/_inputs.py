@@ -1,74 +1,41 @@
-"""Reading what commands work on, with progress on stderr."""
+"""Reading what commands work on."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rewriter.errors import Diagnostic, ModelFileError, RewriterError, SpecError
 
-from rewriter.errors import Diagnostic, RewriterError, SpecError
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.export import ExportedProgram
-
-    from rewriter.language import Spec
-
-stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+_MODEL_SUFFIXES = {".pt", ".pth", ".pt2", ".bin", ".safetensors"}
 
 
-@contextlib.contextmanager
-def step(text: str) -> Iterator[None]:
-    """Show `text` on stderr while the body runs, if anyone watches."""
-    with stderr.status(text):
-        yield
-
-
-def read_spec(path: Path, allow_import: Sequence[str] | None) -> Spec:
-    """Read the spec file of a command line, ``-`` for stdin; its imports run only where they are allowed.
+def refuse_directory(path: Path) -> None:
+    """Refuse a directory as a model file, with the list of the model files in it.
 
     Raises:
-        SpecError: also where the file cannot be read.
+        ModelFileError: it is a directory.
     """
-    from rewriter.language import load_spec
-
-    source = _from_stdin() if str(path) == "-" else path
-    with step(f"reading {path}"), working_folder_importable(bool(allow_import)):
-        return load_spec(source, allow_imports=tuple(allow_import or ()))
-
-
-def read_model(
-    path: Path, factory: str | None, allow: Sequence[str] | None, trust: bool
-) -> nn.Module | ExportedProgram:
-    """Read the model file of a command line."""
-    with step(f"reading {path}"), working_folder_importable(bool(factory or allow or trust)):
-        from rewriter.serialization import load_model
-
-        return load_model(path, model=factory, allow=tuple(allow or ()), trust=trust)
+    if not os.path.isdir(path):  # `Path.is_dir` raises for a name that is too long.
+        return
+    found = [str(file) for file in sorted(path.iterdir()) if file.suffix in _MODEL_SUFFIXES]
+    if not found:
+        raise ModelFileError(f"{path} is a directory without a model file")
+    names = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
+    raise ModelFileError(f"{path} is a directory; name a model file in it: {names}")
 
 
 def no_inputs(option: str) -> RewriterError:
-    """Return what to raise where `option` needs example inputs and there are none."""
+    """Return the error for an `option` that needs example inputs."""
     return RewriterError(f"{option} runs the model: give its inputs, such as --example float32[2,3]")
-
-
-def read_examples(texts: Sequence[str] | None) -> tuple[Any, ...] | None:
-    """Make the example inputs of ``--example``."""
-    if not texts:
-        return None
-    from rewriter.export import example_tensor
-
-    return tuple(example_tensor(text) for text in texts)
 
 
 @contextlib.contextmanager
 def working_folder_importable(wanted: bool) -> Iterator[None]:
-    """Let imports find what lies in the working folder, last: only for names that the user gave."""
+    """Let imports find the modules of the working folder, after all others."""
     folder = os.getcwd()
     added = wanted and folder not in sys.path
     if added:
@@ -80,11 +47,16 @@ def working_folder_importable(wanted: bool) -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _from_stdin() -> str:
+def text_from_stdin() -> str:
+    """Read a spec from stdin.
+
+    Raises:
+        SpecError: stdin cannot be read.
+    """
     problem = ""
     try:
         if sys.stdin is not None:
-            # The line break makes it text whatever it says, and not the name of a file.
+            # `load_spec` reads a text with a line break as YAML, and any other text as a path.
             return sys.stdin.buffer.read().decode("utf-8") + "\n"
         problem = "it is closed"
     except (OSError, UnicodeDecodeError) as failed:

@@ -1,31 +1,28 @@
-"""``reparam inspect``: what is in a model file."""
+"""``reparam inspect``: the tensors of a model file."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rewriter.cli._app import app
-from rewriter.cli._inputs import read_model
+from rich.console import Group
+
+from rewriter.cli._app import command
 from rewriter.cli._models import entries_of
-from rewriter.cli._options import Allow, Debug, Factory, Json, ModelPath, Trust
+from rewriter.cli._options import ModelFile, ModelOptions
 from rewriter.cli._outcome import Outcome
-from rewriter.cli._text import columns, shape_text
+from rewriter.cli._text import counted, shape_text, table
 
 if TYPE_CHECKING:
     from rewriter.planning import Entry
 
 
-@app.command()
+@command("reparam inspect rewritten.pt")
 def inspect(
-    model_file: ModelPath,
-    model: Factory = None,
-    allow: Allow = None,
-    trust: Trust = False,
-    json: Json = False,
-    debug: Debug = False,
+    model_file: ModelFile,
+    model_options: ModelOptions,
 ) -> Outcome:
-    """List the tensors of MODEL, and how those that are computed are computed."""
-    read = read_model(model_file, model, allow, trust)
+    """List the tensors of MODEL, with the chain and the rule of each computed tensor."""
+    read = model_options.read(model_file)
     tensors = [_described(entry) for entry in entries_of(read)]
     document = {"model": str(model_file), "class": type(read).__name__, "tensors": tensors}
     rows = [
@@ -40,8 +37,8 @@ def inspect(
         for tensor in tensors
     ]
     computed = sum(tensor["chain"] is not None for tensor in tensors)
-    head = f"{model_file}: {type(read).__name__}, {len(tensors)} tensors, {computed} of them computed"
-    return Outcome(document, f"{head}\n\n{columns(('tensor', 'kind', 'shape', 'dtype', 'chain', 'rule'), rows)}")
+    head = f"{model_file}: {type(read).__name__}, {counted(len(tensors), 'tensor')}, {computed} of them computed"
+    return Outcome(document, Group(head, "", table(("tensor", "kind", "shape", "dtype", "chain", "rule"), rows)))
 
 
 def _described(entry: Entry) -> dict[str, Any]:

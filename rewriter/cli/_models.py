@@ -1,4 +1,4 @@
-"""What commands ask of a model, be it a module or an ExportedProgram."""
+"""The tensors of a model that is a module or an ExportedProgram."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def entries_of(model: nn.Module | ExportedProgram) -> list[Entry]:
-    """List the tensors of a model; those that chains compute stand where they always stood."""
+    """List the tensors of a model in its own order, computed tensors included."""
     from torch import nn
 
     if isinstance(model, nn.Module):

@@ -1,46 +1,118 @@
-"""The options that several commands share, declared once."""
+"""The arguments and options that several commands share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-# Typer's own check of files would end in a usage error; reading them says which of them it is.
+from rewriter.cli import _inputs
+from rewriter.cli._console import set_verbosity, step
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from rewriter.language import Spec
+
+# `readable=False` turns off Typer's check of files, which would end in a usage error.
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", readable=False, help="The spec, a YAML file; - for stdin.")]
-ModelPath = Annotated[
+ModelFile = Annotated[
     Path,
     typer.Argument(metavar="MODEL", readable=False, help="A saved module (.pt), ExportedProgram (.pt2) or weights."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")]
-OptionalOutput = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
-]
-Factory = Annotated[
-    str | None,
-    typer.Option("--model", metavar="PKG.MOD:FACTORY", help="What makes the module that weights belong to."),
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option("--allow", metavar="NAME", help="A class or function that MODEL may use; repeatable, pkg.* too."),
-]
-Trust = Annotated[bool, typer.Option("--trust", help="Let MODEL run any code it holds.")]
-AllowImport = Annotated[
-    list[str] | None,
-    typer.Option("--allow-import", metavar="PACKAGE", help="A package that the spec's imports may run; repeatable."),
-]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Example = Annotated[
-    list[str] | None,
-    typer.Option("--example", metavar="DTYPE[SIZE,…]", help="An example input, such as float32[2,3]; repeatable."),
-]
+_OUTPUT = typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
+Output = Annotated[Path, _OUTPUT]
+OptionalOutput = Annotated[Path | None, _OUTPUT]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 Way = Literal["auto", "graph", "module", "export"]
 Capture = Annotated[
     Way,
-    typer.Option(
-        "--capture", help="Trace the model, keep its class, whichever works, or use torch.export (with --example)."
-    ),
+    typer.Option("--capture", help="How to find the uses of a tensor; export needs --example."),
 ]
+
+
+@dataclass
+class Common:
+    """The options of every command."""
+
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print how long each step takes.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False
+
+    def apply(self) -> None:
+        """Set how much the command prints on stderr."""
+        set_verbosity(self.quiet, self.verbose)
+
+
+@dataclass
+class SpecOptions:
+    """How to read a spec."""
+
+    allow_import: Annotated[
+        list[str] | None,
+        typer.Option("--allow-import", metavar="PACKAGE", help="A package that the spec may import; repeatable."),
+    ] = None
+
+    def read(self, path: Path) -> Spec:
+        """Read the spec file, or stdin for ``-``; its imports run only if they are allowed.
+
+        Raises:
+            SpecError: also if the file cannot be read.
+        """
+        from rewriter.language import load_spec
+
+        source = _inputs.text_from_stdin() if str(path) == "-" else path
+        with step(f"reading {path}"), _inputs.working_folder_importable(bool(self.allow_import)):
+            return load_spec(source, allow_imports=tuple(self.allow_import or ()))
+
+
+@dataclass
+class ModelOptions:
+    """How to read a model file."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODULE:NAME", help="What makes the module: pkg.mod:factory or script.py:Net."),
+    ] = None
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="KEY", help="The entry of a training checkpoint that is the model.")
+    ] = None
+    allow: Annotated[
+        list[str] | None,
+        typer.Option("--allow", metavar="NAME", help="A class or function that MODEL may use; repeatable, pkg.* too."),
+    ] = None
+    trust: Annotated[bool, typer.Option("--trust", help="Let MODEL run any code that it contains.")] = False
+
+    def read(self, path: Path) -> nn.Module | ExportedProgram:
+        """Read the model file."""
+        _inputs.refuse_directory(path)
+        importable = bool(self.model or self.allow or self.trust)
+        with step(f"reading {path}"), _inputs.working_folder_importable(importable):
+            from rewriter.cli._script import script_of
+            from rewriter.serialization import load_model
+
+            allow = self.allow or []
+            with script_of(path, self.model, allow) as (factory, classes):
+                return load_model(path, model=factory, key=self.key, allow=[*allow, *classes], trust=self.trust)
+
+
+@dataclass
+class ExampleOptions:
+    """Example inputs of the model."""
+
+    example: Annotated[
+        list[str] | None,
+        typer.Option("--example", metavar="DTYPE[SIZE,…]", help="An input, such as float32[2,3]; repeatable."),
+    ] = None
+
+    def read(self) -> tuple[Any, ...] | None:
+        """Make the inputs."""
+        if not self.example:
+            return None
+        from rewriter.export import example_tensor
+
+        return tuple(map(example_tensor, self.example))

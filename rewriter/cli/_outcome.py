@@ -1,9 +1,9 @@
-"""What a command gives back: one document for programs and the same for people."""
+"""The result of a command: one document for programs, and the same for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rewriter.errors import (
@@ -29,11 +29,11 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command found or did.
+    """The result of a command.
 
     Arguments:
         document: JSON data, for ``--json``.
-        text: the same for a person; printed on stdout as it is. A Rich renderable will do.
+        text: the same for a person, a string or a Rich renderable.
     """
 
     document: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code that stands for `error`.
+    """Return the exit code of `error`.
 
     >>> exit_code(SpecError([])), exit_code(PlanError("")), exit_code(RewriterError()), exit_code(OSError())
     (3, 4, 2, 1)
@@ -53,22 +53,8 @@ def exit_code(error: BaseException) -> int:
 
 
 def error_document(error: BaseException, code: int) -> dict[str, Any]:
-    """Return what ``--json`` prints when a command fails."""
-    document: dict[str, Any] = {
-        "kind": type(error).__name__,
-        "message": str(error),
-        "exit_code": code,
-    }
+    """Return the document of ``--json`` for a failed command."""
+    document: dict[str, Any] = {"kind": type(error).__name__, "message": str(error), "exit_code": code}
     if isinstance(error, SpecError | PlanError):
-        document["diagnostics"] = [
-            {
-                "file": problem.file,
-                "line": problem.line,
-                "column": problem.column,
-                "path": problem.path,
-                "message": problem.message,
-                "hint": problem.hint,
-            }
-            for problem in error.diagnostics
-        ]
+        document["diagnostics"] = [asdict(problem) for problem in error.diagnostics]
     return {"error": document}

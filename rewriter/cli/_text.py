@@ -1,24 +1,35 @@
-"""Plain text tables."""
+"""Tables and counts as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text with aligned columns.
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table without borders."""
+    from rich.table import Table
 
-    >>> print(columns(("name", "size"), [("weight", "3×4")]))
-    name    size
-    weight  3×4
+    made = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    >>> counted(1, "tensor"), counted(3, "tensor")
+    ('1 tensor', '3 tensors')
     """
-    every = [head, *rows]
-    widths = [max(len(row[index]) for row in every) for index in range(len(head))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in every)
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """Return a shape as people write it.
+    """Return a shape for people.
 
     >>> shape_text([3, 4]), shape_text([])
     ('3×4', 'scalar')

@@ -1,18 +1,21 @@
-"""The numeric check after a rewrite: what should not have moved has not."""
+"""The numeric check after a rewrite: values that must not move have not moved."""
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from rewriter._bake import bake
 from rewriter.absorbing import taken_over
 from rewriter.cli._models import entries_of, state_of
-from rewriter.context._random import nothing_drawn
+from rewriter.cli._text import counted
 from rewriter.errors import CaptureError, NumericError
 from rewriter.planning import Plan
 
@@ -24,18 +27,20 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, to
 
 @dataclass(frozen=True)
 class Checks:
-    """What was compared.
+    """The result of the comparison.
 
     Arguments:
-        kept: tensors outside all sites, equal bit by bit.
-        unmoved: sites whose value had to stay, within rounding.
-        largest_difference: of all unmoved sites, relative to the largest entry.
-        outputs: largest difference between the rewritten and the baked model's outputs; ``None`` without example
-            inputs.
+        kept: number of tensors outside all sites, which are equal bit by bit.
+        unmoved: number of tensors whose value must not move, equal within rounding.
+        computed: number of computed tensors for each chain.
+        largest_difference: of all computed tensors, relative to the largest entry of the plain tensor.
+        outputs: largest difference between the outputs of the rewritten and of the baked model; ``None`` without
+            example inputs.
     """
 
     kept: int
     unmoved: int
+    computed: dict[str, int]
     largest_difference: float
     outputs: float | None
 
@@ -44,29 +49,30 @@ class Checks:
         return asdict(self)
 
     def __str__(self) -> str:
-        texts = [f"{self.kept} tensors as they were"]
-        if self.unmoved:
-            texts.append(f"{self.unmoved} parametrized ones equal to {self.largest_difference:.1e}")
+        texts = [f"{counted(count, 'tensor')} computed by {chain!r}" for chain, count in self.computed.items()]
+        if texts:
+            texts[-1] += f" (largest difference from the plain model {self.largest_difference:.2g})"
+        texts.append(f"{self.kept} unchanged")
         if self.outputs is not None:
-            texts.append(f"outputs equal to {self.outputs:.1e}")
-        return ", ".join(texts)
+            texts.append(f"outputs of the baked model differ by {self.outputs:.2g}")
+        return "; ".join(texts)
 
 
 def verify_rewritten(before: Model, rewritten: Model, plan: Plan, examples: tuple[Any, ...] | None = None) -> Checks:
-    """Compare a rewritten model, baked, with the model it was made from.
+    """Compare a rewritten model, after baking, with the plain model.
 
     Arguments:
-        before: the model that was rewritten.
+        before: the plain model.
         plan: says which values move.
-        examples: inputs on which the rewritten and the baked model must agree, unless it is a program for training
-            with chains that compute something else there.
+        examples: inputs on which the rewritten and the baked model must agree. They are not used for a program in
+            train mode with a chain that has another value in evaluation mode.
 
     Raises:
         NumericError: names every tensor that differs.
         CaptureError: the model fails on the example inputs.
     """
     baked = bake(rewritten)
-    # What was parametrized before, by us or by others, is compared by its values too.
+    # Tensors that were computed before are compared by value.
     if isinstance(before, nn.Module) and any(site.record.rule.startswith("absorbed:") for site in plan):
         before = taken_over(before)[0]
     plain = bake(before) if any(entry.site is not None for entry in entries_of(before)) else before
@@ -74,25 +80,22 @@ def verify_rewritten(before: Model, rewritten: Model, plan: Plan, examples: tupl
     problems: list[str] = []
     if list(old) != list(new):
         problems.append(f"the baked model has other tensors: {sorted(set(old) ^ set(new)) or 'in another order'}")
-    unmoved = {name for site in plan if site.moved is not None and site.moved < _UNMOVED for name in site.names}
-    owned = {name for site in plan for name in site.names}
-    largest, kept = 0.0, 0
-    for name in [name for name in old if name in new]:
-        if name not in owned:
-            kept += 1
-            if not _same(old[name], new[name]):
-                problems.append(f"{name} changed, though no rule owns it")
-        elif name in unmoved:
-            difference = _difference(old[name], new[name])
-            largest = max(largest, difference)
-            if not difference <= _TOLERANCE.get(new[name].dtype, 0.0):
-                problems.append(f"{name} should have kept its value and differs by {difference:.1e}")
+    moved = {name: site.moved for site in plan for name in site.names}
+    kept = [name for name in old if name in new and name not in moved]
+    problems += [f"{name} changed, though no rule owns it" for name in kept if not _same(old[name], new[name])]
+    differences = {name: _difference(old[name], new[name]) for name in moved if name in old and name in new}
+    unmoved = {name for name in differences if (far := moved[name]) is not None and far < _UNMOVED}
+    for name, difference in differences.items():
+        if name in unmoved and not difference <= _TOLERANCE.get(new[name].dtype, 0.0):
+            problems.append(f"{name} should have kept its value and differs by {difference:.1e}")
     outputs = None
     if examples is not None and not _evaluates_otherwise(rewritten):
         outputs = _compare_outputs(rewritten, baked, examples, problems)
     if problems:
         raise NumericError("the rewritten model is not the model it should be:\n  " + "\n  ".join(problems))
-    return Checks(kept, len(unmoved & set(old)), largest, outputs)
+    computed = Counter(" >> ".join(step.partition("(")[0] for step in site.chain) for site in plan)
+    largest = max((difference for difference in differences.values() if difference < float("inf")), default=0.0)
+    return Checks(len(kept), len(unmoved), dict(computed), largest, outputs)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -110,7 +113,7 @@ def _difference(old: Tensor, new: Tensor) -> float:
 
 
 def _evaluates_otherwise(model: Model) -> bool:
-    """Whether a chain computes in this program something else than its value in evaluation mode."""
+    """Whether a chain of this program has another value in evaluation mode."""
     if isinstance(model, nn.Module):
         return False
     from rewriter.program import sites_of_program
@@ -119,36 +122,26 @@ def _evaluates_otherwise(model: Model) -> bool:
 
 
 def _compare_outputs(rewritten: Model, baked: Model, examples: tuple[Any, ...], problems: list[str]) -> float:
-    pairs = zip(_outputs(rewritten, examples), _outputs(baked, examples), strict=True)
-    differences = [(_difference(one, other), other.dtype) for one, other in pairs]
-    for difference, dtype in differences:
-        if not difference <= _TOLERANCE.get(dtype, 0.0):
+    largest = 0.0
+    for one, other in zip(_outputs(rewritten, examples), _outputs(baked, examples), strict=True):
+        difference = _difference(one, other)
+        largest = max(largest, difference)
+        if not difference <= _TOLERANCE.get(other.dtype, 0.0):
             problems.append(f"the outputs of the rewritten and the baked model differ by {difference:.1e}")
-    return max((difference for difference, _ in differences), default=0.0)
+    return largest
 
 
 @torch.no_grad()
 def _outputs(model: Model, examples: tuple[Any, ...]) -> list[Tensor]:
-    """Return what a model returns in evaluation mode, or a program in its own; neither changes."""
-    module: nn.Module = model if isinstance(model, nn.Module) else model.module()
-    modes = {child: child.training for child in module.modules()}
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """Return the outputs of a copy in evaluation mode."""
+    module: nn.Module = copy.deepcopy(model if isinstance(model, nn.Module) else model.module())
+    for child in module.modules():  # `eval` is not allowed for a program.
+        child.training = False
     try:
-        for child in modes:
-            child.training = False
-        with nothing_drawn():
+        with torch.random.fork_rng():
             torch.manual_seed(0)
-            return _tensors(module(*torch.utils._pytree.tree_map(torch.clone, examples)))
+            outputs = module(*pytree.tree_map(torch.clone, examples))
     except Exception as problem:
         reason = str(problem).strip().partition("\n")[0]
         raise CaptureError(f"the model fails on the example inputs: {type(problem).__name__}: {reason}") from problem
-    finally:
-        for child, training in modes.items():
-            child.training = training
-        for buffer, value in kept:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]

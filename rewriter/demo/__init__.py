@@ -1,4 +1,4 @@
-"""The main job on real data: digits read pixel by pixel by a recurrent network with an orthogonal kernel."""
+"""The demo: a recurrent network with an orthogonal kernel reads handwritten digits pixel by pixel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real images of 8×8 pixels, bundled with the package."""
+"""The handwritten digits of scikit-learn: 1,797 images of 8×8 pixels, bundled with the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Digits:
-    """Images as rows of 64 pixels in [0, 1], with their digits, in two parts."""
+    """Images as rows of 64 pixels in [0, 1] with their digits, for training and for testing."""
 
     images: Tensor
     digits: Tensor
@@ -24,13 +24,13 @@ class Digits:
     test_digits: Tensor
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a random batch of the training part."""
+        """Draw a random batch of the training images."""
         index = torch.randint(len(self.images), (size,), generator=generator)
         return self.images[index], self.digits[index]
 
 
 def load_digits(seed: int) -> Digits:
-    """Split the digits at random, the same way for the same seed.
+    """Load the digits and split them at random; equal seeds give equal splits.
 
     Raises:
         RewriterError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""The demo's network, written as anybody would write it: nothing in it knows of parametrizations."""
+"""The network of the demo, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class PixelRNN(nn.Module):
-    """Reads an image pixel by pixel and names the digit.
+    """Read an image pixel by pixel and classify the digit.
 
     Arguments:
-        pixels: how many steps an image has.
-        hidden: size of the state.
-        classes: how many digits there are.
+        pixels: number of pixels of an image, which is the number of time steps.
+        hidden: size of the hidden state.
+        classes: number of digits.
     """
 
     def __init__(self, pixels: int = 64, hidden: int = 64, classes: int = 10) -> None:

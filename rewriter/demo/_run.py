@@ -1,4 +1,4 @@
-"""The demo from data to artefacts."""
+"""The demo, from the data to the files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,67 +39,83 @@ _TOLERANCE = 1e-4
 
 
 class Progress(Protocol):
-    """What shows how far a part of the demo is."""
+    """Shows the progress of a part of the demo."""
 
     def __call__(self, part: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the demo measured; times in seconds, accuracies as shares.
+class Variant:
+    """The measurements of one variant of the network; ``None`` for what is not measured.
 
     Arguments:
-        steps: training steps, the same for both networks.
-        accuracy, accuracy_plain: on the test images, with the spec and without it.
-        orthogonality, orthogonality_plain: the largest ‖WᵀW − I‖ seen during training, and that of the plain
-            network's kernel afterwards.
-        evaluations, evaluations_torch: of the chain in one forward, here and with torch's own mechanism.
-        difference_baked, difference_scripted: largest difference of a logit to the rewritten model's.
-        step_seconds, step_seconds_torch, step_seconds_plain: one forward and backward.
-        plan: the plan's JSON data.
+        accuracy: share of the test images that are classified correctly.
+        orthogonality: the largest ‖WᵀW − I‖ during training of the rewritten network; for others, after training.
+        evaluations: evaluations of the chain per forward.
+        step_seconds: time of one forward and backward.
+        training_seconds: time of the training.
+    """
+
+    accuracy: float | None = None
+    orthogonality: float | None = None
+    evaluations: int | None = None
+    step_seconds: float | None = None
+    training_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The measurements of the demo.
+
+    Arguments:
+        steps: number of training steps of each variant.
+        rewritten: the network with the spec.
+        plain: without the spec.
+        cached, torch: with torch's parametrize, inside and outside of ``parametrize.cached()``. Both train equally, so
+            only `cached` is trained.
+        difference_baked, difference_scripted: largest difference of a logit from the rewritten network.
+        plan: the plan as JSON data.
     """
 
     seed: int
     steps: int
-    accuracy: float
-    accuracy_plain: float
-    orthogonality: float
-    orthogonality_plain: float
-    evaluations: int
-    evaluations_torch: int
+    rewritten: Variant
+    plain: Variant
+    cached: Variant
+    torch: Variant
     difference_baked: float
     difference_scripted: float
-    step_seconds: float
-    step_seconds_torch: float
-    step_seconds_plain: float
-    training_seconds: float
-    training_seconds_plain: float
     total_seconds: float
     plan: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON data."""
-        return asdict(self)
+        """Return it as flat JSON data: ``accuracy`` of the rewritten network, ``accuracy_plain``, and so on."""
+        document = asdict(self)
+        for name in ("rewritten", "plain", "cached", "torch"):
+            suffix = "" if name == "rewritten" else f"_{name}"
+            measured = document.pop(name)
+            document |= {key + suffix: value for key, value in measured.items() if value is not None}
+        return document
 
 
 def run_demo(
     out: Path, *, seconds: float = 60.0, seed: int = 0, force: bool = False, progress: Progress | None = None
 ) -> Report:
-    """Train a network with the spec and without it, bake, export, compare, and keep the artefacts in `out`.
+    """Train with the spec, without it and with torch's parametrize; bake, export, compare, and write the files.
 
     Arguments:
-        out: a folder, made where it is missing.
-        seconds: about how long it takes in all; decides the number of training steps.
-        seed: decides split, initial weights and batches.
-        progress: is told how far each part is.
+        out: the folder for the files; it is created if it is missing.
+        seconds: about how long the demo takes; determines the number of training steps.
+        seed: determines split, initial weights and batches.
+        progress: called after each training step.
 
     Raises:
-        ModelFileError: an artefact is there already and `force` is not given.
+        ModelFileError: a file exists and `force` is not given.
         NumericError: the rewritten, baked and scripted network differ.
         RewriterError: scikit-learn is not installed.
     """
     threads = torch.get_num_threads()
-    # Matrices this small gain nothing from a second thread, and lose much where the cores are busy.
+    # A second thread does not help with matrices of this size.
     torch.set_num_threads(1)
     try:
         return _run(out, seconds, seed, force, progress or _silent)
@@ -120,9 +137,10 @@ def _run(out: Path, seconds: float, seed: int, force: bool, show: Progress) -> R
     with_torch = copy.deepcopy(plain)
     parametrizations.orthogonal(with_torch.cell, "weight_hh", orthogonal_map="cayley")
 
-    seconds_each = [seconds_per_step(model, data, 5) for model in (rewritten, with_torch, plain)]
-    step_seconds, step_seconds_torch, step_seconds_plain = seconds_each
-    steps = _affordable(seconds - _FIXED_SECONDS, step_seconds + step_seconds_plain)
+    seconds_rewritten, seconds_plain = (seconds_per_step(model, data, 5) for model in (rewritten, plain))
+    seconds_cached = seconds_per_step(with_torch, data, 5, cached=True)
+    seconds_torch = seconds_per_step(with_torch, data, 2)
+    steps = _affordable(seconds - _FIXED_SECONDS, seconds_rewritten + seconds_plain + seconds_cached)
     orthogonality: list[float] = []
 
     def watch(done: int) -> None:
@@ -132,6 +150,8 @@ def _run(out: Path, seconds: float, seed: int, force: bool, show: Progress) -> R
 
     training_seconds = train(rewritten, data, steps, seed, watch)
     training_seconds_plain = train(plain, data, steps, seed, lambda done: show("without it", done, steps))
+    show_torch = partial(show, "with torch's parametrize", total=steps)
+    training_seconds_cached = train(with_torch, data, steps, seed, lambda done: show_torch(done=done), cached=True)
 
     rewritten.eval()
     baked = rewriter.bake(rewritten)
@@ -141,22 +161,21 @@ def _run(out: Path, seconds: float, seed: int, force: bool, show: Progress) -> R
     scripted = torch.jit.load(str(out / "scripted.pt"))  # type: ignore[no-untyped-call]
     differences = _differences(rewritten, {"baked": baked, "scripted": scripted}, data.test_images)
 
+    chain, chain_torch = (model.get_submodule("cell.parametrizations.weight_hh.0") for model in (rewritten, with_torch))
+    evaluations = evaluations_per_forward(rewritten, chain, data)
+    evaluations_cached = evaluations_per_forward(with_torch, chain_torch, data, cached=True)
+    off_plain, off_cached = (distance_from_orthogonal(_kernel(model)) for model in (plain, with_torch))
     report = Report(
         seed=seed,
         steps=steps,
-        accuracy=accuracy(baked, data),
-        accuracy_plain=accuracy(plain, data),
-        orthogonality=max(orthogonality),
-        orthogonality_plain=distance_from_orthogonal(_kernel(plain)),
-        evaluations=evaluations_per_forward(rewritten, _chain_step(rewritten), data),
-        evaluations_torch=evaluations_per_forward(with_torch, _chain_step(with_torch), data),
+        rewritten=Variant(accuracy(baked, data), max(orthogonality), evaluations, seconds_rewritten, training_seconds),
+        plain=Variant(accuracy(plain, data), off_plain, None, seconds_plain, training_seconds_plain),
+        cached=Variant(
+            accuracy(with_torch, data), off_cached, evaluations_cached, seconds_cached, training_seconds_cached
+        ),
+        torch=Variant(evaluations=evaluations_per_forward(with_torch, chain_torch, data), step_seconds=seconds_torch),
         difference_baked=differences["baked"],
         difference_scripted=differences["scripted"],
-        step_seconds=step_seconds,
-        step_seconds_torch=step_seconds_torch,
-        step_seconds_plain=step_seconds_plain,
-        training_seconds=training_seconds,
-        training_seconds_plain=training_seconds_plain,
         total_seconds=time.perf_counter() - start,
         plan=plan.to_dict(),
     )
@@ -169,13 +188,13 @@ def _prepare(out: Path, force: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise ModelFileError(f"{out} cannot be made: {problem.strerror}") from problem
+        raise ModelFileError(f"{out} cannot be created: {problem.strerror}") from problem
     for name in ARTEFACTS:
         check_writable(out / name, force)
 
 
 def _spec_text() -> str:
-    return (resources.files("rewriter.demo") / SPEC).read_text(encoding="utf-8")
+    return (resources.files("rewriter") / "recipes" / SPEC).read_text(encoding="utf-8")
 
 
 def _silent(part: str, done: int, total: int) -> None:
@@ -183,17 +202,13 @@ def _silent(part: str, done: int, total: int) -> None:
 
 
 def _affordable(seconds: float, step_seconds: float) -> int:
-    # The optimizer adds to a step what the measurement leaves out.
+    # The factor is for the optimizer, which `seconds_per_step` does not measure.
     return min(_MOST_STEPS, max(_FEWEST_STEPS, int(seconds / (1.2 * step_seconds))))
 
 
 def _kernel(model: nn.Module) -> Tensor:
     kernel: Tensor = getattr(model.get_submodule("cell"), "weight_hh")  # noqa: B009
     return kernel
-
-
-def _chain_step(model: nn.Module) -> nn.Module:
-    return model.get_submodule("cell.parametrizations.weight_hh.0")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +17,13 @@ from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
 from rewriter.errors import ModelFileError, RewriterError
+from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
 from rewriter.serialization._exported import load_exported
 from rewriter.serialization._inspect import ModelFile, inspect_file
 from rewriter.serialization._names import import_object, is_listed, known_object, needs_no_leave
 
 ModelFactory = Callable[[], nn.Module]
 
-_STATE_KEYS = ("state_dict", "model_state_dict", "model")
 _unpickling = threading.Lock()
 
 
@@ -31,6 +31,7 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     model: str | ModelFactory | None = None,
+    key: str | None = None,
     allow: Iterable[str] = (),
     trust: bool = False,
 ) -> nn.Module | ExportedProgram:
@@ -50,6 +51,7 @@ def load_model(
     Arguments:
         path: ``.pt`` (module or state dict), ``.pt2`` or ``.safetensors``; what counts is the content.
         model: for weights, what makes the module they belong to: ``"package.module:factory"`` or a callable.
+        key: the entry of a training checkpoint that is the model; not needed for the usual ones.
         allow: dotted names that the file may use, or ``package.*``.
         trust: run whatever the file says.
 
@@ -63,11 +65,13 @@ def load_model(
         return load_exported(file.path, allow=tuple(allow), trust=trust)
     factory = _factory(model)
     loaded = _read(file, tuple(allow), trust)
+    if key is not None:
+        loaded = entry_of(file.path, loaded, key)
     if isinstance(loaded, nn.Module):
         if factory is not None:
             raise ModelFileError(f"{path} holds a whole {type(loaded).__name__}; leave the model factory out")
         return loaded
-    weights = _weights(file.path, loaded)
+    weights = weights_of(file.path, loaded)
     if factory is None:
         raise ModelFileError(f"{path} holds weights without their model; say whose (--model package.module:factory)")
     return _filled(file.path, factory, weights)
@@ -144,31 +148,11 @@ def _read_safetensors(path: Path) -> Any:
         raise ModelFileError(f"{path} cannot be read as safetensors: {problem}") from problem
 
 
-def _weights(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
-    if isinstance(loaded, Mapping):
-        for key in _STATE_KEYS:
-            if _is_state_dict(loaded.get(key)):
-                return cast("dict[str, torch.Tensor]", loaded[key])
-        if _is_state_dict(loaded):
-            return cast("dict[str, torch.Tensor]", loaded)
-        keys = ", ".join(repr(key) for key in list(loaded)[:5])
-        raise ModelFileError(f"{path} holds a dict with the keys {keys}, which is no state dict")
-    if isinstance(loaded, torch.Tensor):
-        raise ModelFileError(f"{path} holds a single tensor, not a model")
-    raise ModelFileError(f"{path} holds {kind_of(loaded)}, not a model")
-
-
 def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors stores tied tensors under one of their names.
     tensors = module.state_dict(keep_vars=True)
     stored = {id(tensors[name]): value for name, value in weights.items() if name in tensors}
     return {name: stored[id(tensor)] for name, tensor in tensors.items() if id(tensor) in stored}
-
-
-def _is_state_dict(value: Any) -> bool:
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(key, str) for key in value) and any(isinstance(item, torch.Tensor) for item in value.values())
 
 
 def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
@@ -196,6 +180,7 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     module = factory()
     if not isinstance(module, nn.Module):
         raise ModelFileError(f"the model factory made {kind_of(module)}, not a torch.nn.Module")
+    weights = without_prefixes(weights, module.state_dict().keys())
     try:
         module.load_state_dict({**_tied(module, weights), **weights})
     except RuntimeError as problem:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import RewriterError
-from rewriter.runtime._random import nothing_drawn
 from rewriter.testing._case import Case, NotApplicable, Subject, Violated
 from rewriter.testing._laws import LAWS
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._chain import Chain
-from rewriter.runtime._random import nothing_drawn
 from rewriter.testing._case import NotApplicable, Subject, default_tolerance, distance, instance, inverse, size_of
 
 

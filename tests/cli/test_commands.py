@@ -86,10 +86,29 @@ def test_bake_writes_pt2_with_an_example(reparam, folder):
     assert torch.allclose(load_model("out.pt2").module()(X), load_model("rewritten.pt")(X))
 
 
-def test_a_model_without_parametrizations_is_written_as_it_is(reparam, folder):
+def test_bake_of_a_plain_model_warns_and_writes_it(reparam, folder):
     result = reparam("bake", "model.pt", "-o", "out.pt")
     assert result.code == 0
-    assert "no parametrized tensor" in result.err
+    assert "warning: model.pt has no computed tensor, so out.pt is the same model" in result.err
+    assert reparam("diff", "model.pt", "out.pt", "--json").json["equal"] is True
+
+
+def test_apply_reports_chains_and_the_largest_difference(reparam, folder):
+    (folder / "norm.yaml").write_text(
+        "reparam: 1\nrules:\n"
+        "  - {name: a, select: 0.weight, chain: [{weight_norm: {dim: 0}}]}\n"
+        "  - {name: b, select: 2.bias, chain: [identity]}\n"
+    )
+    one = reparam("apply", "norm.yaml", "model.pt", "-o", "one.pt").err
+    assert (
+        "wrote one.pt: 1 tensor computed by 'weight_norm'; 1 tensor computed by 'identity' (largest difference" in one
+    )
+    assert "from the plain model" in one and "2 unchanged" in one
+    two = reparam("apply", "spec.yaml", "model.pt", "-o", "two.pt", "--json").json["checks"]
+    assert two["computed"] == {"symmetric": 2}
+    before, after = (load_model(name)[0].weight for name in ("model.pt", "two.pt"))
+    difference = float((after - before).detach().abs().max() / before.detach().abs().max())
+    assert two["largest_difference"] == pytest.approx(difference) or two["largest_difference"] > difference > 0.1
 
 
 def test_validate(reparam, folder):

@@ -1,4 +1,4 @@
-"""``python -m rewriter.cli``."""
+"""``python -m rewriter``: the `reparam` command."""
 
 from __future__ import annotations
 

@@ -1,0 +1,91 @@
+"""Training checkpoints: which entry is the model, and the prefixes that wrappers add to its names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from rewriter._given import kind_of
+from rewriter.errors import ModelFileError
+
+_KEYS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = {"module.": "DataParallel", "_orig_mod.": "torch.compile"}
+
+
+def entry_of(path: Path, loaded: Any, key: str) -> Any:
+    """Return the entry of a training checkpoint.
+
+    Raises:
+        ModelFileError: there is no such entry.
+    """
+    if not isinstance(loaded, Mapping) or key not in loaded:
+        has = f"its keys are {_listed(loaded)}" if isinstance(loaded, Mapping) else f"it holds {kind_of(loaded)}"
+        raise ModelFileError(f"{path} has no entry {key!r}; {has}")
+    return loaded[key]
+
+
+def weights_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
+    """Return the state dict in what a file contains: the whole of it, or its one entry that is a state dict.
+
+    Raises:
+        ModelFileError: there is none, or more than one.
+    """
+    if isinstance(loaded, torch.Tensor):
+        raise ModelFileError(f"{path} holds a single tensor, not a model")
+    if not isinstance(loaded, Mapping):
+        raise ModelFileError(f"{path} holds {kind_of(loaded)}, not a model")
+    # An extra state belongs to the state dict around it.
+    found = [key for key, value in loaded.items() if _is_state_dict(value) and not str(key).endswith("_extra_state")]
+    usual = [key for key in _KEYS if key in found]
+    if usual or len(found) == 1:
+        return cast("dict[str, torch.Tensor]", loaded[(usual or found)[0]])
+    if found:
+        raise ModelFileError(f"{path} holds several state dicts: {_listed(found)}; choose one with --key")
+    if _is_state_dict(loaded):
+        return cast("dict[str, torch.Tensor]", loaded)
+    raise ModelFileError(f"{path} holds a dict with the keys {_listed(loaded)}, which is no state dict")
+
+
+def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return the weights under the model's names, without the prefixes of wrappers; warn if there were any.
+
+    >>> with warnings.catch_warnings(record=True) as seen:
+    ...     list(without_prefixes({"module.fc.weight": torch.ones(1)}, ["fc.weight"]))
+    ['fc.weight']
+
+    Arguments:
+        names: the state-dict keys of the model.
+    """
+    renamed: dict[str, torch.Tensor] = {}
+    removed: dict[str, int] = {}
+    for name, tensor in weights.items():
+        short, prefixes = name, []
+        for prefix in _WRAPPERS if name not in names else ():
+            segments = short.split(".")
+            if prefix[:-1] in segments and short not in names:
+                short = ".".join(segment for segment in segments if segment != prefix[:-1])
+                prefixes.append(prefix)
+        if short not in names:
+            short, prefixes = name, []
+        renamed[short] = tensor
+        for prefix in prefixes:
+            removed[prefix] = removed.get(prefix, 0) + 1
+    for prefix, count in removed.items():
+        what = "1 name" if count == 1 else f"{count} names"
+        warnings.warn(f"removed the prefix {prefix!r} of {_WRAPPERS[prefix]} from {what}", stacklevel=2)
+    return renamed
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(key, str) for key in value) and any(isinstance(item, torch.Tensor) for item in value.values())
+
+
+def _listed(keys: Collection[Any]) -> str:
+    shown = ", ".join(repr(key) for key in list(keys)[:8])
+    return shown + (", …" if len(keys) > 8 else "")

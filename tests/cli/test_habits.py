@@ -1,0 +1,72 @@
+"""What people expect of every command: help with examples, verbosity, no colours for files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rewriter.cli._app import EXAMPLES, app
+from rewriter.cli._outcome import EXIT_CODES
+
+CHECKOUT = Path(__file__).parents[2]
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+
+
+@pytest.fixture
+def rewritten(reparam, folder):
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt").code == 0
+    assert reparam("bake", "rewritten.pt", "-o", "plain.pt").code == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_examples(reparam, command):
+    assert EXAMPLES[command]
+    short = reparam(command, "-h")
+    assert short.code == 0
+    assert short.out == reparam(command, "--help").out
+    for example in EXAMPLES[command]:
+        assert " ".join(example.split()) in " ".join(short.out.split())
+
+
+@pytest.mark.parametrize("example", [example for name in COMMANDS if name != "demo" for example in EXAMPLES[name]])
+def test_example_of_a_help_text_works(reparam, rewritten, example):
+    words = shlex.split(example.partition(" > ")[0])
+    assert words[0] == "reparam"
+    force = ["--force"] if {"-o", "--output"} & set(words) else []
+    result = reparam(*words[1:], *force)
+    assert result.code == 0, result.err
+
+
+def test_quiet_prints_no_progress(reparam, folder):
+    result = reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt", "-q")
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert "even" in reparam("plan", "spec.yaml", "model.pt", "--quiet").out
+    assert "warning: model.pt has no computed tensor" in reparam("bake", "model.pt", "-o", "baked.pt", "-q").err
+
+
+def test_verbose_prints_the_duration_of_each_step(reparam, folder):
+    assert re.search(r"^planning: \d+\.\d s$", reparam("plan", "spec.yaml", "model.pt", "-v").err, re.M)
+    assert "planning" not in reparam("plan", "spec.yaml", "model.pt").err
+
+
+@pytest.mark.parametrize("arguments", [["catalog"], ["--help"]])
+def test_no_color_turns_colours_off(arguments):
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "rewriter", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert result.returncode == 0
+    assert not re.search(r"\x1b\[[\d;]*3\d", result.stdout)
+
+
+def test_readme_lists_the_commands_and_exit_codes():
+    page = (CHECKOUT / "README.md").read_text()
+    listed = page.partition("## Command line")[2].partition("```text\n")[2].partition("```")[0]
+    assert sorted(re.findall(r"^reparam (\w+)", listed, re.M)) == COMMANDS
+    assert {int(code) for code in re.findall(r"^\| (\d) \|", page, re.M)} == {0, 2, *EXIT_CODES.values()}
