@@ -48,7 +48,7 @@ class Shorter:
             site.add_module(str(index), step)
         site.hoisted = 0
         site.fused = ()
-        site.holding.drop()
+        site.policy.invalidate()
         site.record = replace(
             record,
             chain=tuple(record.chain[index] for index in self.kept),

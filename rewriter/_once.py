@@ -56,9 +56,9 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     added: list[ParametrizedTensor] = []
     try:
         for site in model.modules():
-            if isinstance(site, ParametrizedTensor) and site.holding.once is None:
+            if isinstance(site, ParametrizedTensor) and site.policy.once is None:
                 once.add(site)
-                site.holding.begin(once)
+                site.policy.begin(once)
                 added.append(site)
         yield
     except BaseException as problem:
@@ -69,7 +69,7 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
         raise
     finally:
         for site in added:
-            site.holding.end()
+            site.policy.end()
     try:
         once.finish()
     finally:

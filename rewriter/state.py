@@ -104,8 +104,8 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
     for site in sites:
         site.requires_grad_(False)
-        site.holding.freeze(True)
-        site.holding.frozen_value(site, site.read_inputs())
+        site.policy.freeze(True)
+        site.policy.frozen_value(site, site.read_inputs())
 
 
 def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
@@ -124,7 +124,7 @@ def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         for name, tensor in site.named_parameters():
             tensor.requires_grad_(trained.get(name, tensor.requires_grad))
         site.trained_before = None
-        site.holding.freeze(False)
+        site.policy.freeze(False)
 
 
 def invalidate(model: nn.Module) -> None:
@@ -137,7 +137,7 @@ def invalidate(model: nn.Module) -> None:
     check_model(model, "invalidate", programs=False)
     for site in model.modules():
         if isinstance(site, ParametrizedTensor):
-            site.holding.drop()
+            site.policy.invalidate()
 
 
 def _sites(model: nn.Module, only: Sequence[str] | None) -> list[ParametrizedTensor]:

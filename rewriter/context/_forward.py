@@ -84,8 +84,8 @@ class Frame:
             return None
         if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
             return None
-        if site.holding.versioned and site.lasting and not transformed():
-            value = site.holding.kept_value(())
+        if site.policy.versioned and site.lasting and not transformed():
+            value = site.policy.valid_value(())
             if type(value) is Tensor:
                 self.values[site] = self.passing[site] = value
                 return value

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.context._fingerprint import PLAIN, same_objects, transformed
+from rewriter.context._fingerprint import Fingerprint, transformed
 
 if TYPE_CHECKING:
     from rewriter.sites._site import ParametrizedTensor
@@ -108,55 +108,31 @@ def evaluated_steps(site: ParametrizedTensor) -> Sequence[Callable[..., Any]]:
 
 @dataclass
 class Merged:
-    """What is called in place of several steps, and the state they were in when it was made.
+    """The module that is called in place of several steps.
 
     Arguments:
-        call: what is called.
-        objects: everything that the steps hold, compared as objects.
-        marks: versions and addresses of their buffers, which tell of a change in place.
-        storages: kept so that no address is used twice.
+        call: the module, or a function that returns its argument.
+        fingerprint: of the steps when it was made.
     """
 
     call: Callable[..., Any]
-    objects: list[Any]
-    marks: list[Any]
-    storages: list[Any]
+    fingerprint: Fingerprint
 
 
 def _merged(site: ParametrizedTensor, start: int, steps: Sequence[nn.Module]) -> Merged | None:
-    objects, marks = _state(steps)
-    known: Merged | None = site.holding.merged.get(start)
-    if known is not None and known.marks == marks and same_objects(known.objects, objects):
+    known: Merged | None = site.policy.merged.get(start)
+    if known is not None and known.fingerprint.unchanged():
         return known
-    buffers = [buffer for step in steps for buffer in step.buffers()]
-    if not all(_is_fixed(step) for step in steps) or not all(map(_is_plain, buffers)):
+    fingerprint = Fingerprint(steps)
+    fixed = all(map(_is_fixed, steps)) and not fingerprint.trained()
+    if not fixed or not fingerprint.trusted:
         return None
     with torch.inference_mode(False):
         runs = merged_runs(steps, [True] * len(steps))
     if len(runs) != 1:
         return None
-    made = Merged(runs[0].module or _unchanged, objects, marks, [buffer.untyped_storage() for buffer in buffers])
-    site.holding.merged[start] = made
+    made = site.policy.merged[start] = Merged(runs[0].module or _unchanged, fingerprint)
     return made
-
-
-def _state(steps: Sequence[nn.Module]) -> tuple[list[Any], list[Any]]:
-    """Return what tells that a step has changed; quick, since it is looked at in every forward."""
-    objects: list[Any] = []
-    marks: list[Any] = []
-    for part in (part for step in steps for part in _parts(step)):
-        held = part.__dict__
-        objects += held.values()
-        marks += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
-        for buffer in held["_buffers"].values():
-            if buffer is not None:
-                objects.append(buffer)
-                marks += (-1 if buffer.is_inference() else buffer._version, buffer.data_ptr())
-    return objects, marks
-
-
-def _is_plain(buffer: Tensor) -> bool:
-    return type(buffer) in PLAIN and not buffer.is_inference() and not buffer.requires_grad
 
 
 def _recorded_on_gpu(site: ParametrizedTensor) -> bool:
@@ -169,8 +145,8 @@ def _unchanged(value: Tensor) -> Tensor:
 
 def _is_fixed(step: nn.Module) -> bool:
     for part in _parts(step):
-        held = part.__dict__
-        if held["_parameters"] or held["_forward_hooks"] or held["_forward_pre_hooks"]:
+        state = part.__dict__
+        if state["_parameters"] or state["_forward_hooks"] or state["_forward_pre_hooks"]:
             return False
         if getattr(part, "stateful", False) or getattr(part, "random", False):
             return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriter.context._checkpoint import unnoticed
-from rewriter.context._fingerprint import TRAINED, Signature, same_objects, sign, transformed
+from rewriter.context._fingerprint import Fingerprint, same_objects, transformed
 from rewriter.context._gradients import WatchedGradient, is_still, is_watchable
 from rewriter.errors import RewriterError
 
@@ -27,17 +27,11 @@ if TYPE_CHECKING:
 class Evaluated:
     """One evaluation of a site: its value with the chain behind it, and what stands for it in the forwards."""
 
-    def __init__(
-        self, site: ParametrizedTensor, inputs: Sequence[Tensor], signature: Signature, value: Any, leaf: Any
-    ) -> None:
+    def __init__(self, site: ParametrizedTensor, inputs: Sequence[Tensor], value: Any, leaf: Any) -> None:
         self.site = site
         self.inputs = tuple(inputs)
-        self.signature = signature
-        self.trained = _trained(signature)
-        own = sign(site.steps, [*site.originals, *inputs])
-        after = signature.marks if own is None else own.marks
-        self.watched_marks = [index for index, mark in enumerate(signature.marks) if mark == after[index]]
-        """Which tensors the evaluation itself left as they were: a state that the chain advances is no change."""
+        self.fingerprint = _fingerprint(site, inputs)  # after a state has advanced
+        self.trained = self.fingerprint.trained()
         self.value = value
         self.leaf = leaf
         self.given: Any = leaf
@@ -51,8 +45,7 @@ class Evaluated:
         """Notice that a gradient arrives at the leaf: from here on `.grad` is there, or somebody has reset it."""
         if self.arrived:
             return self.check_gradients()
-        for index in self.trained:
-            tensor = self.signature.tensors[index]
+        for tensor in self.trained:
             if any(tensor is given for given in self.inputs):
                 continue
             if is_watchable(tensor.grad):
@@ -75,20 +68,24 @@ class Evaluated:
         for gradient in self.watched:
             gradient.leave()
 
-    def changed(self, now: Signature | None) -> bool:
-        """Whether something that was evaluated has changed since; a state that the chain advances has not."""
-        if now is None or len(now.marks) != len(self.signature.marks):
-            return True
-        ours = self.signature.marks
-        return any(now.marks[index][:TRAINED] != ours[index][:TRAINED] for index in self.watched_marks)
+    def check(self) -> bool:
+        """Say whether the tensors have the content that was evaluated.
 
-    def check(self, now: Signature | None) -> None:
-        """Refuse to go on after a change of what was evaluated, if gradients depend on it."""
-        if self.trained and self.changed(now):
+        Raises:
+            RewriterError: they have not, and gradients depend on it.
+        """
+        same = self.fingerprint.same_content()
+        if self.trained and not same:
             raise RewriterError(
                 f"{self.site.record.name}: a tensor that it is computed from changed inside evaluate_once; the one "
                 "evaluation would no longer be true. Step the optimizer, load and convert after the block has ended"
             )
+        return same
+
+    def is_valid(self) -> bool:
+        """Say whether the value may be used again; one without gradients is evaluated again after a change."""
+        same_trained = same_objects(self.fingerprint.trained(), self.trained)
+        return self.check() and same_trained and self.fingerprint.same_settings()
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Return the parts of the value that have a gradient to send through the chain."""
@@ -123,24 +120,19 @@ class Once:
         """Return the leaf that stands for the site's value.
 
         A chain over tensors that are not the model's own (`functional_call`), or that are themselves computed, is
-        evaluated as ever: its gradient has to flow on. So is one whose policy is ``never``.
+        evaluated as outside: its gradient has to flow on. The same holds for ``cache: never``.
         """
         if transformed() or site.record.cache == "never" or not all(tensor.is_leaf for tensor in inputs):
             return site.advance(*inputs)
         if not same_objects(list(site.parameters()), self.own[site]):
             return site.advance(*inputs)
-        signature = sign(site.steps, [*site.originals, *inputs])
-        if signature is None or not all(tensor.is_leaf for tensor in signature.tensors):
-            return site.advance(*inputs)
         for entry in self.at[site]:
-            if not same_objects(inputs, entry.inputs):
-                continue
-            entry.check(signature)
-            # Without gradients a changed value is evaluated again, and so is one that is trained only now.
-            same = entry.trained == _trained(signature) and not entry.changed(signature)
-            if same and entry.signature.same_settings(signature):
+            if same_objects(inputs, entry.inputs) and entry.is_valid():
                 return entry.given
-        entry = self._evaluate(site, inputs, signature)
+        fingerprint = _fingerprint(site, inputs)
+        if not fingerprint.trusted or not all(tensor.is_leaf for tensor in fingerprint.tensors):
+            return site.advance(*inputs)
+        entry = self._evaluate(site, inputs)
         self.at[site].append(entry)
         self.evaluated.append(entry)
         return entry.given
@@ -152,7 +144,7 @@ class Once:
             RewriterError: something that was evaluated has changed since; no gradient has been sent then.
         """
         for entry in self.evaluated:
-            entry.check(sign(entry.site.steps, [*entry.site.originals, *entry.inputs]))
+            entry.check()
             entry.check_gradients()
         for entry in reversed(self.evaluated):
             if entry.inputs:
@@ -164,7 +156,7 @@ class Once:
         for entry in self.evaluated:
             entry.leave()
 
-    def _evaluate(self, site: ParametrizedTensor, inputs: Sequence[Tensor], signature: Signature) -> Evaluated:
+    def _evaluate(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Evaluated:
         # Whatever mode the first use is in, later ones may need the gradient; and a checkpointed region must not
         # count the chain's intermediates among its own.
         with (
@@ -174,8 +166,8 @@ class Once:
         ):
             value = site.advance(*inputs)
             leaf = tuple(map(_leaf, value)) if isinstance(value, tuple) else _leaf(value)
-        entry = Evaluated(site, inputs, signature.hold(), value, leaf)
-        reference = weakref.ref(entry)  # the leaf would hold what holds it
+        entry = Evaluated(site, inputs, value, leaf)
+        reference = weakref.ref(entry)  # the leaf refers to the hook
 
         def arrive(gradient: Tensor) -> None:
             known = reference()
@@ -186,7 +178,7 @@ class Once:
         for part in parts:
             if part.requires_grad:
                 part.register_hook(arrive)  # type: ignore[no-untyped-call]
-        originals = [signature.tensors[index] for index in entry.trained]
+        originals = entry.trained
         if all(part.requires_grad for part in parts) and not self.distributed and not any(map(_has_hooks, originals)):
             with torch.enable_grad(), unnoticed():
                 given = tuple(_Gathered.apply(entry, part, index, *originals) for index, part in enumerate(parts))
@@ -232,8 +224,8 @@ def _accumulates(nodes: Sequence[Any]) -> bool:
     return True
 
 
-def _trained(signature: Signature) -> list[int]:
-    return [index for index, mark in enumerate(signature.marks) if mark[TRAINED]]
+def _fingerprint(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Fingerprint:
+    return Fingerprint(site.steps, [*site.originals, *inputs], owners=[site])
 
 
 def _has_hooks(tensor: Tensor) -> bool:

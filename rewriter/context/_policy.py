@@ -1,4 +1,8 @@
-"""Which value of a site is held, and until when: across forwards, until unfrozen, or inside `evaluate_once`."""
+"""The policy of one site: which value it has, and until when it is valid.
+
+``forward`` and ``never`` evaluate; ``version`` caches a value across forwards; a frozen site has the value that it had;
+inside `evaluate_once` one evaluation serves all forwards. The forward context asks the policy once per forward.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rewriter.context._fingerprint import PLAIN, TRAINED, same_objects, sign, transformed
+from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
 from rewriter.context._random import devices_of, random_states, same_states
-from rewriter.context._watch import Watch
 from rewriter.context._writes import ReadOutside, read_outside, warn_of_write
 
 if TYPE_CHECKING:
@@ -20,11 +23,11 @@ if TYPE_CHECKING:
     from rewriter.sites._site import ParametrizedTensor
 
 
-class Holding:
-    """The values that a site holds beyond a forward. It belongs to one site object: no copy or pickle takes it along.
+class Policy:
+    """The values that a site has beyond a forward. It belongs to one site object: copies and pickles start without.
 
     Arguments:
-        versioned: whether the site's policy is ``version``.
+        versioned: whether the rule says ``cache: version``.
         frozen: whether the site is frozen.
     """
 
@@ -32,27 +35,28 @@ class Holding:
         self.versioned = versioned
         self.frozen = frozen
         self.busy = versioned or frozen
-        self.fixed: Any = None
-        self.fixed_tensors: list[Tensor] = []
-        self.kept: dict[str, Kept] = {}
+        """Whether an evaluation has to ask here at all."""
+        self.frozen_at: tuple[Any, list[Tensor]] | None = None
+        """The value of a frozen site, and the originals that it had."""
+        self.cached: dict[str, CachedValue] = {}
         self.merged: dict[int, Merged] = {}
-        """What is evaluated in place of neighbouring steps, by the first one's index."""
+        """The module that is evaluated in place of neighbouring steps, by the first one's index."""
         self.contexts: dict[int, Once] = {}
-        """The `evaluate_once` that each thread is in, by the thread's number: a thread ends no context but its own."""
+        """The `evaluate_once` of each thread, by the thread's number: a thread ends no context but its own."""
         self.outside: ReadOutside | None = None
         """The last value that was read outside a forward."""
         self._lock = threading.Lock()
 
-    def drop(self) -> None:
-        """Forget what is held; a frozen site is evaluated again when it is next asked."""
-        self.kept = {}
+    def invalidate(self) -> None:
+        """Drop the cached values; a frozen site is evaluated again at its next use."""
+        self.cached = {}
         self.merged = {}
-        self.fixed, self.fixed_tensors = None, []
+        self.frozen_at = None
 
     def freeze(self, frozen: bool) -> None:
-        """Hold the value from now on, or no longer."""
+        """Keep the value from now on, or no longer."""
         self.frozen = frozen
-        self.drop()
+        self.invalidate()
         self._update()
 
     def begin(self, once: Once) -> None:
@@ -62,20 +66,20 @@ class Holding:
             self._update()
 
     def end(self) -> None:
-        """Take this thread's context away."""
+        """End this thread's context."""
         with self._lock:
             self.contexts = {key: once for key, once in self.contexts.items() if key != threading.get_ident()}
             self._update()
 
     @property
     def once(self) -> Once | None:
-        """The context that this thread is in."""
+        """The `evaluate_once` that this thread is in."""
         return self.contexts.get(threading.get_ident())
 
     def value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
-        """Return the site's value: the one that is held where it still holds, else a new one."""
+        """Return the site's value: a valid one if there is one, else a new one."""
         if self.outside is not None:
-            self.check_outside(site)
+            self._check_outside(site)
         if self.frozen:
             return self.frozen_value(site, inputs)
         if torch.compiler.is_compiling():
@@ -84,123 +88,126 @@ class Holding:
         if once is not None:
             return once.value(site, inputs)
         if self.versioned:
-            return self.keep("value", site, len(site.record.chain), inputs, site.advance)
+            return self.cache("value", site, len(site.record.chain), inputs, site.advance)
         return site.advance(*inputs)
 
-    def kept_value(self, inputs: Sequence[Tensor]) -> Any:
-        """Return the value kept from an earlier forward, where nothing is `transformed`; else ``None``.
+    def valid_value(self, inputs: Sequence[Tensor]) -> Any:
+        """Return the value cached in an earlier forward if it is valid and nothing is `transformed`; else None.
 
         Arguments:
             inputs: the tensors that the site reads beside its own.
         """
+        cached = self.across_forwards()
+        return cached.value if cached is not None and cached.is_valid(inputs) else None
+
+    def across_forwards(self) -> CachedValue | None:
+        """Return the value that is cached across forwards, if this thread may use it; it may not be valid."""
         if self.frozen or self.contexts or self.outside is not None:
             return None
-        kept = self.kept.get("value")
-        return kept.value if kept is not None and kept.holds(inputs) else None
-
-    def lasting_value(self) -> Kept | None:
-        """Return what is cached across forwards, if this thread may use it; it may not be valid."""
-        return None if self.frozen or self.contexts or self.outside is not None else self.kept.get("value")
+        return self.cached.get("value")
 
     def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
-        """Return the value that the site had when it was frozen; other tensors in its place are evaluated."""
+        """Return the value that the site had when it was frozen; other originals in its place are evaluated."""
         own = site.originals
-        if self.fixed is not None and same_objects(own, self.fixed_tensors):
-            return self.fixed
-        if torch.compiler.is_compiling() or transformed() or (self.fixed is not None):
+        if self.frozen_at is not None and same_objects(own, self.frozen_at[1]):
+            return self.frozen_at[0]
+        if torch.compiler.is_compiling() or transformed() or self.frozen_at is not None:
             return site.settled().evaluate(*inputs)
         with torch.inference_mode(False), torch.no_grad():
-            self.fixed = _detached(site.settled().evaluate(*inputs))
-        self.fixed_tensors = own
-        return self.fixed
+            value = _detached(site.settled().evaluate(*inputs))
+        self.frozen_at = (value, own)
+        return value
 
     def read(self, site: ParametrizedTensor, value: Any) -> None:
         """Remember a value that was read outside a forward, to warn of a write that is lost."""
         self.outside = read_outside(value, site.originals)
         self._update()
 
-    def check_outside(self, site: ParametrizedTensor) -> None:
-        """Warn if somebody wrote to the value that was read outside a forward."""
+    def _check_outside(self, site: ParametrizedTensor) -> None:
         outside, self.outside = self.outside, None
         self._update()
         if outside is not None and outside.changed():
             warn_of_write(site.record.name, site.record.chain, "is lost", stacklevel=6)
 
-    def keep(
+    def cache(
         self, key: str, site: ParametrizedTensor, count: int, inputs: Sequence[Tensor], evaluate: Callable[..., Any]
     ) -> Any:
-        """Return the value kept under `key` while nothing it depends on has changed, else evaluate and keep.
+        """Return the value cached under `key` if it is valid, else evaluate and cache.
 
-        Nothing is kept that gradients flow through, that was drawn or that advanced a state, nor anything under a
-        transform or a trace.
+        A value is not cached if gradients flow through it, if it was drawn or advanced a state, or under a transform
+        or a trace.
 
         Arguments:
-            key: one for each thing that is kept.
+            key: one for each value that is cached.
             site: whose.
-            count: how many of the site's first steps the value is the result of.
-            inputs: the tensors that they read beside those that are stored.
+            count: the value is the result of so many of the site's first steps.
+            inputs: the tensors that they read beside their originals.
             evaluate: makes the value from `inputs`.
         """
         if transformed():
             return evaluate(*inputs)
-        kept = self.kept.get(key)
-        if kept is not None and kept.holds(inputs):
-            return kept.value
-        modules = site.steps[:count]
+        cached = self.cached.get(key)
+        if cached is not None and cached.is_valid(inputs):
+            return cached.value
         tensors = [*site.originals[: sum(site.record.stored[:count])], *inputs]
         if _capturing(tensors):
             return evaluate(*inputs)
-        self.kept.pop(key, None)
-        before = sign(modules, tensors)
-        if before is None or not before.repeatable or any(map(_shared, before.tensors)):
-            return evaluate(*inputs)
-        if torch.is_grad_enabled() and any(entry[TRAINED] for entry in before.marks):
-            return evaluate(*inputs)
+        self.cached.pop(key, None)
+        before = Fingerprint(site.steps[:count], tensors, owners=[site])
         grad = torch.is_grad_enabled()
+        if not before.trusted or not before.repeatable or any(map(_shared, before.tensors)):
+            return evaluate(*inputs)
+        if grad and before.trained():
+            return evaluate(*inputs)
         devices = devices_of(before.tensors)
         modes, generators = _modes(tensors), random_states(devices)
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             value = evaluate(*inputs)
             if not grad:
-                value = _detached(value)  # a chain may give the stored tensor itself
+                value = _detached(value)  # a chain may give an original itself
         drawn = not same_states(generators, random_states(devices))
-        if sign(modules, tensors) == before and not drawn and _keepable(value):
-            self.kept[key] = Kept(value, Watch(modules, tensors, holders=[site]), modes, inputs, tensors[:1])
+        if before.unchanged() and not drawn and _cacheable(value):
+            self.cached[key] = CachedValue(value, before, modes, inputs, tensors[:1])
         return value
 
     def _update(self) -> None:
         self.busy = self.versioned or self.frozen or bool(self.contexts) or self.outside is not None
 
 
-class Kept:
-    """A value, and everything that has to be as it was for the value to hold.
+class CachedValue:
+    """A value, and everything that has to be as it was for the value to be valid.
 
     Arguments:
         value: a tensor, or a tuple of them.
-        watch: over what it was computed from.
-        modes: that were on, as `_modes` tells them.
+        fingerprint: of what it was computed from.
+        modes: those that were on, see `_modes`.
         inputs: the tensors that were given.
-        first: one of the tensors, which tells the device.
+        first: one of the tensors, whose device counts.
     """
 
     def __init__(
-        self, value: Any, watch: Watch, modes: tuple[Any, ...], inputs: Sequence[Tensor], first: Sequence[Tensor]
+        self,
+        value: Any,
+        fingerprint: Fingerprint,
+        modes: tuple[Any, ...],
+        inputs: Sequence[Tensor],
+        first: Sequence[Tensor],
     ) -> None:
         self.value = value
-        self.watch = watch
+        self.fingerprint = fingerprint
         self.modes = modes
         self.inputs = tuple(inputs)
         self.first = first
         self.versions = [part._version for part in _tensors(value)]
 
-    def holds(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether nothing has changed, the value itself included: an embedding with `max_norm` writes into it."""
+    def is_valid(self, inputs: Sequence[Tensor]) -> bool:
+        """Say whether nothing has changed, the value itself included: an embedding with `max_norm` writes to it."""
         if not self.same_modes() or not self.unwritten():
             return False
-        return (not inputs or same_objects(inputs, self.inputs)) and self.watch.unchanged()
+        return (not inputs or same_objects(inputs, self.inputs)) and self.fingerprint.unchanged()
 
     def same_modes(self) -> bool:
-        """Whether the grad mode, inference mode, autocast and stream are as they were."""
+        """Say whether the grad mode, inference mode, autocast and stream are as they were."""
         grad, inference, cast, stream = self.modes
         if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
             return False
@@ -208,7 +215,7 @@ class Kept:
         return plain or self.modes == _modes(self.first)
 
     def unwritten(self) -> bool:
-        """Whether nobody wrote to the value itself."""
+        """Say whether nothing was written to the value itself."""
         value = self.value
         if type(value) is tuple:
             return [part._version for part in value] == self.versions
@@ -224,11 +231,11 @@ def _detached(value: Any) -> Any:
 
 
 def _shared(tensor: Tensor) -> bool:
-    """Whether another process may write to the tensor: no counter of this one would tell."""
+    """Say whether another process may write to the tensor: no counter of this process would show it."""
     return not tensor.is_cuda and tensor.is_shared()  # type: ignore[no-untyped-call]
 
 
-def _keepable(value: Any) -> bool:
+def _cacheable(value: Any) -> bool:
     return all(type(part) in PLAIN and not part.requires_grad and not part.is_inference() for part in _tensors(value))
 
 
@@ -238,8 +245,8 @@ def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         cast = tuple(
             (kind, torch.get_autocast_dtype(kind)) for kind in _kinds(tensors) if torch.is_autocast_enabled(kind)
         )
-    if tensors and tensors[0].is_cuda:
-        stream = None if _capturing(tensors) else torch.cuda.current_stream(tensors[0].device)  # None: of no kept value
+    if tensors and tensors[0].is_cuda and not _capturing(tensors):  # nothing is cached while a graph is captured
+        stream = torch.cuda.current_stream(tensors[0].device)
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, stream)
 
 
@@ -248,5 +255,5 @@ def _kinds(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _capturing(tensors: Sequence[Tensor]) -> bool:
-    # A CUDA graph replays what it recorded: a kept value in it would never change again.
+    # A CUDA graph replays what it recorded: a cached value in it would never change again.
     return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()

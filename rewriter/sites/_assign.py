@@ -70,12 +70,12 @@ def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
         inputs = site.read_inputs()
         for target, source in zip(site.originals, invert(site, value, inputs), strict=True):
             target.copy_(source)
-        site.holding.drop()
+        site.policy.invalidate()
         _check_reached(site, value, site.read(*inputs))
     except Exception as problem:
         for tensor, content in zip(tensors, before, strict=True):
             tensor.copy_(content)
-        site.holding.drop()
+        site.policy.invalidate()
         if isinstance(problem, RewriterError):
             raise
         raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.context._fingerprint import _COMPARED, settings_of, transformed
-from rewriter.context._watch import Watch
+from rewriter.context._fingerprint import COMPARED, Fingerprint, settings_of, transformed
 from rewriter.sites._site import ParametrizedTensor, Reference, autocast_anywhere
 from rewriter.sites._spec import Record
 
+_FORMS = "_forms"
 Batch = tuple[Tensor, ...]
 _SIMPLE = frozenset({bool, int, float, str})
 
@@ -45,25 +45,25 @@ class BatchedEvaluation(nn.Module):
         if torch.compiler.is_compiling() or self.__dict__.get("_is_replica"):
             return None
         sites = self.sites
-        if any(site.holding.busy for site in sites) or not self._alike(sites):
+        if any(site.policy.busy for site in sites) or not self._alike(sites):
             return None
         return evaluate_together(sites)
 
     def _alike(self, sites: Sequence[ParametrizedTensor]) -> bool:
         """As `alike`, looking closely only where something is not as it was when it last looked."""
-        watch: Watch | None = self.__dict__.get("_watch")
-        if watch is not None and watch.same_forms():
+        known: Fingerprint | None = self.__dict__.get(_FORMS)
+        if known is not None and known.same_forms():
             return True
         steps = [step for site in sites for step in site.steps]
         originals = [site.originals[0] for site in sites]
         same = alike(sites)
-        # What somebody put in for one call is not to be held beyond it.
+        # A tensor that was put in for one call is not referred to beyond it.
         lasting = same and not transformed() and all(tensor.is_leaf for tensor in originals)
-        self.__dict__["_watch"] = Watch(steps, originals, content=False, holders=sites) if lasting else None
+        self.__dict__[_FORMS] = Fingerprint(steps, originals, content=False, owners=sites) if lasting else None
         return same
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_watch"}
+        return {name: value for name, value in self.__dict__.items() if name != _FORMS}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -174,7 +174,7 @@ class _Same:
 def _setting(value: Any) -> Hashable:
     if type(value) in _SIMPLE:
         return value  # type: ignore[no-any-return]
-    if type(value) in _COMPARED:
+    if type(value) in COMPARED:
         try:
             hash(value)
         except TypeError:  # a tuple of lists

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rewriter.context._checkpoint import may_run_again
 from rewriter.context._forward import Session
 from rewriter.context._fused import Group, evaluated_steps
-from rewriter.context._policy import Holding
+from rewriter.context._policy import Policy
 from rewriter.context._random import nothing_drawn
 from rewriter.context._recompute import recomputed
 from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
@@ -42,7 +42,7 @@ class ParametrizedTensor(nn.Module):
     original_names: tuple[str, ...]
     held = False
     """Whether some owner holds it already."""
-    holding: Holding
+    policy: Policy
     trained_before: dict[str, bool] | None
     """While the site is frozen: which of its parameters were trained before."""
     renormed = False
@@ -65,7 +65,7 @@ class ParametrizedTensor(nn.Module):
         # Module.__setattr__ looks for parameters in every value, which tells in a model of thousands of sites.
         session = Session() if session is None else session
         self.__dict__.update(record=record, session=session, original_names=names, _places=())
-        self.__dict__.update(holding=Holding(record.cache == "version"), trained_before=None, hoisted=0)
+        self.__dict__.update(policy=Policy(record.cache == "version"), trained_before=None, hoisted=0)
         for name, original in zip(names, originals, strict=True):
             if isinstance(original, nn.Parameter):
                 self._parameters[name] = original
@@ -100,13 +100,13 @@ class ParametrizedTensor(nn.Module):
         Raises:
             CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
-        if self.holding.versioned and not torch.compiler.is_compiling():
+        if self.policy.versioned and not torch.compiler.is_compiling():
             valid = self.session.running.valid
             if self in valid:
                 return valid[self]
         if batch is None and ordinary():
-            if self.holding.busy:
-                kept = self.holding.kept_value(inputs)
+            if self.policy.busy:
+                kept = self.policy.valid_value(inputs)
                 if kept is not None:
                     return kept
             elif self.record.simple and self.record.memory == "keep" and not self.hoisted and not self.fused:
@@ -124,7 +124,7 @@ class ParametrizedTensor(nn.Module):
                 "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
                 "rewritten or after bake()"
             )
-        return self.holding.value(self, inputs) if self.holding.busy else self.advance(*inputs)
+        return self.policy.value(self, inputs) if self.policy.busy else self.advance(*inputs)
 
     def _run(self, originals: Iterable[Any]) -> Any:
         """Run a chain in which every step reads what the one before it gave: most chains, in most forwards."""
@@ -190,7 +190,7 @@ class ParametrizedTensor(nn.Module):
         def first() -> Any:
             return apply_steps(self.record, steps[:count], used, ())
 
-        value = self.holding.keep("hoisted", self, count, (), first)
+        value = self.policy.cache("hoisted", self, count, (), first)
         return apply_chain(self.record, steps, originals, inputs, count, value)
 
     def settled(self, trains: Callable[[str], bool] = lambda path: False) -> ParametrizedTensor:
@@ -200,13 +200,13 @@ class ParametrizedTensor(nn.Module):
             trains: path of a module in it → whether it keeps its mode instead.
         """
         clone: ParametrizedTensor = settled_copy(self, trains)
-        clone.holding = Holding()
+        clone.policy = Policy()
         return clone
 
     def read(self, *inputs: Tensor) -> Any:
         """Return the value without advancing any state, random numbers included."""
-        if self.holding.frozen:
-            return self.holding.frozen_value(self, inputs)
+        if self.policy.frozen:
+            return self.policy.frozen_value(self, inputs)
         with nothing_drawn([*self.originals, *inputs]):
             return self.settled().evaluate(*inputs)
 
@@ -218,12 +218,12 @@ class ParametrizedTensor(nn.Module):
     # Held values belong to this object and this moment: copies start without, conversions and loading drop them.
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParametrizedTensor:
-        self.holding.drop()
+        self.policy.invalidate()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.holding.drop()
+        self.policy.invalidate()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if any(prefix + name in state_dict for name in self.original_names):
             self._refit({name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
@@ -244,15 +244,15 @@ class ParametrizedTensor(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.holding = Holding(self.holding.versioned, self.holding.frozen)
+        replica.policy = Policy(self.policy.versioned, self.policy.frozen)
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "holding"}
+        return {name: value for name, value in self.__dict__.items() if name != "policy"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.holding = Holding(self.record.cache == "version", self.trained_before is not None)
+        self.policy = Policy(self.record.cache == "version", self.trained_before is not None)
 
     def __copy__(self) -> ParametrizedTensor:
         clone: ParametrizedTensor = self.__class__.__new__(self.__class__)
@@ -276,7 +276,7 @@ class ParametrizedTensor(nn.Module):
             value = self.read(*self.read_inputs())
             if not torch.compiler.is_compiling():
                 watch_writes(self.record.name, self.record.chain, value, self.originals)
-                self.holding.read(self, value)
+                self.policy.read(self, value)
             return value
         if self.record.cache == "never":
             return self(*self.read_inputs())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import rewrite
-from rewriter.context._policy import Holding
+from rewriter.context._policy import Policy
 from tests.layers import Layers
 from tests.maps import Smooth
 
@@ -124,10 +124,10 @@ def world() -> Layers:
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """How many values were looked at by themselves since it was last asked."""
-    seen: list[Holding] = []
-    look = Holding.kept_value
+    seen: list[Policy] = []
+    look = Policy.kept_value
 
-    def counted(self: Holding, inputs: Any) -> Any:
+    def counted(self: Policy, inputs: Any) -> Any:
         seen.append(self)
         return look(self, inputs)
 
@@ -136,5 +136,5 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
         seen.clear()
         return number
 
-    monkeypatch.setattr(Holding, "kept_value", counted)
+    monkeypatch.setattr(Policy, "kept_value", counted)
     return count

@@ -191,7 +191,7 @@ def test_an_exception_leaves_nothing_behind(recurrent: Any) -> None:
         made.model(made.x).sum().backward()
         raise KeyError
     assert made.site.original.grad is None
-    assert not made.site.holding.busy
+    assert not made.site.policy.busy
     assert [made.evaluations(), made.evaluations()] == [1, 1]
 
 
@@ -289,7 +289,7 @@ def test_an_optimizer_step_inside_is_refused_at_the_next_forward(recurrent: Any)
         made.model(made.x).sum().backward()
         optimizer.step()
         made.model(made.x)
-    assert not made.site.holding.busy
+    assert not made.site.policy.busy
 
 
 def test_an_optimizer_step_inside_is_refused_at_the_end(recurrent: Any) -> None:

@@ -164,7 +164,7 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(capture: str, moment: 
     net = trained(capture)
     expected = trained(capture)
     siamese(expected)
-    sites = [module for module in net.modules() if hasattr(module, "holding")]
+    sites = [module for module in net.modules() if hasattr(module, "policy")]
     armed = [True]
 
     def fail(*_: Any) -> None:
@@ -184,7 +184,7 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(capture: str, moment: 
             out.register_hook(fail)
         out.sum().backward()
     armed[0] = False
-    assert not any(site.holding.busy for site in sites)
+    assert not any(site.policy.busy for site in sites)
     net.zero_grad()
     for once in (False, True):
         net.zero_grad()

@@ -261,7 +261,7 @@ def test_nothing_held_is_part_of_the_state(made: Any) -> None:
     with torch.no_grad():
         made.model(made.x)
     assert list(made.model.state_dict()) == keys
-    assert all("holding" not in site.__getstate__() for site in made.model.modules() if _is_site(site))
+    assert all("policy" not in site.__getstate__() for site in made.model.modules() if _is_site(site))
 
 
 def _is_site(module: nn.Module) -> bool:

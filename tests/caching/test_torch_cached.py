@@ -125,7 +125,7 @@ def test_an_export_leaves_nothing_behind(theirs: nn.Module, ours: Any, x: Tensor
     for strict in (False, True):
         program = torch.export.export(ours.model, (x,), strict=strict)
         torch.testing.assert_close(program.module()(x), ours.model(x))
-        assert not ours.site.holding.kept
+        assert not ours.site.policy.cached
     assert left, "torch: fake tensors in its cache"
 
 

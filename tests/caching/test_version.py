@@ -107,7 +107,7 @@ def _write_through_data(made: Any) -> None:
 
 
 def _write_into_the_value(made: Any) -> None:
-    (kept,) = made.site.holding.kept.values()
+    (kept,) = made.site.policy.cached.values()
     kept.value.add_(1)
 
 
@@ -153,7 +153,7 @@ def test_a_value_kept_in_inference_mode_is_an_ordinary_tensor(recurrent: Any) ->
     made = recurrent(cache="version")
     with torch.inference_mode():
         made.model(made.x)
-    (kept,) = made.site.holding.kept.values()
+    (kept,) = made.site.policy.cached.values()
     assert not kept.value.is_inference()
 
 
@@ -182,14 +182,14 @@ def test_a_copy_shares_nothing_that_is_kept(recurrent: Any) -> None:
     made = _kept(recurrent)
     with torch.no_grad():
         clone = copy.deepcopy(made.model)
-        assert not clone.cell.parametrizations.weight_hh.holding.kept
+        assert not clone.cell.parametrizations.weight_hh.policy.cached
         made.site.original.add_(1)
         assert not torch.equal(clone(made.x), made.model(made.x))
         stream = io.BytesIO()
         torch.save(made.model, stream)
         stream.seek(0)
         loaded = torch.load(stream, weights_only=False)
-        assert not loaded.cell.parametrizations.weight_hh.holding.kept
+        assert not loaded.cell.parametrizations.weight_hh.policy.cached
         torch.testing.assert_close(loaded(made.x), made.model(made.x))
 
 
@@ -209,10 +209,10 @@ def test_random_and_stateful_chains_are_kept_in_eval_mode_only(recurrent: Any, s
     made = recurrent({step: {"p": 0.5}} if step == "weight_dropout" else step, cache="version")
     with torch.no_grad():
         made.model(made.x)
-        assert not made.site.holding.kept
+        assert not made.site.policy.cached
         made.model.eval()
         made.model(made.x)
-        assert made.site.holding.kept
+        assert made.site.policy.cached
 
 
 class _Undeclared(nn.Module):
@@ -246,7 +246,7 @@ def test_a_kept_value_follows_the_tensors_its_chain_reads(capture: str, spec: An
     with torch.no_grad():
         new(x)
         site = new.get_submodule("1").parametrizations.weight
-        assert site.holding.kept
+        assert site.policy.cached
         kept = new(x)
         new.get_submodule("0").weight.add_(1)
         assert not torch.equal(new(x), kept)
@@ -267,7 +267,7 @@ def test_fake_tensors_are_never_kept(recurrent: Any) -> None:
     made = recurrent(cache="version")
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         made.model(made.x)
-    assert not made.site.holding.kept
+    assert not made.site.policy.cached
     with torch.no_grad():
         torch.testing.assert_close(made.model(made.x), made.fresh())
 

@@ -286,7 +286,7 @@ def test_a_setting_that_is_changed_where_it_is_is_a_change(recurrent: Any, chang
     made = recurrent(_Settings(), cache="version")
     with torch.no_grad():
         before = made.model(made.x)
-        assert made.site.holding.kept
+        assert made.site.policy.cached
         torch.testing.assert_close(made.model(made.x), before, rtol=0, atol=0)
         SETTINGS[change](getattr(made.site, "0"))
         expected = made.fresh()
@@ -355,7 +355,7 @@ def test_every_step_of_the_catalog_that_is_a_function_is_kept_while_training_too
             continue
         with torch.no_grad():
             model(torch.randn(2, 4))
-        assert model.get_submodule("0").parametrizations.weight.holding.kept, name
+        assert model.get_submodule("0").parametrizations.weight.policy.cached, name
 
 
 def test_nothing_in_the_catalog_says_by_accident_that_it_draws_or_advances() -> None:
