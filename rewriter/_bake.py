@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def bake(
 
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
     every = _present(target)
+    if not every:
+        warnings.warn("bake found no computed tensor: the model was not rewritten, or is baked already", stacklevel=5)
     labels, chosen = _chosen(every, only)
     shorter = [without_step(site, label, keep) for site, label in labels]
     baked = [Baked(site, entries, _values(site, keep)) for site, entries in chosen.items()]
@@ -160,7 +163,13 @@ def _values(site: ParametrizedTensor, keep: Keep) -> list[Tensor]:
     """The values for the site's members, which may be the stored tensors themselves."""
     if keep == "original":
         return _originals(site)
-    value = site.read(*site.read_inputs())
+    value, drawn = site.read_and_drawn(*site.read_inputs())
+    if drawn:
+        warnings.warn(
+            f"{site.record.name}: {' >> '.join(site.record.chain)} draws random numbers in evaluation mode, and the "
+            "baked tensor is one draw",
+            stacklevel=7,
+        )
     return [value] if len(site.record.members) == 1 else list(value)
 
 

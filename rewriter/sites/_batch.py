@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.context._fingerprint import COMPARED, Fingerprint, settings_of, transformed
-from rewriter.sites._site import ParametrizedTensor, Reference, autocast_anywhere
+from rewriter.sites._reference import Reference
+from rewriter.sites._site import ParametrizedTensor, autocast_anywhere
 from rewriter.sites._spec import Record
 
 _FORMS = "_forms"

@@ -12,13 +12,13 @@ from rewriter.context._checkpoint import may_run_again
 from rewriter.context._forward import Session
 from rewriter.context._fused import Group, evaluated_steps
 from rewriter.context._policy import Policy
-from rewriter.context._random import nothing_drawn
+from rewriter.context._random import devices_of, nothing_drawn, random_states, same_states
 from rewriter.context._recompute import recomputed
 from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
 from rewriter.context._tracers import ordinary, others_trace
 from rewriter.context._writes import watch_writes
 from rewriter.errors import CaptureError
-from rewriter.serialization._names import loadable
+from rewriter.sites._reference import Reference
 from rewriter.sites._spec import Member, Record
 from rewriter.sites._steps import apply_chain, apply_steps
 
@@ -205,10 +205,17 @@ class ParametrizedTensor(nn.Module):
 
     def read(self, *inputs: Tensor) -> Any:
         """Return the value without advancing any state, random numbers included."""
+        return self.read_and_drawn(*inputs)[0]
+
+    def read_and_drawn(self, *inputs: Tensor) -> tuple[Any, bool]:
+        """Return what `read` does, and whether the chain drew random numbers in evaluation mode."""
         if self.policy.frozen:
-            return self.policy.frozen_value(self, inputs)
-        with nothing_drawn([*self.originals, *inputs]):
-            return self.settled().evaluate(*inputs)
+            return self.policy.frozen_value(self, inputs), False
+        tensors = [*self.originals, *inputs]
+        with nothing_drawn(tensors):
+            before = random_states(devices_of(tensors))
+            value = self.settled().evaluate(*inputs)
+            return value, not same_states(before, random_states(devices_of(tensors)))
 
     def _device_type(self) -> str | None:
         for name in self.original_names:
@@ -322,14 +329,6 @@ class ParametrizedTensor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.record.name} = {' >> '.join(self.record.chain)}, cache={self.record.cache}"
-
-
-@loadable()
-class Reference:
-    """A module that is not a submodule: kept out of state dicts and of the module tree, copied with the model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

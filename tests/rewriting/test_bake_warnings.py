@@ -1,0 +1,45 @@
+"""What bake cannot do right, it says."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriter import bake, rewrite
+
+
+class Noise(nn.Module):
+    """Draws in every mode, and does not declare it."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X + 0.1 * torch.randn_like(X)
+
+
+@pytest.mark.parametrize("capture", ["graph", "module"])
+def test_a_baked_draw_is_named(capture: str) -> None:
+    rule = {"name": "n", "select": "0.weight", "chain": [Noise()]}
+    new = rewrite(nn.Sequential(nn.Linear(3, 3)), {"reparam": 1, "rules": [rule]}, capture=capture)
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match=r"0\.weight: Noise draws random numbers .*baked tensor is one draw") as found:
+        bake(new)
+    assert found[0].filename == __file__
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_of_a_weight_bakes_without_a_warning() -> None:
+    rule = {"name": "n", "select": "0.weight", "chain": [{"weight_dropout": {"p": 0.5}}]}
+    new = rewrite(nn.Sequential(nn.Linear(3, 3)), {"reparam": 1, "rules": [rule]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bake(new)
+
+
+def test_baking_a_plain_model_warns() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match="bake found no computed tensor") as found:
+        again = bake(model)
+    assert found[0].filename == __file__
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
