@@ -68,7 +68,7 @@ def verify_rewritten(before: Model, rewritten: Model, plan: Plan, examples: tupl
     baked = bake(rewritten)
     # What was parametrized before, by us or by others, is compared by its values too.
     if isinstance(before, nn.Module) and any(site.record.rule.startswith("absorbed:") for site in plan):
-        before = taken_over(before)[0]
+        before = taken_over(before)
     plain = bake(before) if any(entry.site is not None for entry in entries_of(before)) else before
     old, new = state_of(plain), state_of(baked)
     problems: list[str] = []
