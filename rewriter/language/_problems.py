@@ -99,6 +99,6 @@ def describe(value: Any) -> str:
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, float) or abs(value) < 10**20 else "a huge number"
-    names = {type(None): "nothing", list: "a list", tuple: "a list", dict: "a mapping"}
+    names: dict[type, str] = {type(None): "nothing", list: "a list", tuple: "a list", dict: "a mapping"}
     known = next((name for kind, name in names.items() if isinstance(value, kind)), "")
     return known or f"an object of class {type(value).__name__}"
