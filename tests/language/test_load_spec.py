@@ -168,12 +168,14 @@ rules:
       - my.half
       - my.Open: {whatever: 3}
       - orthogonal:
+      - my.Bound: {at: b, odd: [1]}
 """)
-    scale, window, half, plain, _, bare = spec.rules[0].chain
+    scale, window, half, plain, _, bare, odd = spec.rules[0].chain
     assert scale.arguments == {"factor": 2.0} and isinstance(scale.arguments["factor"], float)
     assert window.arguments == {"sizes": (3, 4), "names": ["a"], "anything": {"b": [1]}}
     assert half.arguments == {"times": 2} and half.label == "h"
     assert plain.arguments == bare.arguments == {}
+    assert odd.arguments == {"at": "b", "odd": [1]}
     assert load_spec(spec.to_dict()) == spec
 
 
