@@ -22,7 +22,10 @@ class Annotation:
     """
 
     def __init__(self, annotation: Any) -> None:
-        self._adapter = _adapter(annotation)
+        try:
+            self._adapter = TypeAdapter[Any](annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        except PydanticUserError:  # a model has a configuration of its own
+            self._adapter = TypeAdapter(annotation)
 
     def read(self, value: Any) -> Any:
         """Return `value` as the annotation wants it: a list as a tuple, a whole number as a float.
@@ -30,21 +33,17 @@ class Annotation:
         Raises:
             ValidationError: it does not fit.
         """
-        if self._adapter is None:
-            return value
         try:
             # Text has no tuples. In Pydantic's rules for JSON, a list fits a tuple.
             return self._adapter.validate_json(json.dumps(value), strict=True)
         except (TypeError, ValueError) as misfit:
             try:
                 return self._adapter.validate_python(value, strict=True)
-            except ValidationError:
-                if isinstance(misfit, ValidationError):
-                    raise misfit from None
-                raise
+            except ValidationError as wrong:
+                raise misfit if isinstance(misfit, ValidationError) else wrong from None
 
     def __str__(self) -> str:
-        schema = {} if self._adapter is None else self._adapter.json_schema(schema_generator=_Schema)
+        schema = self._adapter.json_schema(schema_generator=_Schema)
         return words(schema, schema.get("$defs", {}))
 
 
@@ -54,13 +53,3 @@ class _Schema(GenerateJsonSchema):
     def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> dict[str, Any]:
         kind: Any = schema.get("cls", schema["type"])
         return {"title": getattr(kind, "__name__", kind)}
-
-
-def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
-    """Return what validates `annotation`; ``None`` if Pydantic cannot, and the constructor has to."""
-    for config in (ConfigDict(arbitrary_types_allowed=True), None):
-        try:
-            return TypeAdapter(annotation, config=config)
-        except (PydanticUserError, TypeError, NameError):
-            continue
-    return None

@@ -133,13 +133,14 @@ def _signature(factory: Factory) -> _Signature:
 
 
 def _annotations(factory: Factory, parameters: Mapping[str, inspect.Parameter]) -> Iterator[tuple[str, Annotation]]:
-    """Yield the annotations that can be evaluated, each on its own."""
+    """Yield the annotations that can be checked, each on its own."""
     constructor: Any = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
     names = getattr(inspect.unwrap(constructor), "__globals__", {})
     for name, parameter in parameters.items():
         if parameter.annotation is not parameter.empty:
             alone = SimpleNamespace(__annotations__={name: parameter.annotation})
-            # What only type checkers import cannot be evaluated; then the constructor itself has to refuse.
+            # What only type checkers import cannot be evaluated, and Pydantic does not take every annotation. Then
+            # the constructor itself has to refuse.
             with contextlib.suppress(Exception):
                 yield name, Annotation(typing.get_type_hints(alone, names, include_extras=True)[name])
 

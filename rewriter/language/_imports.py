@@ -21,38 +21,33 @@ def import_modules(data: Any, allowed: Collection[str] | None) -> tuple[dict[str
     modules: dict[str, ModuleType] = {}
     problems: list[Problem] = []
     for prefix, name in imports.items() if isinstance(imports, dict) else ():
+        path = ("imports", prefix)
         if prefix == "torch":
-            problems.append(
-                Problem(("imports", prefix), "the prefix 'torch' means torch", "choose another", on_key=True)
-            )
+            problems.append(Problem(path, "the prefix 'torch' means torch", "choose another", on_key=True))
         elif isinstance(name, str) and all(part.isidentifier() for part in name.split(".")):
-            found = _import(name, allowed)
-            if isinstance(found, ModuleType):
-                modules[prefix] = found
-            else:
-                problems.append(Problem(("imports", prefix), *found))
+            try:
+                modules[prefix] = _import(name, allowed)
+            except _Refused as refused:
+                problems.append(Problem(path, *refused.args))
     return modules, problems
 
 
-def _import(name: str, allowed: Collection[str] | None) -> ModuleType | tuple[str, str]:
-    """Import a module, or say why not and what to do."""
-    package = name.partition(".")[0]
-    if not _may_run(name, allowed):
-        return f"importing {name!r} runs its code, which was not allowed", f"add --allow-import {package}"
+class _Refused(Exception):
+    """A module that is not imported: why, and what to do."""
+
+
+def _import(name: str, allowed: Collection[str] | None) -> ModuleType:
+    names = [allowed] if isinstance(allowed, str) else allowed
+    if names is not None and not any(f"{name}.".startswith(f"{other}.") for other in names):
+        hint = f"add --allow-import {name.partition('.')[0]}"
+        raise _Refused(f"importing {name!r} runs its code, which was not allowed", hint)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
         if missing.name is not None and f"{name}.".startswith(f"{missing.name}."):
-            return f"there is no module {missing.name!r}", "install it, or put its folder on PYTHONPATH"
-        return f"importing {name!r} failed: {missing}", ""
+            hint = "install it, or put its folder on PYTHONPATH"
+            raise _Refused(f"there is no module {missing.name!r}", hint) from missing
+        raise _Refused(f"importing {name!r} failed: {missing}") from missing
     # Whatever the user's module does when it is imported, sys.exit() included, is a problem of this line.
     except (Exception, SystemExit) as wrong:
-        return f"importing {name!r} failed: {type(wrong).__name__}: {wrong}", ""
-
-
-def _may_run(name: str, allowed: Collection[str] | None) -> bool:
-    if allowed is None:
-        return True
-    names = {allowed} if isinstance(allowed, str) else set(allowed)
-    parts = name.split(".")
-    return any(".".join(parts[:length]) in names for length in range(1, len(parts) + 1))
+        raise _Refused(f"importing {name!r} failed: {type(wrong).__name__}: {wrong}") from wrong

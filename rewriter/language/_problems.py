@@ -95,19 +95,10 @@ def describe(value: Any) -> str:
     >>> describe("on"), describe(True), describe({}), describe(None)
     ("'on'", 'true', 'a mapping', 'nothing')
     """
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return str(value).lower()
-        case str():
-            return repr(value if len(value) <= 60 else value[:57] + "...")
-        case dict():
-            return "a mapping"
-        case list() | tuple():
-            return "a list"
-        case int() if abs(value) >= 10**20:
-            return "a huge number"
-        case int() | float():
-            return str(value)
-    return f"an object of class {type(value).__name__}"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    if isinstance(value, bool | int | float):
+        return str(value).lower() if isinstance(value, float) or abs(value) < 10**20 else "a huge number"
+    names: dict[type, str] = {type(None): "nothing", list: "a list", tuple: "a list", dict: "a mapping"}
+    known = next((name for kind, name in names.items() if isinstance(value, kind)), "")
+    return known or f"an object of class {type(value).__name__}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core.core_schema import WithDefaultSchema
+
 from rewriter.language._spec import Spec
 from rewriter.language._words import words
 
@@ -17,8 +20,8 @@ def json_schema() -> dict[str, Any]:
     >>> sorted(json_schema()["properties"])
     ['absorb', 'imports', 'reparam', 'rules']
     """
-    schema: dict[str, Any] = _tidy(Spec.model_json_schema())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "reparam spec", **schema}
+    schema = Spec.model_json_schema(schema_generator=_Schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "reparam spec"}
 
 
 def reference() -> str:
@@ -39,22 +42,17 @@ def _table(model: dict[str, Any], models: dict[str, Any]) -> str:
         if "default" in value:
             written = value["default"]
             default = f"`{written if isinstance(written, str) else json.dumps(written)}`"
-        cells = [f"`{key}`", words(value, models), default, value["description"]]
+        cells = [f"`{key}`", words(value, models), default, " ".join(value["description"].split())]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
-def _tidy(schema: Any) -> Any:
-    """Remove titles made from names, defaults of absent keys, and line breaks of descriptions."""
-    if isinstance(schema, list):
-        return [_tidy(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    tidy = {
-        key: _tidy(value)
-        for key, value in schema.items()
-        if not (key == "title" and isinstance(value, str)) and not (key == "default" and value in (None, []))
-    }
-    if isinstance(tidy.get("description"), str):
-        tidy["description"] = " ".join(tidy["description"].split())
-    return tidy
+class _Schema(GenerateJsonSchema):
+    """No titles made from names, and no defaults of absent keys."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def default_schema(self, schema: WithDefaultSchema) -> dict[str, Any]:
+        absent = schema.get("default") in (None, ())
+        return self.generate_inner(schema["schema"]) if absent else super().default_schema(schema)

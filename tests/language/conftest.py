@@ -36,7 +36,7 @@ class Window(nn.Module):
 
 
 class Bound(nn.Module):
-    def __init__(self, by: int | float | None = None, at: "NotDefinedAnywhere" = None):
+    def __init__(self, by: int | float | None = None, at: "NotDefinedAnywhere" = None, odd: 5 = 0):
         super().__init__()
 
 

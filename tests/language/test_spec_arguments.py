@@ -42,6 +42,7 @@ class Annotations(nn.Module):
         mask: torch.Tensor | None = None,
         hook: Callable[..., Any] | None = None,
         tree: Tree | None = None,
+        branch: Tree = {},  # noqa: B006
         strange: lambda x: x = None,  # type: ignore[no-untyped-def, valid-type]
         later: NowhereDefined = None,  # type: ignore[name-defined]  # noqa: F821
         plain=None,  # type: ignore[no-untyped-def]
@@ -87,6 +88,8 @@ def test_an_argument_arrives_as_its_annotation_wants_it(name: str, value: Any, e
         ("mask", [1], "`mask` must be a Tensor or null, found a list"),
         ("hook", 1, "`hook` must be a callable or null, found 1"),
         ("tree", 1, "`tree` must be a mapping or null, found 1"),
+        ("rank", torch.ones(2), "`rank` must be a whole number, found an object of class Tensor"),
+        ("branch", {"left": 1}, "`branch` must be a mapping, found 1 in it"),
         ("weight", 1, "'test_annotations' has no argument 'weight'"),
     ],
 )

@@ -44,7 +44,8 @@ def test_the_reference_has_a_row_for_every_key() -> None:
     schema = json_schema()
     for form in [schema, *schema["$defs"].values()]:
         for key, value in form["properties"].items():
-            assert any(row.startswith(f"| `{key}` | ") and row.endswith(f" | {value['description']} |") for row in rows)
+            description = " ".join(value["description"].split())
+            assert any(row.startswith(f"| `{key}` | ") and row.endswith(f" | {description} |") for row in rows)
     cells = {row.split(" | ")[0]: row.split(" | ")[1:3] for row in rows}
     assert cells["| `cache`"] == ["'forward', 'never' or 'version'", "`forward`"]
     assert cells["| `chunks`"] == ["a whole number", "required"]
