@@ -74,6 +74,8 @@ WORKS = [
     Work("fuse", "MLP d=64, pruned in four rounds", lambda: networks.mlp(64), (32, 64), PRUNED, LINEAR),
     Work("fuse", "MLP d=256, pruned in four rounds", lambda: networks.mlp(256), (32, 256), PRUNED, LINEAR),
     Work("cast", f"{RNN[0]}, bfloat16 autocast", *RNN[1:], "recurrent.weight", autocast=True),
+    Work("cast", "RNN, 100 steps, 256 units, batch 4, cayley, bfloat16 autocast", lambda: Recurrent(100, 256),
+         (100, 4, 256), RNN[3], "recurrent.weight", autocast=True),
     Work("rows", *RNN, "recurrent.weight"),
     Work("transpose", *RNN, "recurrent.weight"),
 ]  # fmt: skip
