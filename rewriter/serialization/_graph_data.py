@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -197,8 +198,15 @@ def _resolved(target: str, owner: torch.nn.Module) -> torch.nn.Module | torch.Te
             return None
         else:
             tables = (found._parameters, found._buffers, found._modules)
-            found = next((table[segment] for table in tables if segment in table), None)
+            found = next((table[segment] for table in tables if segment in table), _computed(segment, found))
     return found
+
+
+def _computed(name: str, owner: torch.nn.Module) -> torch.Tensor | None:
+    """Return a stand-in for a computed tensor: a property of an owner of parametrizations."""
+    owns = isinstance(owner._modules.get("parametrizations"), torch.nn.Module)
+    read = inspect.getattr_static(type(owner), name, None)
+    return torch.empty(0) if owns and isinstance(read, (property, type(None))) else None
 
 
 def _refuse_modules(name: str, arguments: list[Any], owner: torch.nn.Module) -> None:
