@@ -17,6 +17,7 @@ from rewriter.errors import ModelFileError
 from rewriter.io import load_model, save_model
 from rewriter.serialization import graph_to_data, restore_graph_module
 
+RELU = nn.functional.relu
 SPEC = {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": ["symmetric"]}]}
 OPCODES = b"().0NRbcdehijlopqrstu}]\x80\x81\x85\x86\x87\x88\x89X\x8aK"
 NAMES = [
@@ -109,7 +110,9 @@ def crossed(value, draw: random.Random):
     if isinstance(value, list):
         return [crossed(item, draw) for item in value if draw.random() > 0.004]
     if draw.random() < 0.02:
-        return draw.choice([*WORDS, None, 3, -1, [], {}, {"node": "x"}, {"function": nn.functional.relu}, {"list": [1]}])
+        return draw.choice(
+            [*WORDS, None, 3, -1, [], {}, {"node": "x"}, {"function": nn.functional.relu}, {"list": [1]}]
+        )
     return value
 
 
@@ -144,10 +147,9 @@ def test_a_crafted_state_runs_nothing(tmp_path, seed):
     draw = random.Random(seed)
     for _ in range(100):
         layer = nn.Linear(3, 3)
-        value = draw.choice(
-            [*WORDS[:8], None, 3, [], {}, {0: nn.functional.relu}, nn.functional.relu, nn.ReLU(), nn.ReLU]
-            + [restore_graph_module, {"a": nn.ReLU()}, torch.ones(3), {"weight": torch.ones(3, 3)}, [[None]] * 3]
-        )
+        plain = [*WORDS[:8], None, 3, [], {}, torch.ones(3), {"weight": torch.ones(3, 3)}, [[None]] * 3]
+        callables = [RELU, {0: RELU}, nn.ReLU(), {"a": nn.ReLU()}, nn.ReLU, restore_graph_module]
+        value = draw.choice([*plain, *callables])
         model = nn.Sequential(with_state(layer, **{draw.choice(STATE_KEYS): value}), nn.ReLU())
         write(model, tmp_path / "model.pt")
         with canary(), contextlib.suppress(ModelFileError):

@@ -41,7 +41,7 @@ def test_a_module_replaced_after_the_graph_is_refused(path, entry):
     state = vars(nn.ModuleDict({"fc": nn.Linear(2, 2)})).copy()
     made = Call(restore_graph_module, "Crafted", CALLS_FC, state)
     later = Script(state["_modules"], "fc", entry, b"s")  # sets an item of what is in the file already
-    refused(with_state(nn.Sequential(nn.ReLU()), note=[made, later]), path, "not allowed there|damaged")
+    refused(with_state(nn.Sequential(nn.ReLU()), note=[made, later]), path, r"not allowed there|damaged")
 
 
 def test_state_changed_after_it_was_given_is_vetted(path):
@@ -268,5 +268,5 @@ def test_data_nested_too_deeply_gives_a_message(path):
         nested = {"list": [nested]}
     crafted = graph_module(graph(node("call_function", "y", "torch.relu", nested)))
     _with_a_deep_stack(lambda: write(crafted, path))
-    with pytest.raises(ModelFileError, match="damaged|nested"):
+    with pytest.raises(ModelFileError, match=r"damaged|nested"):
         load_model(path)
