@@ -198,7 +198,8 @@ def _resolved(target: str, owner: torch.nn.Module) -> torch.nn.Module | torch.Te
             return None
         else:
             tables = (found._parameters, found._buffers, found._modules)
-            found = next((table[segment] for table in tables if segment in table), _computed(segment, found))
+            present = (table[segment] for table in tables if table.get(segment) is not None)
+            found = next(present, _computed(segment, found))
     return found
 
 

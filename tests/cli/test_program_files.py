@@ -126,7 +126,7 @@ def test_a_program_for_training_is_not_advanced_by_the_check(reparam, folder):
 
 def test_the_kind_of_output_follows_its_name(reparam, rewritten):
     assert reparam("bake", rewritten, "-o", "plain").code == 0
-    assert isinstance(load_model("plain"), torch.export.ExportedProgram)
+    assert isinstance(load_model("plain", trust=True), torch.export.ExportedProgram)
     weights = reparam("bake", rewritten, "-o", "weights.safetensors", "--json")
     assert weights.json["format"] == "safetensors"
 
