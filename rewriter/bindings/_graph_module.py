@@ -18,7 +18,7 @@ from rewriter.bindings._owner_class import child_property
 from rewriter.bindings._retrace import traceable
 from rewriter.bindings._shell import Shell
 from rewriter.context._validated import Validated
-from rewriter.errors import RewriterError
+from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
 from rewriter.serialization._names import loadable
 from rewriter.serialization._vet import when_vetted
@@ -289,6 +289,8 @@ def rebuild_rewritten(captured: dict[str, Any], graph: dict[str, Any]) -> Shell:
 
     def become(shell: nn.Module, state: dict[str, Any]) -> None:
         clone: Any = shell
+        if not str(state["_reparam_name"]).isidentifier():
+            raise ModelFileError("the file is damaged: the class of a model has no name")
         clone.__class__ = type(_blank(state[GRAPH_OF]))
         clone.__dict__.update(state)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
-from rewriter.errors import ModelFileError, RewriterError, printable
+from rewriter.errors import ModelFileError, printable
 from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
 from rewriter.serialization._inspect import ModelFile, inspect_file
 from rewriter.serialization._names import import_object, is_listed, known_object
@@ -93,7 +93,7 @@ def _read(file: ModelFile, allow: tuple[str, ...], trust: bool) -> Any:
                 names = _allowed_names(file, allow)
                 with torch.serialization.safe_globals(names), vetted_reading(allow) as vetted:
                     return vetted(torch.load(file.path, map_location="cpu", weights_only=True))
-    except RewriterError:
+    except ModelFileError:
         raise
     except Exception as problem:
         raise ModelFileError(f"{file.path} cannot be read: {_reason(file, problem)}") from problem

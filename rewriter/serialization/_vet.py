@@ -66,11 +66,10 @@ def vetted_reading(allow: tuple[str, ...]) -> Iterator[Callable[[Any], Any]]:
 
     def vetted(loaded: Any) -> Any:
         unfinished, _reading.unfinished = _reading.unfinished or [], None
-        if isinstance(loaded, nn.Module):
-            modules = [module for module, _ in unfinished]
-            _vet([loaded, *modules], allow, frozenset(map(id, modules)))
-            for _, finish in unfinished:
-                finish()
+        modules = [module for module, _ in unfinished]
+        _vet([loaded, *modules], allow, frozenset(map(id, modules)))
+        for _, finish in unfinished:
+            finish()
         return loaded
 
     _reading.unfinished = []
@@ -102,14 +101,14 @@ def check_depth(*roots: nn.Module) -> None:
         if 0 in below:
             raise ModelFileError(f"a {type(module).__name__} contains itself")
         depths[id(module)] = 1 + max(below, default=0)
-    deepest = max(depths.values())
+    deepest = max(depths.values(), default=0)
     if deepest > DEEPEST:
         raise ModelFileError(f"modules are nested {deepest} deep; reparam supports {DEEPEST} levels")
 
 
-def _vet(roots: list[nn.Module], allow: tuple[str, ...], unfinished: frozenset[int]) -> None:
+def _vet(roots: list[Any], allow: tuple[str, ...], unfinished: frozenset[int]) -> None:
     """Check the state of every object that `roots` reach."""
-    check_depth(*roots)
+    modules: list[nn.Module] = []
     seen: set[tuple[int, bool]] = set()
     pending: list[tuple[Any, str, bool]] = [(root, type(root).__name__, False) for root in roots]
     while pending:
@@ -128,6 +127,9 @@ def _vet(roots: list[nn.Module], allow: tuple[str, ...], unfinished: frozenset[i
             raise ModelFileError(f"{_shown(place)} is a graph module without its graph")
         elif not isinstance(value, (*_FUNCTIONS, *_OF_THE_PROCESS)):
             pending.extend(_state_of(value, place))
+            if isinstance(value, nn.Module):
+                modules.append(value)
+    check_depth(*modules)
 
 
 def _is_expected(value: Any, hook: bool, allow: tuple[str, ...]) -> bool:
@@ -162,6 +164,8 @@ def _state_of(value: Any, place: str) -> Iterator[tuple[Any, str, bool]]:
     if isinstance(value, fx.GraphModule) and not _WRITTEN_BY_TORCH.isdisjoint(state):
         raise ModelFileError(f"{_shown(place)} comes with the code of its graph, which a model file may not set")
     for name, item in state.items():
+        if isinstance(item, types.FunctionType) and item.__name__ == name and is_own_module(item.__module__):
+            continue  # this package's stand-in for a method
         if callable(item) and callable(getattr(type(value), str(name), None)):
             raise ModelFileError(f"{_shown(place)} replaces its method {name!r}, which a model file may not")
         yield item, f"{place:.300}.{name!s:.60}", "_hooks" in str(name)

@@ -30,8 +30,8 @@ NAMES = [
     b"torch.fx.graph_module\nGraphModule",
     b"torch.nn.modules.activation\nReLU",
     b"rewriter.serialization._save\nrestore_graph_module",
-    b"rewriter.runtime._graph_module\nrebuild_rewritten",
-    b"rewriter.runtime._tensor\nReference",
+    b"rewriter.bindings._graph_module\nrebuild_rewritten",
+    b"rewriter.sites._site\nReference",
     b"rewriter.cli.__main__\nmain",
 ]
 WORDS = [

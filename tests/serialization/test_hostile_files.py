@@ -11,9 +11,9 @@ from hostile import Call, Script, canary, graph, graph_module, node, replaced, w
 from torch import fx, nn
 
 import rewriter
+from rewriter.bindings import RewrittenModule
 from rewriter.errors import ModelFileError, printable
 from rewriter.io import load_model, save_model
-from rewriter.runtime import RewrittenModule
 from rewriter.serialization import restore_graph_module, structure_from_text
 
 RELU = nn.functional.relu
@@ -36,7 +36,7 @@ def test_a_crafted_graph_that_is_harmless_loads(path):
     assert load_model(path)(torch.ones(1, 2)).shape == (1, 3)
 
 
-@pytest.mark.parametrize("entry", [None, RELU, 3], ids=repr)
+@pytest.mark.parametrize("entry", [None, RELU, 3], ids=["none", "function", "number"])
 def test_a_module_replaced_after_the_graph_is_refused(path, entry):
     state = vars(nn.ModuleDict({"fc": nn.Linear(2, 2)})).copy()
     made = Call(restore_graph_module, "Crafted", CALLS_FC, state)
@@ -157,8 +157,17 @@ def test_an_activation_of_torch_s_loads(path):
     ids=["constructor", "new", "rewritten", "opcode"],
 )
 def test_a_graph_module_is_made_from_data_alone(path, made):
-    refused(made, path, "")
-    refused(nn.Sequential(nn.ReLU(), with_state(nn.ReLU(), note=made)), path, "")
+    refused(made, path, r"graph module|classes or functions|cannot be read")
+    refused(
+        nn.Sequential(nn.ReLU(), with_state(nn.ReLU(), note=made)),
+        path,
+        r"graph module|classes or functions|cannot be read",
+    )
+
+
+def test_a_module_in_a_checkpoint_is_vetted_too(path):
+    layer = with_state(nn.Linear(2, 2), forward=RELU)
+    refused({"model": layer, "epoch": 3}, path, "model replaces its method 'forward'", key="model")
 
 
 def test_nothing_is_compiled_before_a_file_is_vetted(path, monkeypatch):
@@ -166,7 +175,7 @@ def test_nothing_is_compiled_before_a_file_is_vetted(path, monkeypatch):
     recompile = fx.GraphModule.recompile
     monkeypatch.setattr(fx.GraphModule, "recompile", lambda self: compiled.append(self) or recompile(self))
     good = graph_module(CALLS_FC, fc=nn.Linear(2, 2))
-    refused([good], path, "holds a list")
+    refused([good, restore_graph_module], path, "restore_graph_module")
     refused(nn.Sequential(nn.ReLU(), with_state(nn.ReLU(), note=good, forward=RELU)), path, "replaces")
     assert not compiled
     write(good, path)
