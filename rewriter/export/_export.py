@@ -79,7 +79,7 @@ def export_model(
     inputs = None if inputs is None else tuple(inputs)
     with written_atomically(path, force=force) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", torch.jit.TracerWarning)
+        warnings.simplefilter("always", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         try:
             note = _write(model, temporary, format, inputs, train)
         except (RewriterError, OSError):

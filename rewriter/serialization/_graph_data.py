@@ -186,7 +186,7 @@ def _user_function(function: Any) -> Callable[..., Any]:
     return function
 
 
-def _resolved(target: str, owner: torch.nn.Module) -> torch.nn.Module | torch.Tensor | bool | None:
+def _resolved(target: str, owner: torch.nn.Module) -> Any:
     """Return what generated code reads as ``self.<target>``, ``None`` if Python would find something else first."""
     found: Any = owner
     for segment in target.split("."):
@@ -216,7 +216,7 @@ def _refuse_modules(name: str, arguments: list[Any], owner: torch.nn.Module) -> 
         if node.op == "get_attr" and isinstance(_resolved(str(node.target), owner), torch.nn.Module):
             raise ModelFileError(f"node {name!r} is given the module {str(node.target)!r}, which a model file may not")
 
-    fx.node.map_arg(arguments, check)  # type: ignore[arg-type]
+    fx.node.map_arg(arguments, check)
 
 
 def _check_attribute(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
