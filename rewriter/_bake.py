@@ -17,6 +17,7 @@ from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._originals import check_originals
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
+from rewriter.bindings._pretrained import refuse_saving
 from rewriter.bindings.graph import lower_again, refuse_edited
 from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
@@ -113,7 +114,9 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
     for opened in list(target.modules()):
         if SESSION in opened.__dict__ and not any(isinstance(child, ParametrizedTensor) for child in opened.modules()):
             release(opened)
-    return _plain_roots(target, graphs)
+    plain = _plain_roots(target, graphs)
+    refuse_saving(plain, [name for one in baked for entry in one.entries for name in entry.names])
+    return plain
 
 
 def _present(target: nn.Module) -> dict[ParametrizedTensor, list[Entry]]:

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return `text` with every character that a terminal does not show as itself written as ``\uXXXX``.
+
+    Names from a file go through it: control characters could rewrite or hide what a terminal shows.
+
+    >>> printable("a\x1b[2Kb"), printable("a\nb\t", keep="\n")
+    ('a\\u001b[2Kb', 'a\nb\\t')
+    """
+    return "".join(mark if mark.isprintable() or mark in keep else json.dumps(mark)[1:-1] for mark in text)
 
 
 class RewriterError(Exception):
@@ -80,6 +92,9 @@ class CaptureError(RewriterError):
 
 class ModelFileError(RewriterError):
     """A model file that cannot be read, is not trusted, or would be overwritten."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, keep="\n"))
 
 
 class NumericError(RewriterError):

@@ -1,4 +1,4 @@
-"""Model files: `load_model` reads one without running code from it, `save_model` writes one whole or not at all."""
+"""Model files: `load_model` reads one without running code of it, `save_model` writes the whole file or nothing."""
 
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ from rewriter.bindings._owner_class import child_property
 from rewriter.bindings._retrace import traceable
 from rewriter.bindings._shell import Shell
 from rewriter.context._validated import Validated
-from rewriter.errors import RewriterError
+from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
 from rewriter.serialization._names import loadable
+from rewriter.serialization._vet import when_vetted
 from rewriter.sites._container import computed_slots, plain_class, refuse_override, sites_of
 from rewriter.sites._mixed import refuse_mixed
 from rewriter.sites._places import BATCHES, CAPTURED, CONTAINER, GRAPH_OF, SESSION
@@ -288,9 +289,15 @@ def rebuild_rewritten(captured: dict[str, Any], graph: dict[str, Any]) -> Shell:
 
     def become(shell: nn.Module, state: dict[str, Any]) -> None:
         clone: Any = shell
+        if not str(state["_reparam_name"]).isidentifier():
+            raise ModelFileError("the file is damaged: the class of a model has no name")
         clone.__class__ = type(_blank(state[GRAPH_OF]))
         clone.__dict__.update(state)
-        _revive(clone, state, graph_from_data(captured, clone), graph_from_data(graph, clone))
+
+        def finish() -> None:
+            _revive(clone, clone.__dict__, graph_from_data(captured, clone), graph_from_data(graph, clone))
+
+        when_vetted(clone, finish)
 
     return Shell(become)
 

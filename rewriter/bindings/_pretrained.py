@@ -5,16 +5,19 @@ Their methods look tensors up by name, among the parameters, where a computed te
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from rewriter.errors import RewriterError
+from rewriter.serialization._names import loadable
 from rewriter.sites._container import Sites, sites_of
 from rewriter.sites._places import CONTAINER
 
@@ -24,6 +27,51 @@ _BASE = ("transformers.modeling_utils", "PreTrainedModel")
 def is_pretrained(plain: type) -> bool:
     """Whether `plain` is a model class of transformers; which is not imported for that."""
     return any((kind.__module__, kind.__name__) == _BASE for kind in plain.__mro__)
+
+
+def refuse_saving(model: nn.Module, baked: Iterable[str]) -> None:
+    """Let `save_pretrained` raise in each model of which the class computes one of the `baked` tensors itself.
+
+    Such a class (wav2vec 2.0, HuBERT, WavLM, EnCodec) applies weight_norm in its constructor. `from_pretrained` then
+    finds no value for what it starts from in the file of a baked model, and the model computes NaN.
+
+    Arguments:
+        baked: the names of the tensors in `model`.
+    """
+    names = list(baked)
+    for path, module in model.named_modules() if names else ():
+        if is_pretrained(type(module)):
+            prefix = f"{path}." if path else ""
+            made = _names_of_new(module)
+            if any(_is_computed(name.removeprefix(prefix), made) for name in names if name.startswith(prefix)):
+                module.__dict__["save_pretrained"] = save_pretrained
+
+
+def _is_computed(name: str, names: set[str]) -> bool:
+    owner, _, tensor = f".{name}".rpartition(".")
+    stored = [f"{owner}.{CONTAINER}.{tensor}.original", f"{owner}.{CONTAINER}.{tensor}.original0"]
+    stored += [f".{name}_g", f".{name}_orig"]  # torch's older functions
+    return any(candidate[1:] in names for candidate in stored)
+
+
+def _names_of_new(model: Any) -> set[str]:
+    """Return the names of the tensors in a new model of this class."""
+    with torch.random.fork_rng(), torch.device("meta"):
+        try:
+            made: nn.Module = type(model)(copy.deepcopy(model.config))
+        except Exception:  # not the constructor that from_pretrained calls
+            return set()
+    return {name for name, _ in made.named_parameters(remove_duplicate=False)}
+
+
+@loadable()
+def save_pretrained(*_: Any, **__: Any) -> NoReturn:
+    """Stand in for the method of a baked model that `from_pretrained` could not read."""
+    raise RewriterError(
+        "from_pretrained cannot read this model: its class applies weight_norm, or another parametrization, in its "
+        "constructor, and bake made the tensor plain. Call save_pretrained before bake, or leave these tensors out of "
+        "bake with only=[…]. To save the plain tensors, use rewriter.io.save_model or torch.save(model.state_dict(), …)"
+    )
 
 
 def methods_of(plain: Any) -> dict[str, Any]:

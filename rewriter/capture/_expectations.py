@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rewriter._given import kind_of
 from rewriter.errors import CaptureError
-from rewriter.serialization import graph_function
+from rewriter.serialization import graph_function, structure_from_text
 
 
 @graph_function
@@ -77,4 +77,4 @@ def end_grad_mode(before: bool) -> None:
 @graph_function
 def rebuild(leaves: list[Any], structure: str) -> Any:
     """Return the model's own structure of outputs, one that torch knows by name."""
-    return torch.utils._pytree.tree_unflatten(leaves, torch.utils._pytree.treespec_loads(structure))
+    return torch.utils._pytree.tree_unflatten(leaves, structure_from_text(structure))

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from rewriter.cli._app import app
 from rewriter.cli._outcome import INTERRUPTED, USAGE, Outcome, error_document, exit_code
+from rewriter.errors import printable
 
 __all__ = ["app", "main"]
 
@@ -69,13 +70,14 @@ def _show(outcome: Outcome, as_json: bool) -> None:
     elif outcome.text:
         from rich.console import Console
 
-        console = Console(soft_wrap=isinstance(outcome.text, str), highlight=False, markup=False)
+        text = printable(outcome.text, keep="\n") if isinstance(outcome.text, str) else outcome.text
+        console = Console(soft_wrap=isinstance(text, str), highlight=False, markup=False)
         if console.is_terminal:
-            console.print(outcome.text)
+            console.print(text)
         else:  # A file or another program gets lines of any length.
             console.width = 10_000
             with console.capture() as captured:
-                console.print(outcome.text)
+                console.print(text)
             print("\n".join(map(str.rstrip, captured.get().splitlines())))
     sys.stdout.flush()
 
@@ -97,14 +99,15 @@ def _report(error: Exception, as_json: bool, debug: bool) -> NoReturn:
 
 
 def _fail(text: str, document: dict[str, Any], as_json: bool, code: int) -> NoReturn:
-    print(text, file=sys.stderr)
+    print(printable(text, keep="\n"), file=sys.stderr)
     if as_json:
         _print_json(document)
     sys.exit(code)
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    print(printable(text, keep="\n"))
 
 
 def _finite(value: Any) -> Any:

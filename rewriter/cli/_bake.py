@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -18,8 +17,7 @@ from rewriter.cli._text import counted
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.export import ExportedProgram
+    pass
 
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
 
@@ -53,7 +51,7 @@ def bake(
     from torch import nn
 
     import rewriter
-    from rewriter.export import export_model
+    from rewriter.export import export_model, format_of
     from rewriter.serialization import check_writable
 
     if str(output) == "-":
@@ -61,7 +59,7 @@ def bake(
     check_writable(output, force)
     examples = example.read()
     loaded = model_options.read(model_file)
-    written = format or _format_of(loaded, output)
+    written = format or format_of(loaded, output)
     if written in ("pt2", "onnx") and examples is None and isinstance(loaded, nn.Module):
         raise no_inputs(f"--format {written}")
     before = [entry.name for entry in entries_of(loaded) if entry.site is not None]
@@ -75,18 +73,3 @@ def bake(
         warnings.warn(f"{model_file} has no computed tensor, so {output} is the same model", stacklevel=1)
     stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {written}")
     return Outcome({"baked": names, "left": sorted(left), "format": written, "output": str(output)})
-
-
-def _format_of(model: nn.Module | ExportedProgram, output: Path) -> Format:
-    from torch import nn
-
-    from rewriter.export import formats_called
-    from rewriter.serialization import check_suffix
-
-    called: list[Format] = formats_called(output)
-    if called and "module" not in called:
-        return called[0]
-    if isinstance(model, nn.Module):
-        return "module"
-    check_suffix(model, output)
-    return "pt2"

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rewriter.errors import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table without borders."""
+    """Return a table without borders; control characters in names are escaped."""
     from rich.table import Table
 
     made = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(printable, row))
     return made
 
 

@@ -1,8 +1,7 @@
 """Which functions, methods and attributes a stored graph may name; everything else is refused.
 
-A model file is read as data, so this table is what separates "a file of numbers" from "a program someone
-sent you". It lists what computes on tensors. Nothing in it reads or writes files, imports, evaluates text, or
-calls an object that it is given.
+A model file is read as data. This table separates data from a program: it lists functions that compute on tensors.
+None of them reads or writes files, imports, evaluates text, or calls an object that it is given.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _OPERATOR = """
     ixor le lshift lt matmul mod mul ne neg not_ or_ pos pow rshift setitem sub truediv truth xor
 """.split()
 _BUILTINS = """
-    abs bool float int len max min pow range round slice sum tuple list
+    abs bool float int len list pow range round slice sum tuple
 """.split()
 _TORCH = """
     arange as_strided as_tensor asarray broadcast_shapes empty empty_like empty_strided eye finfo
@@ -45,26 +44,29 @@ _FUNCTIONAL = """
 """.split()
 _DENIED_OPERATORS = frozenset({"from_file", "_from_blob", "_print", "record_stream", "set_data"})
 _DENIED_FUNCTIONS = frozenset({"from_file", "frombuffer", "from_numpy", "from_dlpack", "to_dlpack"})
+_DENIED_FUNCTIONS |= {"triplet_margin_with_distance_loss"}  # calls its argument
 
 _DENIED_METHODS = frozenset(
     """
-    apply_ as_subclass backward data_ptr map2_ map_ module_load numpy register_hook
-    register_post_accumulate_grad_hook reinforce set_ share_memory_ storage storage_type
-    to_padded_tensor untyped_storage
+    record_stream set_ set_data to_padded_tensor unsafe_chunk unsafe_split unsafe_split_with_sizes
     """.split()
 )
-_CONTAINER_METHODS = frozenset(
+_FURTHER_METHODS = frozenset(
     """
-    append copy count endswith extend get index insert items keys pop reverse startswith update
-    values
+    append bfloat16 bool byte cdouble cfloat char copy count cpu cuda dim_order double element_size
+    endswith extend float get half index insert int items keys long ndimension nelement new
+    new_tensor pop reverse short startswith to_sparse_coo tolist type unique update values
     """.split()
 )
-_FIELDS = frozenset(
+"""Methods of tensors that are no operators, and methods of lists, dicts and texts."""
+_ATTRIBUTES = frozenset(
     """
-    values indices bits eps itemsize max min tiny smallest_normal resolution index type start stop
-    step
+    H T data device dtype grad imag is_cpu is_cuda is_leaf is_meta is_mps is_nested is_quantized
+    is_sparse is_sparse_csr is_xpu itemsize layout mH mT nbytes ndim real requires_grad shape
+    bits eps index indices max min resolution smallest_normal start step stop tiny type values
     """.split()
 )
+"""Attributes of tensors, and of what their methods return: devices, named tuples, numeric limits, slices."""
 
 _OVERLOAD = re.compile(r"torch\.ops\.(aten|prims)\.([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?", re.ASCII)
 
@@ -82,7 +84,7 @@ def graph_function(function: F) -> F:
 
 
 def name_of_function(function: Callable[..., Any]) -> str | None:
-    """Return the stored name of a function that every reader accepts, or ``None`` for any other function."""
+    """Return the stored name of a function that every reader accepts, ``None`` for another function."""
     if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         name = f"torch.ops.{function}"
         return name if _operator(name) is not None else None
@@ -111,18 +113,27 @@ def function_named(name: str) -> Callable[..., Any]:
     return found
 
 
+def is_registered(function: Any) -> bool:
+    """Return whether `function` is one of this package's own graph functions."""
+    return any(function is known for known in _registered.values())
+
+
 def is_allowed_method(name: str) -> bool:
-    """Say whether a stored graph may call the method `name` on a value."""
-    return name in _CONTAINER_METHODS or (
-        _is_public(name) and name not in _DENIED_METHODS and callable(getattr(torch.Tensor, name, None))
-    )
+    """Return whether a stored graph may call the method `name`: a tensor operator, or a listed method."""
+    if name in _FURTHER_METHODS:
+        return True
+    return _is_public(name) and name in _operator_methods() and name not in _DENIED_METHODS
 
 
 def is_allowed_attribute(name: str) -> bool:
-    """Say whether a stored graph may read the attribute `name`: a tensor's properties, never its methods."""
-    if not _is_public(name):
-        return False
-    return name in _FIELDS or (hasattr(torch.Tensor, name) and not callable(getattr(torch.Tensor, name)))
+    """Return whether a stored graph may read the attribute `name`."""
+    return name in _ATTRIBUTES
+
+
+@functools.lru_cache(maxsize=1)
+def _operator_methods() -> frozenset[str]:
+    operators = {name.partition("::")[2].partition(".")[0] for name in _operators()}
+    return frozenset(name for name in operators if callable(getattr(torch.Tensor, name, None)))
 
 
 def _is_public(name: str) -> bool:
@@ -228,5 +239,5 @@ def _own(name: str) -> Callable[..., Any] | None:
 
 
 def is_own_module(name: str) -> bool:
-    """Say whether `name` is the dotted name of a module of this package."""
-    return re.fullmatch(r"rewriter(\.[A-Za-z_][A-Za-z0-9_]*)*", name) is not None
+    """Return whether `name` is the dotted name of a module of this package that a file may import."""
+    return re.fullmatch(r"rewriter(\.(?!__|cli\b|demo\b)[A-Za-z_][A-Za-z0-9_]*)*", name, re.ASCII) is not None

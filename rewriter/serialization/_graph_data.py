@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import keyword
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +13,13 @@ import torch
 from torch import fx
 
 from rewriter.errors import ModelFileError
-from rewriter.serialization._functions import function_named, is_allowed_attribute, is_allowed_method, name_of_function
+from rewriter.serialization._functions import (
+    function_named,
+    is_allowed_attribute,
+    is_allowed_method,
+    is_registered,
+    name_of_function,
+)
 from rewriter.serialization._graph_signature import signature_from_data, signature_to_data
 from rewriter.serialization._graph_values import decode, encode, is_identifier
 
@@ -29,8 +35,9 @@ _ANNOTATIONS: dict[str, Any] = {
     "tuple": tuple,
     "dict": dict,
 }
-_PATH = re.compile(r"[A-Za-z_0-9][A-Za-z_0-9]*(\.[A-Za-z_0-9]+)*", re.ASCII)
-_PLACEHOLDER = re.compile(r"\*{0,2}[A-Za-z_]\w*", re.ASCII)
+_SEGMENT = re.compile(r"(?!__)\w+", re.ASCII)
+_TAKEN = frozenset({"self", "torch"})
+"""Names that the generated code reads: a node with one of them would stand in their place."""
 
 
 def graph_to_data(graph: fx.Graph) -> dict[str, Any]:
@@ -42,8 +49,8 @@ def graph_to_data(graph: fx.Graph) -> dict[str, Any]:
     >>> [node["op"] for node in data["nodes"]]
     ['placeholder', 'call_function', 'output']
 
-    Torch's functions are stored by name. A function of the user's own is kept as a reference, which pickle
-    stores as ``package.module.name``; reading it back is then up to the reader's ``--allow``.
+    Torch's functions are stored by name. A function of the user's own is stored as a reference, which pickle writes
+    as ``package.module.name``. The reader has to allow it with ``--allow``.
 
     Raises:
         ModelFileError: something in the graph is no data: a lambda, a tensor constant among the arguments, ….
@@ -54,7 +61,9 @@ def graph_to_data(graph: fx.Graph) -> dict[str, Any]:
 
 
 def graph_from_data(data: Mapping[str, Any], owner: torch.nn.Module) -> fx.Graph:
-    """Return the graph that `graph_to_data` stored, checked as what it is: input from a file.
+    """Return the graph that `graph_to_data` stored, checked as input from a file.
+
+    No code is generated. Call it when `owner` is complete: the graph is valid for the module tree of this moment.
 
     >>> import torch
     >>> from torch import fx
@@ -64,7 +73,8 @@ def graph_from_data(data: Mapping[str, Any], owner: torch.nn.Module) -> fx.Graph
     ['input_1', '_0', 'output']
 
     Arguments:
-        owner: the module whose submodules and tensors the graph names; each of them must exist there.
+        owner: the module whose submodules and tensors the graph names. Names resolve through `_modules`,
+            `_parameters` and `_buffers` alone.
 
     Raises:
         ModelFileError: a name, function, method or attribute that a stored graph may not use.
@@ -77,7 +87,7 @@ def graph_from_data(data: Mapping[str, Any], owner: torch.nn.Module) -> fx.Graph
         try:
             node = _node_from_data(entry, graph, nodes, owner)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-            raise ModelFileError(f"the file's graph is damaged at node {len(nodes)}: {problem!r}") from problem
+            raise ModelFileError(f"the file's graph is damaged at node {len(nodes)}: {problem!r:.300}") from problem
         nodes[node.name] = node
     signature_from_data(data.get("signature"), graph)
     graph.lint()
@@ -123,7 +133,7 @@ def _node_from_data(
 ) -> fx.Node:
     op, name = entry["op"], entry["name"]
     # torch.fx pastes names into the source it compiles: a name that is more than a name would be code.
-    if not is_identifier(name) or name in nodes:
+    if not is_identifier(name) or name in nodes or name in _TAKEN:
         raise ModelFileError(f"the file's graph has a node called {name!r}, which is no name or not unique")
     args = tuple(decode(value, nodes) for value in entry["args"])
     kwargs = {key: decode(value, nodes) for key, value in entry["kwargs"].items()}
@@ -132,9 +142,11 @@ def _node_from_data(
     target = _target_from_data(op, entry["target"], owner)
     if target is getattr:
         _check_attribute(name, args, kwargs)
+    if op != "output" and not is_registered(target):
+        _refuse_modules(name, [*args, *kwargs.values()], owner)
     annotation = _annotation(entry["type"]) if "type" in entry else None
     node = graph.create_node(op, target, args, kwargs, name, annotation)
-    # torch.fx numbers some names anew (an export's `input` shadows a builtin); generated code is unaffected.
+    # torch.fx numbers some names again (an export's `input` shadows a builtin). Generated code is unaffected.
     node.name = name
     if "reparam" in entry:
         node.meta["reparam"] = decode(entry["reparam"], {})
@@ -149,38 +161,62 @@ def _annotation(data: Any) -> Any:
 
 def _target_from_data(op: str, target: Any, owner: torch.nn.Module) -> Callable[..., Any] | str:
     if op == "call_function":
-        if isinstance(target, dict):
-            function = target["function"]
-            if not isinstance(function, (FunctionType, BuiltinFunctionType)):
-                raise ModelFileError(f"the file's graph calls {function!r}, which is no function")
-            return function
-        return function_named(target)
+        return _user_function(target["function"]) if isinstance(target, dict) else function_named(target)
     if not isinstance(target, str):
-        raise ModelFileError(f"the file's graph has a {op} node whose target is no name: {target!r}")
-    if op == "placeholder" and _PLACEHOLDER.fullmatch(target) and not keyword.iskeyword(target.lstrip("*")):
-        return target
-    if op == "output" and target == "output":
-        return target
-    if op == "call_method" and is_allowed_method(target):
-        return target
-    if op in ("get_attr", "call_module") and _exists(op, target, owner):
-        return target
-    raise ModelFileError(f"the file's graph has a {op} node with the target {target!r}, not allowed there")
+        raise ModelFileError(f"the file's graph has a {op} node whose target is no name: {target!r:.100}")
+    if op == "placeholder" and len(target) - len(name := target.lstrip("*")) < 3 and is_identifier(name):
+        allowed = name not in _TAKEN
+    elif op == "output":
+        allowed = target == "output"
+    elif op == "call_method":
+        allowed = is_allowed_method(target)
+    else:
+        found = _resolved(target, owner) if op in ("get_attr", "call_module") else None
+        allowed = isinstance(found, torch.nn.Module) or (op == "get_attr" and found is not None)
+    if not allowed:
+        raise ModelFileError(f"the file's graph has a {op} node with the target {target!r}, not allowed there")
+    return target
 
 
-def _exists(op: str, target: str, owner: torch.nn.Module) -> bool:
-    if not _PATH.fullmatch(target):
-        return False
-    path, _, last = target.rpartition(".")
-    try:
-        module = owner.get_submodule(path)
-    except AttributeError:
-        return False
-    if op == "call_module":
-        return isinstance(module._modules.get(last), torch.nn.Module)
-    if last == "training":  # what train() and eval() set is read when the graph runs
-        return isinstance(module.training, bool)
-    return isinstance(getattr(module, last, None), (torch.Tensor, torch.nn.Module))
+def _user_function(function: Any) -> Callable[..., Any]:
+    # Torch's functions and this package's own are stored by name.
+    home = str(getattr(function, "__module__", None) or "").partition(".")[0]
+    if not isinstance(function, (FunctionType, BuiltinFunctionType)) or home in ("builtins", "rewriter", "torch"):
+        raise ModelFileError(f"the file's graph calls {function!r}, which is no function of the user's own")
+    return function
+
+
+def _resolved(target: str, owner: torch.nn.Module) -> Any:
+    """Return what generated code reads as ``self.<target>``, ``None`` if Python would find something else first."""
+    found: Any = owner
+    for segment in target.split("."):
+        if not isinstance(found, torch.nn.Module) or not _SEGMENT.fullmatch(segment):
+            return None
+        if segment == "training":  # what train() and eval() set is read when the graph runs
+            found = found.training if isinstance(found.training, bool) else None
+        elif segment in vars(found) or callable(getattr(type(found), segment, None)):
+            return None
+        else:
+            tables = (found._parameters, found._buffers, found._modules)
+            present = (table[segment] for table in tables if table.get(segment) is not None)
+            found = next(present, _computed(segment, found))
+    return found
+
+
+def _computed(name: str, owner: torch.nn.Module) -> torch.Tensor | None:
+    """Return a stand-in for a computed tensor: a property of an owner of parametrizations."""
+    owns = isinstance(owner._modules.get("parametrizations"), torch.nn.Module)
+    read = inspect.getattr_static(type(owner), name, None)
+    return torch.empty(0) if owns and isinstance(read, (property, type(None))) else None
+
+
+def _refuse_modules(name: str, arguments: list[Any], owner: torch.nn.Module) -> None:
+    # A module is a callable: only this package's own functions take one.
+    def check(node: fx.Node) -> None:
+        if node.op == "get_attr" and isinstance(_resolved(str(node.target), owner), torch.nn.Module):
+            raise ModelFileError(f"node {name!r} is given the module {str(node.target)!r}, which a model file may not")
+
+    fx.node.map_arg(arguments, check)
 
 
 def _check_attribute(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, treespec_loads
 
 from rewriter.errors import ModelFileError
 from rewriter.serialization._graph_values import is_identifier
@@ -18,7 +21,7 @@ _LEAF = "leaf"
 
 
 def signature_to_data(graph: fx.Graph) -> dict[str, Any] | None:
-    """Return the names and nesting of a graph's inputs and outputs; ``None`` where its placeholders say it all.
+    """Return the names and nesting of a graph's inputs and outputs, ``None`` if its placeholders are its inputs.
 
     Raises:
         ModelFileError: the graph generates its code in another way, or nests its arguments in unusual containers.
@@ -44,10 +47,35 @@ def signature_from_data(data: Any, graph: fx.Graph) -> None:
     names = data.get("names") if isinstance(data, Mapping) else None
     if not isinstance(names, list) or not all(map(is_identifier, names)):
         raise ModelFileError("the file's graph has a signature that is damaged")
-    inputs, outputs = _spec_from_data(data.get("inputs")), None
-    if data.get("outputs") is not None:
-        outputs = _spec_from_data(data["outputs"])
+    try:
+        inputs, outputs = _spec_from_data(data.get("inputs")), None
+        if data.get("outputs") is not None:
+            outputs = _spec_from_data(data["outputs"])
+    except RecursionError:
+        raise ModelFileError("the file's graph nests its arguments too deeply") from None
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, inputs, outputs)))
+
+
+@functools.lru_cache(maxsize=256)
+def structure_from_text(text: str) -> TreeSpec:
+    """Return the structure that torch's `treespec_dumps` wrote, once it is clear that torch imports nothing for it.
+
+    Raises:
+        ModelFileError: it names a module to import: a default dict's factory, or an enumeration.
+    """
+    pending: list[Any] = [json.loads(text)]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if value.get("type") == "collections.defaultdict" or "__enum__" in value:
+                raise ModelFileError("the file's graph returns a structure that names a module to import")
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # torch parses a context once more
+            with contextlib.suppress(ValueError):
+                pending.append(json.loads(value))
+    return treespec_loads(text)
 
 
 def _example(spec: TreeSpec) -> Any:

@@ -46,7 +46,7 @@ def encode(value: Any, node: fx.Node) -> Any:
 
 
 def decode(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    """Return the argument that `encode` stored; `nodes` are those that come before."""
+    """Return the argument that `encode` stored. `nodes` are the nodes before it."""
     if data is None or type(data) in (bool, int, float, str):
         return data
     if not isinstance(data, dict) or len(data) != 1:
@@ -80,5 +80,5 @@ def decode(data: Any, nodes: Mapping[str, fx.Node]) -> Any:
 
 
 def is_identifier(name: Any) -> bool:
-    """Say whether `name` may stand in generated code as a name."""
+    """Return whether `name` may stand in generated code as a name."""
     return isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)

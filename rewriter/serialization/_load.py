@@ -1,4 +1,4 @@
-"""Reading a model file without running what is in it."""
+"""Reading a model file without running code of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
-from rewriter.errors import ModelFileError, RewriterError
+from rewriter.errors import ModelFileError, printable
 from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
-from rewriter.serialization._exported import load_exported
 from rewriter.serialization._inspect import ModelFile, inspect_file
-from rewriter.serialization._names import import_object, is_listed, known_object, needs_no_leave
+from rewriter.serialization._names import import_object, is_listed, known_object
+from rewriter.serialization._vet import check_depth, vetted_reading
 
 ModelFactory = Callable[[], nn.Module]
 
@@ -35,7 +35,7 @@ def load_model(
     allow: Iterable[str] = (),
     trust: bool = False,
 ) -> nn.Module | ExportedProgram:
-    """Read a model: a saved module or GraphModule, an ExportedProgram, or weights for what `model` makes.
+    """Read a model: a saved module or GraphModule, an ExportedProgram, or weights for the module that `model` makes.
 
     >>> import tempfile, torch
     >>> from rewriter.serialization import save_model
@@ -44,25 +44,25 @@ def load_model(
     ...     load_model(f"{folder}/linear.pt")
     Linear(in_features=2, out_features=3, bias=True)
 
-    Modules made of torch.nn classes, and what reparam wrote, load as they are. Every other class or function
-    that a file asks for has to be allowed: whoever wrote it decides what is called with which arguments.
-    Tensors are read to the CPU.
+    Modules made of torch.nn classes, and files that reparam wrote, load as they are. Every other class or function
+    that a file uses has to be allowed, since the file decides with which arguments it is called. A ``.pt2`` file has to
+    be trusted. docs/security.md says what each format can do. Tensors are read to the CPU.
 
     Arguments:
-        path: ``.pt`` (module or state dict), ``.pt2`` or ``.safetensors``; what counts is the content.
-        model: for weights, what makes the module they belong to: ``"package.module:factory"`` or a callable.
+        path: ``.pt`` (module or state dict), ``.pt2`` or ``.safetensors``. The content decides, not the name.
+        model: for weights, the function that makes their module: ``"package.module:factory"`` or a callable.
         key: the entry of a training checkpoint that is the model; not needed for the usual ones.
         allow: dotted names that the file may use, or ``package.*``.
-        trust: run whatever the file says.
+        trust: run any code of the file.
 
     Raises:
-        ModelFileError: the file cannot be read, is of another kind, or asks for names that are not allowed.
+        ModelFileError: the file cannot be read, is of another kind, or uses names that are not allowed.
     """
     file = inspect_file(Path(path))
     if file.kind == "exported":
         if model is not None:
             raise ModelFileError(f"{path} holds an ExportedProgram, a whole model; leave the model factory out")
-        return load_exported(file.path, allow=tuple(allow), trust=trust)
+        return _read_exported(file.path, trust)
     factory = _factory(model)
     loaded = _read(file, tuple(allow), trust)
     if key is not None:
@@ -80,50 +80,75 @@ def load_model(
 def _read(file: ModelFile, allow: tuple[str, ...], trust: bool) -> Any:
     if file.kind == "safetensors":
         return _read_safetensors(file.path)
-    leave = [] if trust else _leave(file, allow)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if trust:
-                return torch.load(file.path, map_location="cpu", weights_only=False)
-            # The list of safe names is one per process: whoever reads next must not inherit this one.
+                loaded = torch.load(file.path, map_location="cpu", weights_only=False)
+                if isinstance(loaded, nn.Module):
+                    check_depth(loaded)
+                return loaded
+            # torch has one list of safe names for the process: another reader must not inherit this one.
             with _unpickling:
-                known = torch.serialization.get_safe_globals()
-                with torch.serialization.safe_globals([entry for entry in leave if entry not in known]):
-                    return torch.load(file.path, map_location="cpu", weights_only=True)
-    except RewriterError:
+                names = _allowed_names(file, allow)
+                with torch.serialization.safe_globals(names), vetted_reading(allow) as vetted:
+                    return vetted(torch.load(file.path, map_location="cpu", weights_only=True))
+    except ModelFileError:
         raise
     except Exception as problem:
-        text = str(problem).partition("WeightsUnpickler error:")[2] or str(problem)
-        reason = text.strip().partition("\n")[0] or type(problem).__name__
-        if file.kind == "legacy" and "persistent_load" in reason:
-            reason = "a module in torch.save's old format needs --trust; save it again, or save its state dict"
-        raise ModelFileError(f"{file.path} cannot be read: {reason}") from problem
+        raise ModelFileError(f"{file.path} cannot be read: {_reason(file, problem)}") from problem
 
 
-def _leave(file: ModelFile, allow: tuple[str, ...]) -> list[Any]:
-    leave: list[Any] = []
+def _reason(file: ModelFile, problem: Exception) -> str:
+    if isinstance(problem, RecursionError):
+        return "it is nested too deeply"
+    text = str(problem).partition("WeightsUnpickler error:")[2] or str(problem)
+    reason = printable(text.strip().partition("\n")[0].partition(" Please use")[0]) or type(problem).__name__
+    if file.kind == "legacy":
+        return f"{reason}\nOf torch.save's old format, only weights are read without --trust; save a module again"
+    if "Unsupported operand" in reason:
+        return f"{reason}\nIf it is not damaged, its pickle protocol is not torch.save's own, and needs --trust"
+    return reason
+
+
+def _allowed_names(file: ModelFile, allow: tuple[str, ...]) -> list[Any]:
+    allowed: list[Any] = []
     refused: list[str] = []
-    for name in file.names:
-        if needs_no_leave(name):
-            continue
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file.path) if file.kind == "torch" else ()
+    for name in sorted(unsafe):
         known = known_object(name)
         if known is None and is_listed(name, allow):
             known = [(import_object(name), name)]
         if known is None:
             refused.append(name)
         else:
-            leave.extend(known)
+            allowed.extend(known)
     if refused:
         raise ModelFileError(_refusal(file, refused))
-    return leave
+    return allowed
+
+
+def _read_exported(path: Path, trust: bool) -> ExportedProgram:
+    if not trust:
+        raise ModelFileError(
+            f"{path} is an ExportedProgram, and torch's reader of such files runs code that is in them.\n"
+            "If you know where the file comes from, trust it: --trust (trust=True in Python)."
+        )
+    try:
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")
+            return torch.export.load(file)
+    except Exception as problem:
+        text = str(problem).partition("\n")[0] or type(problem).__name__
+        raise ModelFileError(f"{path} cannot be read as an ExportedProgram: {text}") from problem
 
 
 def _refusal(file: ModelFile, refused: list[str]) -> str:
+    names = {printable(name): _warning(name) for name in refused}
     lines = [
-        f"{file.path} asks for classes or functions that are not torch.nn's:",
-        *(f"  {name}{_warning(name)}" for name in refused),
-        "If you know where the file comes from, allow them: " + " ".join(f"--allow {name}" for name in refused),
+        f"{file.path} uses classes or functions that are not torch.nn's:",
+        *(f"  {name}{warning}" for name, warning in names.items()),
+        "If you know where the file comes from, allow them: " + " ".join(f"--allow {name}" for name in names),
         "or trust the file as a whole: --trust (it may then run any code).",
     ]
     return "\n".join(lines)
@@ -149,7 +174,7 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # safetensors stores tied tensors under one of their names.
+    # A safetensors file has tied tensors under one of their names.
     tensors = module.state_dict(keep_vars=True)
     stored = {id(tensors[name]): value for name, value in weights.items() if name in tensors}
     return {name: stored[id(tensor)] for name, tensor in tensors.items() if id(tensor) in stored}
@@ -171,7 +196,7 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     name = getattr(factory, "__qualname__", type(factory).__name__)
     try:
         inspect.signature(factory).bind()
-    except ValueError:  # what is written in C may not say
+    except ValueError:  # functions written in C may have no signature
         pass
     except TypeError as problem:
         raise ModelFileError(
@@ -184,6 +209,6 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     try:
         module.load_state_dict({**_tied(module, weights), **weights})
     except RuntimeError as problem:
-        lines = [line.strip() for line in str(problem).splitlines()]
+        lines = [printable(line.strip()) for line in str(problem).split("\n")]
         raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem
     return module

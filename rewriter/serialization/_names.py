@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch._weights_only_unpickler import _get_allowed_globals
+from torch import fx
 
 from rewriter.errors import ModelFileError
 from rewriter.serialization._functions import function_named, is_own_module
@@ -32,12 +32,13 @@ _TORCH_CLASSES = frozenset(
 
 
 def loadable(*, builds: Iterable[type] = ()) -> Callable[[F], F]:
-    """Let model files call a function or class of this package, what a ``__reduce__`` returns first.
+    """Let model files call a function or class of this package: the first item that a ``__reduce__`` returns.
 
-    Whoever writes a file chooses the arguments: the function must treat them as untrusted data.
+    The file chooses the arguments: the function must treat them as untrusted data. A function that makes a graph
+    from data gives `when_vetted` the step that makes it.
 
     Arguments:
-        builds: classes of what it returns, where pickle then sets a state on the result.
+        builds: classes of the result, if pickle sets a state on the result afterwards.
     """
 
     def mark(function: F) -> F:
@@ -47,13 +48,8 @@ def loadable(*, builds: Iterable[type] = ()) -> Callable[[F], F]:
     return mark
 
 
-def needs_no_leave(name: str) -> bool:
-    """Say whether torch lets every file use `name`: tensors, storages, dtypes, plain containers."""
-    return name in _get_allowed_globals()
-
-
 def known_object(name: str) -> list[tuple[Any, str]] | None:
-    """Return what every model file may use under the dotted `name`, with what comes along, or ``None``."""
+    """Return the object that every model file may use by the dotted `name`, and the classes that it builds."""
     module, _, attribute = name.rpartition(".")
     if module == "builtins" and attribute in _CONTAINERS:
         return [(getattr(importlib.import_module("builtins"), attribute), name)]
@@ -71,13 +67,15 @@ def known_object(name: str) -> list[tuple[Any, str]] | None:
         if name in _builds:
             builds = [(cls, f"{cls.__module__}.{cls.__qualname__}") for cls in _builds[name]]
             return [(found, name), *builds]
-        if _is_module_class(found, module) or _is_record(found, module):
+        # A graph module is made from data alone, by a function that is marked `loadable`.
+        is_graph = isinstance(found, type) and issubclass(found, fx.GraphModule)
+        if not is_graph and (_is_module_class(found, module) or _is_record(found, module)):
             return [(found, name)]
     return None
 
 
 def is_listed(name: str, allow: Iterable[str]) -> bool:
-    """Say whether the user allows `name`: itself, or as part of a package given as ``package.*``.
+    """Return whether the user allows `name`: by itself, or as part of a package given as ``package.*``.
 
     >>> is_listed("my.nets.Net", ["my.*"]), is_listed("mine.Net", ["my.*"])
     (True, False)

@@ -1,4 +1,4 @@
-"""Writing a model file that can be read back without trusting it."""
+"""Writing a model file that can be read without trusting it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from rewriter._given import check_model
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._atomic import written_atomically
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
+from rewriter.serialization._graph_values import is_identifier
 from rewriter.serialization._names import loadable
+from rewriter.serialization._vet import check_depth, when_vetted
 
 _GRAPH_MODULE_OWN = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module()))
 _MADE_FROM_GRAPH = _GRAPH_MODULE_OWN | {"_in_spec", "_out_spec"}
 
 
 def save_model(model: nn.Module | ExportedProgram, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Write `model` to `path`, for `load_model`: all of it, or nothing.
+    """Write `model` to `path`, for `load_model`: the whole file, or nothing.
 
-    A torch.fx graph is stored as data rather than as source code, so that reading the file runs none.
+    A torch.fx graph is stored as data and not as source code, so that reading the file runs no code.
 
     Arguments:
         path: ``.pt`` for a module, ``.pt2`` for an ExportedProgram.
         force: overwrite what is there.
 
     Raises:
-        ModelFileError: something is there already, or the model holds what cannot be stored.
+        ModelFileError: the file exists already, or the model has something that cannot be stored.
     """
     check_model(model, "save_model")
     check_suffix(model, path)
@@ -56,6 +58,8 @@ def check_suffix(model: nn.Module | ExportedProgram, path: str | os.PathLike[str
 
 def write_model(model: nn.Module | ExportedProgram, path: Path) -> None:
     """Write `model` to `path` in place, whatever is there."""
+    if isinstance(model, nn.Module):
+        check_depth(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -70,7 +74,7 @@ def write_model(model: nn.Module | ExportedProgram, path: Path) -> None:
     except Exception as problem:
         text = str(problem).partition("\n")[0] or type(problem).__name__
         raise ModelFileError(
-            f"the {type(model).__name__} cannot be saved: {text} (what it holds needs module-level names)"
+            f"the {type(model).__name__} cannot be saved: {text} (its classes and functions need module-level names)"
         ) from problem
 
 
@@ -79,21 +83,29 @@ def restore_graph_module(name: str, graph: dict[str, Any], state: dict[str, Any]
     """Return the GraphModule that `save_model` stored.
 
     Arguments:
-        name: what its class is called.
+        name: the name of its class.
         graph: as `graph_to_data` gave it.
         state: its modules, tensors and plain attributes.
     """
-    if not (isinstance(name, str) and name.isidentifier()) or not isinstance(state, dict):
-        raise ModelFileError(f"the file's graph module is damaged: it is called {name!r}")
-    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=name)
+    if not is_identifier(name) or not isinstance(state, dict):
+        raise ModelFileError(f"the file's graph module is damaged: it is called {name!r:.100}")
+    module = fx.GraphModule.__new__(fx.GraphModule)
+    nn.Module.__init__(module)
     module.__dict__.update({key: value for key, value in state.items() if key not in _MADE_FROM_GRAPH})
-    module.graph = graph_from_data(graph, module)
+
+    def finish() -> None:
+        read = dict(vars(module))
+        module.__init__(nn.Module(), fx.Graph(), class_name=name)  # type: ignore[misc]
+        module.__dict__.update(read)
+        module.graph = graph_from_data(graph, module)
+
+    when_vetted(module, finish)
     return module
 
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
-        # A subclass with a __reduce__ of its own knows better.
+        # A subclass with its own __reduce__ is left alone.
         if isinstance(obj, fx.GraphModule) and type(obj).__reduce__ is fx.GraphModule.__reduce__:
             state = {key: value for key, value in vars(obj).items() if key not in _MADE_FROM_GRAPH}
             return restore_graph_module, (type(obj).__name__, graph_to_data(obj.graph), state)

@@ -1,7 +1,8 @@
-"""Every format gives the model's outputs back in the program that reads it, or says why it cannot."""
+"""Each format gives the model's outputs in the program that reads it, or an error with the reason."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 
@@ -9,20 +10,26 @@ import pytest
 import torch
 from torch import fx, nn
 
+import rewriter
 from rewriter.errors import CaptureError, ModelFileError, RewriterError
-from rewriter.export import example_tensor, export_model
+from rewriter.export import example_tensor, export_model, format_of
 from rewriter.io import load_model
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
 
 
 class Untypable(nn.Module):
-    def __init__(self):
+    def __init__(self, inner=None):
         super().__init__()
-        self.fc = nn.Linear(4, 2)
+        self.fc = inner or nn.Linear(4, 2)
 
     def forward(self, x, **options):
         return self.fc(x)
+
+
+class Branching(Untypable):
+    def forward(self, x, **options):
+        return self.fc(x) if x.sum() > 0 else self.fc(-x)
 
 
 def _tied():
@@ -54,16 +61,98 @@ def test_torchscript(model, tmp_path, form):
 
 def test_what_cannot_be_scripted_is_traced_with_example_inputs(tmp_path):
     model = Untypable()
-    with pytest.raises(CaptureError, match=r"(?s)torch.jit.script does not take the Untypable.*--example"):
+    with pytest.raises(CaptureError, match=r"(?s)torch.jit.script does not take the Untypable.*example_inputs"):
         export_model(model, tmp_path / "out.pt", format="torchscript")
     assert os.listdir(tmp_path) == []
-    export_model(model, tmp_path / "out.pt", format="torchscript", example_inputs=[X])
+    with pytest.warns(UserWarning, match="Untypable was traced, not scripted"):
+        export_model(model, tmp_path / "out.pt", format="torchscript", example_inputs=[X])
     assert torch.allclose(torch.jit.load(tmp_path / "out.pt")(X), model(X))
+
+
+def test_a_branch_that_tracing_fixes_warns(tmp_path):
+    with pytest.warns(torch.jit.TracerWarning, match="boolean"), pytest.warns(UserWarning, match="was traced"):
+        export_model(Branching(), tmp_path / "out.pt", format="torchscript", example_inputs=X)
+
+
+def test_a_scripted_model_gives_no_warning(model, tmp_path, recwarn):
+    export_model(model, tmp_path / "out.pt", format="torchscript", example_inputs=X)
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("o.pt", "module"), ("o.ts", "torchscript"), ("o.pt2", "pt2"), ("o.safetensors", "safetensors"), ("o", "module")],
+)
+def test_the_format_follows_from_the_suffix(model, tmp_path, name, format):
+    assert format_of(model, name) == format
+    export_model(model, tmp_path / name, example_inputs=X)
+    if format == "torchscript":
+        torch.jit.load(tmp_path / name)
+    elif format == "safetensors":
+        assert load_model(tmp_path / name, model=lambda: model) is model
+    else:
+        assert isinstance(load_model(tmp_path / name, trust=True), nn.Module) is (format == "module")
+
+
+def test_a_program_without_format_is_written_as_pt2(model, tmp_path):
+    program = torch.export.export(model, (X,))
+    export_model(program, tmp_path / "out")
+    assert torch.allclose(load_model(tmp_path / "out", trust=True).module()(X), model(X))
+
+
+def test_torchscript_without_a_suffix(model, tmp_path):
+    export_model(model, tmp_path / "out", format="torchscript")
+    assert torch.allclose(torch.jit.load(tmp_path / "out")(X), model(X))
+
+
+def _noisy():
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(4, 3),
+        nn.BatchNorm1d(3),
+        nn.Dropout(0.5),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)),
+    ]
+    return rewriter.absorb(nn.Sequential(*layers)).train()
+
+
+STATEFUL = {"noisy": _noisy, "traced": lambda: Untypable(nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)))}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("format", ["torchscript", "pt2", "onnx"])
+@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_changes_no_state(tmp_path, name, format, train):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    model = STATEFUL[name]()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    try:
+        export_model(model, tmp_path / "out", format=format, example_inputs=X, train=train)
+    except CaptureError:
+        assert train or format == "torchscript"
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert list(model.state_dict()) == list(before)
+
+
+def test_a_model_in_train_mode_is_exported_in_eval_mode(tmp_path):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.9)).train()
+    expected = copy.deepcopy(model).eval()(X)
+    export_model(model, tmp_path / "out.ts", example_inputs=X)
+    assert torch.allclose(torch.jit.load(tmp_path / "out.ts")(X), expected)
+    export_model(model, tmp_path / "out.pt2", example_inputs=X)
+    assert torch.allclose(load_model(tmp_path / "out.pt2", trust=True).module()(X), expected)
+    export_model(model, tmp_path / "train.ts", train=True)
+    assert torch.jit.load(tmp_path / "train.ts").training
 
 
 def test_pt2(model, tmp_path):
     export_model(model, tmp_path / "out.pt2", format="pt2", example_inputs=[X])
-    assert torch.allclose(load_model(tmp_path / "out.pt2").module()(X), model(X))
+    assert torch.allclose(load_model(tmp_path / "out.pt2", trust=True).module()(X), model(X))
 
 
 def test_safetensors_keeps_ties(tmp_path):
@@ -96,7 +185,7 @@ def test_onnx_without_its_packages_names_the_extra(model, tmp_path, monkeypatch)
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_formats_that_need_example_inputs_say_so(model, tmp_path, format):
     pytest.importorskip("onnxscript")
-    with pytest.raises(CaptureError, match="needs example inputs"):
+    with pytest.raises(CaptureError, match=r"needs example inputs: example_inputs=\(…,\)"):
         export_model(model, tmp_path / "out", format=format)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for hostile.py
 
 USER_CODE = """
 import torch
@@ -45,6 +48,9 @@ class Squashing(nn.Module):
 
 def make():
     return nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+
+def hook(module, args, output):
+    return output
 
 not_callable = 3
 """

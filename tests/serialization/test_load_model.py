@@ -87,7 +87,7 @@ def test_no_form_of_pickle_runs_code(user, tmp_path, legacy, protocol):
         _use_new_zipfile_serialization=not legacy,
         pickle_protocol=protocol,
     )
-    with pytest.raises(ModelFileError, match=r"their_nets\.fire"):
+    with pytest.raises(ModelFileError, match=r"their_nets\.fire" if protocol == 2 else "operand"):
         load_model(tmp_path / "model.pt")
     assert user.fired == []
 
@@ -102,13 +102,13 @@ def test_names_of_functions_under_torch_nn_are_refused(tmp_path):
 
     for function in (torch.nn.utils.clip_grad_norm_, torch.nn.init.kaiming_uniform_, torch.hub.load, eval):
         torch.save(Reach(function), tmp_path / "model.pt")
-        with pytest.raises(ModelFileError, match="asks for"):
+        with pytest.raises(ModelFileError, match="uses classes or functions"):
             load_model(tmp_path / "model.pt")
 
 
 def test_modules_in_the_old_format_need_trust_and_weights_do_not(tmp_path, user):
     torch.save(TORCH_MODELS["mlp"](), tmp_path / "model.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ModelFileError, match="old format needs --trust"):
+    with pytest.raises(ModelFileError, match=r"old format.* without --trust"):
         load_model(tmp_path / "model.pt")
     assert isinstance(load_model(tmp_path / "model.pt", trust=True), nn.Sequential)
     torch.save(user.make().state_dict(), tmp_path / "weights.pt", _use_new_zipfile_serialization=False)
@@ -236,13 +236,13 @@ def _write(path, what):
         ("empty", "is empty"),
         ("garbage", "no model file"),
         ("truncated", "damaged or cut off"),
-        ("truncated legacy", "damaged or cut off"),
+        ("truncated legacy", "cannot be read"),
         ("legacy without weights", "cannot be read"),
         ("plain pickle", "plain pickle"),
         ("other zip", "none that torch.save wrote"),
         ("compressed zip", "compressed"),
         ("short safetensors", "cannot be read as safetensors"),
-        ("pt2 without a program", "cannot be read as an ExportedProgram"),
+        ("pt2 without a program", "--trust"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path, what, message):

@@ -1,8 +1,11 @@
-"""Writing files: all or nothing, never over something else unless told so."""
+"""Writing files: the whole file or nothing, over another file only with `force`."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +33,32 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, failure):
         temporary.write_text("half")
         raise failure
     assert path.read_text() == "precious"
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_a_file_of_a_killed_save_is_removed_by_the_next(tmp_path):
+    script = (
+        "import os, signal, sys\nfrom rewriter.serialization import written_atomically\n"
+        "with written_atomically(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt"], env=env)
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".model.partial-") and left.endswith(".pt")
+    save_model(nn.Linear(2, 2), tmp_path / "other.pt")
+    assert sorted(os.listdir(tmp_path)) == [left, "other.pt"]
+    save_model(nn.Linear(2, 2), tmp_path / "model.pt")
+    assert sorted(os.listdir(tmp_path)) == ["model.pt", "other.pt"]
+
+
+def test_two_saves_at_once_leave_each_other_alone(tmp_path):
+    with written_atomically(tmp_path / "model.pt", force=True) as first:
+        first.write_text("first")
+        with written_atomically(tmp_path / "model.pt", force=True) as second:
+            second.write_text("second")
+        assert first.read_text() == "first"
+    assert (tmp_path / "model.pt").read_text() == "first"
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
