@@ -49,7 +49,8 @@ def script_of(path: Path, factory: str | None, allow: Sequence[str]) -> Iterator
     for known in added:
         setattr(main, known, classes[known])
     try:
-        yield None if allowed else made, allowed
+        # Another name of each class is its name in the script.
+        yield None if allowed else made, [*allowed, *(f"{script.__name__}.{cls.__name__}" for cls in classes.values())]
     finally:
         for known in added:
             delattr(main, known)
