@@ -58,6 +58,7 @@ def _set_warnings(debug: bool) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show
+    warnings.simplefilter("default", UserWarning)  # A warning of a command is never its end.
     if not debug:  # These are for torch's developers.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -96,7 +96,7 @@ class ModelOptions:
             from rewriter.serialization import load_model
 
             allow = self.allow or []
-            with script_of(path, self.model, allow) as (factory, classes):
+            with script_of(path, self.model) as (factory, classes):
                 return load_model(path, model=factory, key=self.key, allow=[*allow, *classes], trust=self.trust)
 
 

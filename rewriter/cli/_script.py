@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ Factory = str | Callable[[], Any] | None
 
 
 @contextlib.contextmanager
-def script_of(path: Path, factory: str | None, allow: Sequence[str]) -> Iterator[tuple[Factory, list[str]]]:
+def script_of(path: Path, factory: str | None) -> Iterator[tuple[Factory, list[str]]]:
     """Import the script of ``--model script.py:Net``; yield the factory for weights, and the classes to allow.
 
     While the context is open, ``__main__`` has the module classes of the script that the file asks for.
@@ -25,10 +25,10 @@ def script_of(path: Path, factory: str | None, allow: Sequence[str]) -> Iterator
     Raises:
         ModelFileError: the script cannot be imported, or the file needs one and no script is named.
     """
-    asked = _names_in(path)
+    asked, main = _names_in(path), sys.modules["__main__"]
     file, colon, name = (factory or "").rpartition(":")
     if not colon or not file.endswith(".py"):
-        saved = [known for known in asked if known.startswith("__main__.") and known not in allow]
+        saved = [known for known in asked if known.startswith("__main__.") and not hasattr(main, known[9:])]
         if saved:
             raise ModelFileError(
                 f"{path} was saved from a script that defines {', '.join(saved)}: "
@@ -44,12 +44,12 @@ def script_of(path: Path, factory: str | None, allow: Sequence[str]) -> Iterator
     classes = _module_classes(script)
     needed = [known for known in asked if known.rpartition(".")[0] in ("__main__", script.__name__)]
     allowed = [known for known in needed if known.rpartition(".")[2] in classes]
-    main = sys.modules["__main__"]
     added = {known.rpartition(".")[2] for known in allowed if known.startswith("__main__.")} - vars(main).keys()
     for known in added:
         setattr(main, known, classes[known])
     try:
-        yield None if allowed else made, allowed
+        # Another name of each class is its name in the script.
+        yield None if allowed else made, [*allowed, *(f"{script.__name__}.{cls.__name__}" for cls in classes.values())]
     finally:
         for known in added:
             delattr(main, known)

@@ -87,7 +87,7 @@ def verify_rewritten(before: Model, rewritten: Model, plan: Plan, examples: tupl
     unmoved = {name for name in differences if (far := moved[name]) is not None and far < _UNMOVED}
     for name, difference in differences.items():
         if name in unmoved and not difference <= _TOLERANCE.get(new[name].dtype, 0.0):
-            problems.append(f"{name} should have kept its value and differs by {difference:.1e}")
+            problems.append(f"{name} must keep its value and differs by {difference:.1e}")
     outputs = None
     if examples is not None and not _evaluates_otherwise(rewritten):
         outputs = _compare_outputs(rewritten, baked, examples, problems)

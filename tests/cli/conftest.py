@@ -1,4 +1,4 @@
-"""Running the command in this process, with what it writes to stdout and stderr kept apart."""
+"""Fixtures that run the command in this process and capture stdout and stderr separately."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Result:
 
 @pytest.fixture
 def reparam(capsys):
-    """Run `reparam` with the given arguments; a traceback anywhere fails the test."""
+    """Run `reparam` with the given arguments; a traceback fails the test."""
 
     def run(*arguments: object) -> Result:
         capsys.readouterr()
@@ -87,7 +87,7 @@ def reparam(capsys):
 
 @pytest.fixture
 def refused(reparam):
-    """Check that a command fails with this code and message, as text and as JSON, and prints nothing else."""
+    """Check that a command fails with a code and a message, as text and as JSON, and prints nothing else."""
 
     def check(arguments: tuple[object, ...], code: int, message: str) -> None:
         result = reparam(*arguments)
@@ -102,7 +102,7 @@ def refused(reparam):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with a spec, a model, and a module of the user's own."""
+    """A working folder with a spec, a model and a Python module."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spec.yaml").write_text(SPEC)
     (tmp_path / "their_code.py").write_text(USER_CODE)

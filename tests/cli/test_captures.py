@@ -1,4 +1,4 @@
-"""--capture and --example: how apply and plan reach a module's tensors."""
+"""The options --capture and --example of apply and plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Doubling(nn.Module):
 
 
 @pytest.mark.parametrize("capture", ["auto", "graph", "module", "export"])
-def test_every_capture_can_be_asked_for(reparam, folder, capture):
+def test_every_capture_works(reparam, folder, capture):
     example = ("--example", "float32[3,4]")
     planned = reparam("plan", "spec.yaml", "model.pt", "--capture", capture, *example, "--json")
     assert planned.code == 0, planned.err
@@ -37,7 +37,7 @@ def test_every_capture_can_be_asked_for(reparam, folder, capture):
     assert torch.allclose(load_model("baked.pt")(X), load_model("out.pt")(X))
 
 
-def test_an_example_for_each_input(reparam, folder, monkeypatch):
+def test_each_input_needs_an_example(reparam, folder, monkeypatch):
     (folder / "doubling.py").write_text(DOUBLING)
     (folder / "fc.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: fc.weight, chain: [symmetric]}\n")
     monkeypatch.syspath_prepend(str(folder))
@@ -67,7 +67,7 @@ def test_an_example_for_each_input(reparam, folder, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
-def test_bad_captures_and_examples(reparam, folder, arguments, code, message):
+def test_bad_captures_and_examples_are_refused(reparam, folder, arguments, code, message):
     for command in (("plan", "spec.yaml", "model.pt"), ("apply", "spec.yaml", "model.pt", "-o", "out.pt")):
         result = reparam(*command, *arguments)
         assert (result.code, result.out) == (code, "")
@@ -75,7 +75,7 @@ def test_bad_captures_and_examples(reparam, folder, arguments, code, message):
     assert not (folder / "out.pt").exists()
 
 
-def test_a_label_bakes_one_step(reparam, folder):
+def test_label_bakes_one_step(reparam, folder):
     (folder / "spec.yaml").write_text(
         "reparam: 1\nrules:\n"
         "  - {name: a, select: 0.weight, chain: [{weight_norm: {label: length}}, {symmetric: {label: half}}]}\n"
@@ -89,7 +89,7 @@ def test_a_label_bakes_one_step(reparam, folder):
     assert chains["0.weight"] == ["symmetric"]
 
 
-def test_what_another_tool_computes_is_taken_over_checked_and_baked(reparam, folder):
+def test_absorbed_tensors_are_checked_and_baked(reparam, folder):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
     model[0].weight = model[0].weight.detach()

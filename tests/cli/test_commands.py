@@ -1,4 +1,4 @@
-"""The commands from end to end: files in, files and one document out."""
+"""The commands from end to end, with files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rewriter.io import load_model
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 
 
-def test_apply_writes_a_model_that_loads_and_bakes_without_trust(reparam, folder):
+def test_rewritten_file_loads_and_bakes_without_trust(reparam, folder):
     applied = reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt")
     assert (applied.code, applied.out) == (0, "")
     assert "0.weight" in applied.err and "wrote rewritten.pt" in applied.err
@@ -34,7 +34,7 @@ def test_apply_prints_one_document(reparam, folder):
     assert result.json["checks"]["outputs"] < 1e-5
 
 
-def test_plan_and_a_dry_run_say_the_same_and_write_nothing(reparam, folder):
+def test_plan_equals_dry_run_and_writes_nothing(reparam, folder):
     files = sorted(os.listdir())
     planned = reparam("plan", "spec.yaml", "model.pt")
     assert planned.code == 0
@@ -45,7 +45,7 @@ def test_plan_and_a_dry_run_say_the_same_and_write_nothing(reparam, folder):
     assert sorted(os.listdir()) == files
 
 
-def test_applying_twice_changes_nothing(reparam, folder):
+def test_second_apply_changes_nothing(reparam, folder):
     assert reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt").code == 0
     again = reparam("apply", "spec.yaml", "rewritten.pt", "-o", "again.pt", "--json")
     assert again.code == 0, again.err
@@ -53,7 +53,7 @@ def test_applying_twice_changes_nothing(reparam, folder):
     assert reparam("diff", "rewritten.pt", "again.pt", "--json").json["equal"] is True
 
 
-def test_a_part_is_baked_by_rule_or_name(reparam, folder):
+def test_part_bakes_by_rule_or_name(reparam, folder):
     reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt")
     part = reparam("bake", "rewritten.pt", "-o", "part.pt", "--only", "0.weight", "--json")
     assert (part.json["baked"], part.json["left"]) == (["0.weight"], ["2.weight"])
@@ -64,7 +64,7 @@ def test_a_part_is_baked_by_rule_or_name(reparam, folder):
     assert "'nothing'" in missed.err
 
 
-def test_the_original_can_be_kept(reparam, folder):
+def test_bake_can_restore_the_originals(reparam, folder):
     (folder / "spec.yaml").write_text((folder / "spec.yaml").read_text() + "    init: raw\n")
     reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt")
     assert reparam("bake", "rewritten.pt", "-o", "back.pt", "--keep", "original").code == 0
@@ -116,7 +116,7 @@ def test_validate(reparam, folder):
     assert reparam("validate", "spec.yaml", "--json").json["rules"] == [{"name": "even", "chain": ["symmetric"]}]
 
 
-def test_weights_with_a_factory_from_the_working_folder(reparam, folder):
+def test_factory_from_the_working_folder_makes_the_module(reparam, folder):
     torch.save(nn.Sequential(nn.Linear(4, 4)).state_dict(), "weights.pt")
     result = reparam("plan", "spec.yaml", "weights.pt", "--model", "their_code:make", "--json")
     assert result.code == 0, result.err
@@ -124,7 +124,7 @@ def test_weights_with_a_factory_from_the_working_folder(reparam, folder):
     assert "imported by their_code" in result.err
 
 
-def test_a_user_s_parametrization_needs_allow_import(reparam, folder):
+def test_parametrization_of_a_user_needs_allow_import(reparam, folder):
     (folder / "scale.yaml").write_text(
         "reparam: 1\nimports: {their: their_code}\nrules:\n"
         "  - {name: s, select: '*.weight', chain: [{their.Scale: {factor: 0.5}}]}\n"
@@ -142,7 +142,7 @@ def test_a_user_s_parametrization_needs_allow_import(reparam, folder):
     assert reparam("bake", "out.pt", "-o", "baked.pt", "--allow", "their_code.Scale").code == 0
 
 
-def test_a_user_s_module_class_needs_allow(reparam, folder, monkeypatch):
+def test_module_class_of_a_user_needs_allow(reparam, folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     import their_code
 
@@ -155,7 +155,7 @@ def test_a_user_s_module_class_needs_allow(reparam, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["apply", "bake"])
-def test_an_output_is_never_overwritten_without_force(reparam, folder, command):
+def test_output_is_overwritten_only_with_force(reparam, folder, command):
     (folder / "out.pt").write_text("precious")
     arguments = ("apply", "spec.yaml", "model.pt") if command == "apply" else ("bake", "model.pt")
     refused = reparam(*arguments, "-o", "out.pt")

@@ -1,4 +1,4 @@
-"""Bad input ends in a message and the right exit code; with --json in one document; never in a traceback."""
+"""Bad input gives a message and an exit code, one document with --json, and no traceback."""
 
 from __future__ import annotations
 
@@ -55,26 +55,26 @@ def test_bad_input_has_its_exit_code(refused, folder, arguments, code, message):
     refused(arguments, code, message)
 
 
-def test_no_arguments_at_all_show_the_help(reparam):
+def test_no_arguments_print_the_help(reparam):
     result = reparam()
     assert result.code == 2
     assert "Usage: reparam" in result.out
 
 
-def test_the_diagnostics_of_a_spec_are_data(reparam, folder):
+def test_spec_diagnostics_are_json(reparam, folder):
     (folder / "wrong.yaml").write_text("reparam: 1\nrules:\n  - {nam: a, select: '*', chain: [symetric]}\n")
     problems = reparam("validate", "wrong.yaml", "--json").json["error"]["diagnostics"]
     assert len(problems) >= 2
     assert all(problem["file"] == "wrong.yaml" and problem["line"] == 3 for problem in problems)
 
 
-def test_the_diagnostics_of_a_plan_are_data(reparam, folder):
+def test_plan_diagnostics_are_json(reparam, folder):
     (folder / "nomatch.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: 'x.y', chain: [symmetric]}\n")
     error = reparam("plan", "nomatch.yaml", "model.pt", "--json").json["error"]
     assert [problem["line"] for problem in error["diagnostics"]] == [3]
 
 
-def test_a_failed_numeric_check_writes_nothing(reparam, folder):
+def test_failed_numeric_check_writes_nothing(reparam, folder):
     (folder / "noise.yaml").write_text(
         "reparam: 1\nimports: {their: their_code}\nrules:\n"
         "  - {name: s, select: '0.weight', chain: [their.Noise], init: raw}\n"
@@ -86,7 +86,7 @@ def test_a_failed_numeric_check_writes_nothing(reparam, folder):
     assert not (folder / "out.pt").exists()
 
 
-def test_a_mistake_in_user_code_is_told_in_one_line(reparam, folder):
+def test_error_in_user_code_is_one_line(reparam, folder):
     torch.save(nn.Linear(4, 4).state_dict(), "weights.pt")
     result = reparam("plan", "spec.yaml", "weights.pt", "--model", "their_code:fail")
     assert result.code == 1
@@ -95,7 +95,7 @@ def test_a_mistake_in_user_code_is_told_in_one_line(reparam, folder):
     assert "Traceback" in debugged.err
 
 
-def test_a_parametrization_that_fails_is_a_plan_that_does_not_fit(reparam, folder):
+def test_failing_parametrization_is_a_plan_error(reparam, folder):
     (folder / "broken.yaml").write_text(
         "reparam: 1\nimports: {their: their_code}\nrules:\n  - {name: s, select: '*.weight', chain: [their.Broken]}\n"
     )
@@ -104,7 +104,7 @@ def test_a_parametrization_that_fails_is_a_plan_that_does_not_fit(reparam, folde
     assert "the user's own mistake" in result.err
 
 
-def test_an_interrupt_leaves_nothing_behind(reparam, folder, monkeypatch):
+def test_interrupt_leaves_no_file(reparam, folder, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 

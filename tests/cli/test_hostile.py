@@ -1,4 +1,4 @@
-"""What a careless or hostile user does to files and arguments."""
+"""Odd files and arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _stdin(content: bytes) -> types.SimpleNamespace:
     return types.SimpleNamespace(buffer=io.BytesIO(content))
 
 
-def test_a_spec_from_stdin(reparam, folder, monkeypatch):
+def test_spec_is_read_from_stdin(reparam, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", _stdin((folder / "spec.yaml").read_bytes()))
     result = reparam("plan", "-", "model.pt", "--json")
     assert result.code == 0, result.err
@@ -31,15 +31,15 @@ def test_a_spec_from_stdin(reparam, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"spec.yaml", b"\xff\xfe", b"\0", b"reparam: 1\nrules: [", None])
-def test_nonsense_from_stdin_is_a_spec_error(reparam, folder, monkeypatch, content):
+def test_invalid_stdin_is_a_spec_error(reparam, folder, monkeypatch, content):
     monkeypatch.setattr(sys, "stdin", None if content is None else _stdin(content))
     result = reparam("validate", "-", "--json")
     assert result.code == 3
     assert result.json["error"]["diagnostics"]
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
-def test_a_spec_from_a_pipe(reparam, folder):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_spec_is_read_from_a_pipe(reparam, folder):
     text = (folder / "spec.yaml").read_text()
     os.mkfifo("pipe")
     writer = subprocess.Popen([sys.executable, "-c", f"open('pipe', 'w').write({text!r})"])
@@ -76,13 +76,13 @@ def test_a_spec_from_a_pipe(reparam, folder):
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else str(value)[:30],
 )
-def test_odd_arguments_have_their_exit_code_and_touch_no_file(refused, folder, arguments, code, message):
+def test_odd_arguments_exit_with_a_code_and_change_no_file(refused, folder, arguments, code, message):
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     refused(arguments, code, message)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
 
 
-def test_a_folder_without_leave_to_write_is_refused_before_the_work(reparam, folder, monkeypatch):
+def test_folder_without_write_permission_is_refused_first(reparam, folder, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
     monkeypatch.setattr("rewriter.rewrite", None, raising=False)
     result = reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt")
@@ -90,8 +90,8 @@ def test_a_folder_without_leave_to_write_is_refused_before_the_work(reparam, fol
     assert "no permission" in result.err
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_files_without_leave_to_read(reparam, folder):
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root can read every file")
+def test_files_without_read_permission_are_refused(reparam, folder):
     (folder / "spec.yaml").chmod(0)
     assert reparam("plan", "spec.yaml", "model.pt").code == 3
     (folder / "spec.yaml").chmod(0o600)
@@ -99,13 +99,13 @@ def test_files_without_leave_to_read(reparam, folder):
     assert reparam("plan", "spec.yaml", "model.pt").code == 6
 
 
-def test_the_input_can_be_the_output_with_force(reparam, folder):
+def test_input_can_be_the_output_with_force(reparam, folder):
     assert reparam("apply", "spec.yaml", "model.pt", "-o", "model.pt", "--force").code == 0
     assert reparam("bake", "model.pt", "-o", "model.pt", "--force").code == 0
     assert type(load_model("model.pt")) is nn.Sequential
 
 
-def test_a_link_stays_a_link(reparam, folder):
+def test_link_remains_a_link(reparam, folder):
     (folder / "link.pt").symlink_to("model.pt")
     assert reparam("apply", "spec.yaml", "model.pt", "-o", "link.pt", "--force").code == 0
     assert (folder / "link.pt").is_symlink()
@@ -113,13 +113,13 @@ def test_a_link_stays_a_link(reparam, folder):
 
 
 @pytest.mark.parametrize("name", ["plain", ".hidden", "мо дель✓.pt", "-dash.pt", "two\nlines.pt", "50%.pt"])
-def test_any_file_name_will_do(reparam, folder, name):
+def test_any_file_name_works(reparam, folder, name):
     assert reparam("apply", "spec.yaml", "model.pt", "-o", f"./{name}", "--json").json["output"] == name
     assert f"{name}: Sequential" in reparam("inspect", f"./{name}").out
     assert reparam("bake", f"./{name}", "-o", f"./{name}", "--force").code == 0
 
 
-def test_names_of_tensors_and_rules_in_other_scripts(reparam, folder):
+def test_names_in_other_scripts_work(reparam, folder):
     model = nn.Module()
     model.add_module("вес", nn.Linear(4, 4))
     torch.save(model, "model.pt")
@@ -130,7 +130,7 @@ def test_names_of_tensors_and_rules_in_other_scripts(reparam, folder):
     assert baked.json["baked"] == ["вес.weight"]
 
 
-def test_the_same_input_gives_the_same_file(reparam, folder):
+def test_equal_inputs_give_equal_files(reparam, folder):
     for name in ("one.pt", "two.pt"):
         assert reparam("apply", "spec.yaml", "model.pt", "-o", name).code == 0
     assert (folder / "one.pt").read_bytes() == (folder / "two.pt").read_bytes()
@@ -143,7 +143,7 @@ def test_version(reparam):
 
 
 @pytest.mark.slow
-def test_torch_is_not_heard_but_its_reason_is(folder):
+def test_error_of_torch_is_one_line_without_its_log(folder):
     command = ["plan", "spec.yaml", "model.pt", "--capture", "export", "--example", "float32[2,5]"]
     result = subprocess.run(
         [sys.executable, CHECKOUT / "cli.py", *command], capture_output=True, text=True, encoding="utf-8", timeout=100
@@ -153,8 +153,8 @@ def test_torch_is_not_heard_but_its_reason_is(folder):
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals are another matter there")
-def test_an_interrupt_ends_it_with_a_word_and_without_a_file(folder):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+def test_interrupt_exits_with_a_message(folder):
     command = [sys.executable, CHECKOUT / "cli.py", "validate", "-"]
     running = subprocess.Popen(
         command,
@@ -162,10 +162,10 @@ def test_an_interrupt_ends_it_with_a_word_and_without_a_file(folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What a shell starts in the background ignores interrupts, and so does all that it starts.
+        # A background process of a shell ignores interrupts, and its children do, too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    running.stdin.write("# more than a pipe holds: this returns when it is being read\n" * 20_000)
+    running.stdin.write("# more than the buffer of a pipe: write returns when the command reads\n" * 20_000)
     running.stdin.flush()
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""The commands that only look: schema, catalog, inspect, explain, diff, draw."""
+"""The commands that write no file: schema, catalog, inspect, explain, diff, draw."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def rewritten(reparam, folder):
     return folder / "rewritten.pt"
 
 
-def test_schema_is_a_json_schema_that_accepts_the_example(reparam, folder):
+def test_schema_accepts_the_example(reparam, folder):
     jsonschema = pytest.importorskip("jsonschema")
     yaml = pytest.importorskip("yaml")
     schema = reparam("schema").out
@@ -32,7 +32,7 @@ def test_catalog_lists_and_describes(reparam):
     assert "'symmetric'" in unknown.err
 
 
-def test_inspect_says_what_is_computed(reparam, rewritten):
+def test_inspect_lists_chains_and_rules(reparam, rewritten):
     tensors = {tensor["names"][0]: tensor for tensor in reparam("inspect", rewritten, "--json").json["tensors"]}
     assert list(tensors) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert tensors["0.weight"]["chain"] == ["symmetric"]
@@ -66,7 +66,7 @@ def test_explain_names_the_rule_and_the_reason(reparam, folder):
     assert "'2.weight'" in unknown.err
 
 
-def test_diff_tells_values_forms_and_chains(reparam, folder, rewritten):
+def test_diff_reports_values_forms_and_chains(reparam, folder, rewritten):
     torch.save(nn.Sequential(nn.Linear(4, 3)), folder / "other.pt")
     assert reparam("diff", "model.pt", "model.pt", "--json").json["equal"] is True
     assert "0.weight  form" in reparam("diff", "model.pt", "other.pt").out
@@ -81,6 +81,6 @@ def test_diff_tells_values_forms_and_chains(reparam, folder, rewritten):
     assert rows == {"0.weight": "values", "0.bias": "equal", "2.weight": "values", "2.bias": "equal"}
 
 
-def test_draw_writes_the_chain_out(reparam, rewritten):
+def test_draw_prints_the_chain(reparam, rewritten):
     assert "evaluate 0.weight: original >> symmetric" in reparam("draw", rewritten).out
     assert reparam("draw", "model.pt", "--json").json["graph"][0] == "%1 = input"

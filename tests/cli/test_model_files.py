@@ -51,8 +51,8 @@ def script(folder):
 
 
 def test_module_saved_by_a_script_asks_for_the_script(reparam, script):
-    for trust in ((), ("--trust",)):
-        result = reparam("inspect", "net.pt", *trust)
+    for options in ((), ("--trust",), ("--allow", "__main__.Net", "--allow", "__main__.Block")):
+        result = reparam("inspect", "net.pt", *options)
         assert result.code == 6
         assert "defines __main__.Block, __main__.Net" in result.err
         assert "--model script.py:" in result.err

@@ -1,4 +1,4 @@
-"""The commands on ExportedPrograms: what works on a module's file works on a program's."""
+"""The commands on ExportedPrograms."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_apply_and_bake_a_program(reparam, program):
     assert torch.allclose(after.module()(X), new.module()(X))
 
 
-def test_the_plan_of_a_program_is_that_of_its_module_but_for_the_capture(reparam, program):
+def test_plan_of_a_program_equals_the_plan_of_its_module(reparam, program):
     of_program = reparam("plan", "spec.yaml", program, "--json").json
     of_module = reparam("plan", "spec.yaml", "model.pt", "--json").json
     assert of_program["root"] == "export"
@@ -65,7 +65,7 @@ def test_the_plan_of_a_program_is_that_of_its_module_but_for_the_capture(reparam
     assert reparam("apply", "spec.yaml", program, "--dry-run", "--json").json["root"] == "export"
 
 
-def test_what_looks_at_a_program_sees_its_chains(reparam, program, rewritten):
+def test_inspect_explain_diff_and_draw_read_programs(reparam, program, rewritten):
     tensors = {tensor["names"][0]: tensor for tensor in reparam("inspect", rewritten, "--json").json["tensors"]}
     of_module = reparam("inspect", "model.pt", "--json").json["tensors"]
     assert list(tensors) == [tensor["names"][0] for tensor in of_module]
@@ -84,7 +84,7 @@ def test_what_looks_at_a_program_sees_its_chains(reparam, program, rewritten):
     assert "# 0.weight: symmetric" in drawn
 
 
-def test_applying_again_changes_nothing_and_another_spec_is_refused(reparam, folder, rewritten):
+def test_second_apply_changes_nothing_or_is_refused(reparam, folder, rewritten):
     again = reparam("apply", "spec.yaml", rewritten, "-o", "again.pt2", "--json")
     assert again.code == 0
     assert all(site["present"] for site in again.json["sites"])
@@ -95,7 +95,7 @@ def test_applying_again_changes_nothing_and_another_spec_is_refused(reparam, fol
     assert "already parametrized" in refused.err
 
 
-def test_a_part_of_a_program_is_baked_by_rule_name_or_label(reparam, folder, program):
+def test_part_of_a_program_bakes_by_rule_name_or_label(reparam, folder, program):
     (folder / "labelled.yaml").write_text(LABELLED)
     assert reparam("apply", "labelled.yaml", program, "-o", "labelled.pt2").code == 0
     for pattern, baked in [("one", "0.weight"), ("2.*", "2.weight"), ("even", "0.weight")]:
@@ -107,7 +107,7 @@ def test_a_part_of_a_program_is_baked_by_rule_name_or_label(reparam, folder, pro
     assert reparam("plan", "labelled.yaml", "labelled.pt2", "--json").json["sites"][0]["present"] is True
 
 
-def test_a_program_for_training_is_not_advanced_by_the_check(reparam, folder):
+def test_check_does_not_advance_a_training_program(reparam, folder):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     (folder / "spectral.yaml").write_text(
         "reparam: 1\nrules:\n  - {name: s, select: 0.weight, chain: [spectral_norm]}\n"
@@ -124,7 +124,7 @@ def test_a_program_for_training_is_not_advanced_by_the_check(reparam, folder):
         assert load_model(name, trust=True).state_dict["1.num_batches_tracked"] == 0
 
 
-def test_the_kind_of_output_follows_its_name(reparam, rewritten):
+def test_format_follows_the_suffix_of_the_output(reparam, rewritten):
     assert reparam("bake", rewritten, "-o", "plain").code == 0
     assert isinstance(load_model("plain", trust=True), torch.export.ExportedProgram)
     weights = reparam("bake", rewritten, "-o", "weights.safetensors", "--json")
@@ -148,7 +148,7 @@ def test_the_kind_of_output_follows_its_name(reparam, rewritten):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
-def test_what_does_not_fit_a_program_has_its_exit_code(reparam, folder, program, arguments, code, message):
+def test_options_that_do_not_fit_a_program_are_refused(reparam, folder, program, arguments, code, message):
     (folder / "nomatch.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: 'x.y', chain: [symmetric]}\n")
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     result = reparam(*arguments)
@@ -158,11 +158,11 @@ def test_what_does_not_fit_a_program_has_its_exit_code(reparam, folder, program,
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
 
 
-def test_a_capture_of_export_is_the_program_itself(reparam, program):
+def test_export_capture_of_a_program_is_the_program(reparam, program):
     assert reparam("plan", "spec.yaml", program, "--capture", "export").code == 0
 
 
-def test_tied_tensors_of_a_program_are_one_site_and_stored_once(reparam, folder):
+def test_tied_tensors_of_a_program_are_one_site(reparam, folder):
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
     torch.export.save(torch.export.export(model, (X,)), "tied.pt2")

@@ -76,7 +76,7 @@ def test_starter_spec_is_printed_without_an_output(reparam, folder):
     assert reparam("init", "model.pt", "--for", "prune", "--json").json["text"] == printed.out
 
 
-def test_starter_spec_is_refused_for_a_model_with_computed_tensors(reparam, folder):
+def test_starter_spec_for_a_rewritten_model_is_refused(reparam, folder):
     reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt")
     result = reparam("init", "rewritten.pt", "--for", "prune")
     assert result.code == 4

@@ -1,4 +1,4 @@
-"""Starting the command: quickly, and as this package's own whatever else lies on the path."""
+"""The start of the command: fast, and independent of other modules on the path."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def test_help_does_not_import_torch():
         assert result.stderr.splitlines()[-1] == "False False"
 
 
-def test_a_checkout_runs_with_python_cli_py():
+def test_checkout_runs_with_python_cli_py():
     result = _run([sys.executable, str(CHECKOUT / "cli.py"), "--help"], PYTHONPATH="")
     assert result.returncode == 0
     assert "reparam" in result.stdout
 
 
-def test_a_foreign_cli_module_does_not_matter(tmp_path):
+def test_foreign_cli_module_is_not_imported(tmp_path):
     (tmp_path / "cli.py").write_text("raise SystemExit('this is the user own cli.py')\n")
     script = "from rewriter.cli import main; main(['--help'])"
     result = _run([sys.executable, "-c", script], PYTHONPATH=f"{tmp_path}{os.pathsep}{CHECKOUT}")
     assert result.returncode == 0, result.stderr
 
 
-def test_the_package_does_not_ship_a_top_level_cli_module():
+def test_package_has_no_top_level_cli_module():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     assert project["project"]["scripts"]["reparam"] == "rewriter.cli:main"

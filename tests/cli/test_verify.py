@@ -1,4 +1,4 @@
-"""The check after a rewriting finds what is not as the plan said."""
+"""The check after a rewrite finds values that differ from the plan."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def checked() -> Any:
     return new, check
 
 
-def test_a_rewriting_that_is_right(checked: Any) -> None:
+def test_correct_rewrite_passes_the_check(checked: Any) -> None:
     _, check = checked
     found = check().to_dict()
     assert found["outputs"] is not None and found["outputs"] < 1e-6
 
 
 @torch.no_grad()
-def test_a_tensor_that_no_rule_owns_has_changed(checked: Any) -> None:
+def test_changed_tensor_without_a_rule_fails_the_check(checked: Any) -> None:
     new, check = checked
     new.get_parameter("1.bias").add_(1e-3)
     with pytest.raises(NumericError, match=r"1\.bias changed, though no rule owns it"):
@@ -42,21 +42,21 @@ def test_a_tensor_that_no_rule_owns_has_changed(checked: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_value_that_should_have_been_kept_has_moved(checked: Any) -> None:
+def test_moved_value_fails_the_check(checked: Any) -> None:
     new, check = checked
     new.get_submodule("0").parametrizations.weight.original0.mul_(1.01)
-    with pytest.raises(NumericError, match=r"0\.weight should have kept its value and differs by 1\.0e-02"):
+    with pytest.raises(NumericError, match=r"0\.weight must keep its value and differs by 1\.0e-02"):
         check()
 
 
-def test_a_tensor_is_missing(checked: Any) -> None:
+def test_missing_tensor_fails_the_check(checked: Any) -> None:
     new, check = checked
     new.get_submodule("1").register_parameter("bias", None)
     with pytest.raises(NumericError, match=r"has other tensors: \['1\.bias'\]"):
         check()
 
 
-def test_outputs_that_differ_are_told_apart(checked: Any) -> None:
+def test_different_outputs_fail_the_check(checked: Any) -> None:
     new, check = checked
 
     class Shifted(type(new.get_submodule("0").parametrizations.weight)):  # type: ignore[misc]

@@ -56,7 +56,7 @@ def test_page_has_the_keys_of_the_schema() -> None:
 
 
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: f"{entry.section}: {entry.key}")
-def test_entry_states_the_default_and_whether_the_key_is_required(entry: Entry) -> None:
+def test_entry_states_default_and_requirement(entry: Entry) -> None:
     schema = described()[entry.section, entry.key]
     default = schema.get("default")
     written = {False: "false", True: "true"}.get(default, str(default)) if isinstance(default, (bool, str)) else default

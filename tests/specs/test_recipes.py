@@ -1,4 +1,4 @@
-"""The specs that come along, each on a small model of its kind: it trains, keeps its guarantee, and bakes."""
+"""Each recipe on a small model: it trains, meets its guarantee, and bakes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rnn(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Conditional, by projection of the class's embedding."""
+    """A conditional discriminator with a projection of the class embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Gaussian(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder that stores its matrix the other way round."""
+    """A decoder with a transposed matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def test_every_spec_is_tested_and_says_why_and_how() -> None:
+def test_every_spec_has_a_test_and_a_comment() -> None:
     written = {path.stem: path.read_text() for path in SPECS.glob("*.yaml")}
     assert written.keys() == RECIPES.keys()
     for text in written.values():
@@ -237,7 +237,7 @@ def test_every_spec_is_tested_and_says_why_and_how() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_keeps_its_guarantee_and_bakes(name: str) -> None:
+def test_recipe_trains_meets_its_guarantee_and_bakes(name: str) -> None:
     kind, make_input, sites, guarantee = RECIPES[name]
     model, x = kind(), make_input()
     if name == "lora_attention":
