@@ -11,8 +11,8 @@ from rewriter.sites._container import sites_of
 def open_graph_owners(root: nn.Module) -> nn.Module:
     """Let every GraphModule in `root` that owns sites read them where its graph reads the tensors; return `root`.
 
-    A GraphModule has a class of its own that writes itself anew, so it cannot be given a subclass as other owners are:
-    a module over the same tree and graph takes its place, `root`'s own included.
+    torch.fx writes the code of a GraphModule into its class, so it cannot get a subclass as other owners do. A module
+    over the same tree and graph takes its place, the root's included.
     """
     opened = {
         module: RewrittenModule(module, module.graph, module.graph, None)

@@ -1,7 +1,7 @@
 """Linear layers that a forward calls time and again: their weight is transposed once, not at every call.
 
-`torch.nn.functional.linear` multiplies by the transpose of the weight, which it makes anew at each call, with a node
-of the autograd graph each time. In an RNN unrolled over a hundred time steps this is a twentieth of the time, and so is
+`torch.nn.functional.linear` makes the transpose of the weight at each call, with a node of the autograd graph each
+time. In an RNN unrolled over a hundred time steps this is a twentieth of the time, and so is
 the sum of what the input and what the state contribute, which the product can do on its way.
 """
 

@@ -1,7 +1,7 @@
 """Putting sites into the modules whose tensors they compute, and taking them off again.
 
-A module that owns a parametrized tensor keeps an empty slot (`None`) for it, which holds the tensor's place in the
-order of parameters and shows in no state dict. Its class becomes a subclass of the same name, in which the tensor's
+An owner has an empty slot (`None`) for a computed tensor: it marks the tensor's place in the order of parameters and
+shows in no state dict. Its class becomes a subclass of the same name, in which the tensor's
 name is a property. Graphs never read that property; user code does, and so do modules that torch.fx cannot trace.
 """
 
@@ -58,7 +58,7 @@ def open_root(root: nn.Module, session: Session) -> None:
 
 
 def open_path(root: nn.Module, names: Iterable[str], session: Session, itself: bool) -> None:
-    """Open every module on the way to the owners of the tensors called `names`, so that each can be called on its own.
+    """Open every module above the owners of the tensors called `names`: each can be called on its own.
 
     Arguments:
         root: the model.

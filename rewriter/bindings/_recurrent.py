@@ -57,7 +57,7 @@ def _ignore(self: Any, weights: list[Tensor | None]) -> None:
 
 
 def _nothing_to_update(self: Any) -> None:
-    """RNNBase makes its list anew whenever a weight is another tensor than before, which computed ones always are."""
+    """Do nothing: RNNBase makes its list again for each new tensor, and a computed weight always is one."""
 
 
 LIST_OF_WEIGHTS = {"_flat_weights": property(_read, _ignore), "_update_flat_weights": _nothing_to_update}

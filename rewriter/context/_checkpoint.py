@@ -1,10 +1,9 @@
-"""Activation checkpointing: telling which region of which forward is being run again.
+"""Activation checkpointing: which region of which forward is replayed.
 
-`torch.utils.checkpoint` runs a region a second time in the middle of the backward, long after the forward it belongs
-to. It has to find the values that this forward used: others, from new random numbers or a state that has advanced,
-would give gradients of another function. torch keeps one record for each non-reentrant region, alive as long as the
-region may run again, and reaches it through the hooks for saved tensors that are on in both runs. Here the record
-also keeps the frame.
+`torch.utils.checkpoint` runs a region a second time in the backward, long after the forward it belongs to. The replay
+has to find the values of this forward: new random numbers or an advanced state would give gradients of another
+function. torch has one record for each non-reentrant region, alive as long as the region may be replayed, and reaches
+it through the hooks for saved tensors that are on in both runs. Our forward context is stored on that record.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ def region_of_backward() -> Region | None:
 def reentrant_region() -> Region | None:
     """Return the reentrant region that the running code is in, in its first run or when it runs again.
 
-    No hook tells of it: torch keeps its record in a local variable of the function that runs the region. To look for
-    that takes a microsecond and more.
+    No hook leads to it: torch has its record in a local variable of the function that runs the region. Looking for it
+    takes more than a microsecond.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -90,7 +89,7 @@ def reentrant_region() -> Region | None:
 
 
 def _captured(hook: Any, name: str) -> Any:
-    """Return what torch's hook function holds under `name`; ``None`` for anybody else's hook."""
+    """Return the variable `name` that torch's hook function captured; None for other hooks."""
     hook = inspect.unwrap(hook)
     code, cells = getattr(hook, "__code__", None), getattr(hook, "__closure__", None) or ()
     if code is None or hook.__module__ != "torch.utils.checkpoint" or name not in code.co_freevars:

@@ -1,4 +1,9 @@
-"""The extent of one forward, inside which every site is evaluated once."""
+"""The forward context: inside it every site is evaluated once.
+
+The short version is a dict from site to value, made when a forward starts. What makes it longer: a forward may read a
+value under `no_grad` first and under grad mode later; a checkpointed region runs again in the backward and needs the
+values of its first run; and a read at every time step has to cost next to nothing.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +41,10 @@ _interpreter = torch._C._functorch.peek_interpreter_stack
 class Frame:
     """One running forward: the values evaluated in it, and the modes that were on when it began.
 
-    `passing` holds the values that are read time and again; a region that may run again has to note which frame it
-    found them in. `known` holds those of them that such a region has read and that would be the same in a second run.
-    `transposed` holds the transposes of those that linear layers read, `lists` all that a module of torch's reads,
-    `uses` the same for one call of such a module, while the forward is in it.
+    `passing` has the values that are read more than once; a region that may run again notes in which context it found
+    them. `known` has those of them that such a region has read and that are the same in a second run. `transposed` has
+    the transposes of weights that linear layers read. `lists` has the weights of a recurrent layer for the forward,
+    `uses` those for one call of it.
     """
 
     def __init__(self, given: dict[Any, Any] | None = None) -> None:
@@ -52,16 +57,15 @@ class Frame:
         self.drawn: dict[Any, Drawn] = {}
         self.versions: dict[Any, int] = {}
         self.grad = torch.is_grad_enabled()
-        # torch.compile can neither ask for inference mode nor enter it.
+        # torch.compile supports neither the question for inference mode nor the mode.
         self.inference = False if is_compiling() else torch.is_inference_mode_enabled()
 
     def value(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
-        """Return the value kept for `site`, evaluated under the frame's own modes if it is not there yet.
+        """Return the value of `site`, evaluated under the context's own modes at the first read.
 
-        A region of the forward may run under no_grad, inference mode or activation checkpointing and be the
-        first to ask. The value has to serve the rest of the forward too, so the modes are the frame's, and the
-        chain's intermediates stay out of a checkpointed region's saved tensors, which a second run of the region
-        would have to reproduce one by one.
+        The first read may be in a region under no_grad, inference mode or activation checkpointing. The value serves
+        the rest of the forward too, so the modes are those of the context. The intermediates of the chain stay out of
+        the saved tensors of a checkpointed region: a second run would have to reproduce them one by one.
         """
         if site in self.values:
             value = self.values[site]
@@ -75,10 +79,9 @@ class Frame:
         return value
 
     def first_value(self, site: ParametrizedTensor) -> Tensor | None:
-        """Return what `value` does, for a first read under the frame's modes that no region may run again.
+        """Return what `value` does, for a first read under the context's modes outside checkpointed regions.
 
-        Nearly all reads are the first, and all but a few of those are of this kind: it goes past what the others have
-        to heed. ``None`` where this one is another, or `site` computes several tensors.
+        Nearly all reads are of this kind. None if this read is another, or if `site` computes several tensors.
         """
         if site in self.values or site.record.cache == "never" or len(site.record.members) > 1:
             return None
@@ -119,7 +122,7 @@ class Frame:
         return value
 
     def transpose(self, site: ParametrizedTensor) -> None:
-        """Keep the transpose of what has been read time and again, if it is one that later reads can use."""
+        """Keep the transpose of a value that is read more than once, if later reads can use it."""
         value = self.known.get(site, self.passing.get(site))
         if type(value) is not Tensor or value.dim() != 2 or is_compiling() or _interpreter() is not None:
             return
@@ -127,14 +130,14 @@ class Frame:
             self.transposed[site] = value.t()
 
     def forget(self, site: ParametrizedTensor) -> None:
-        """Evaluate anew when `site` is asked for again."""
-        for held in (self.values, self.known, self.passing, self.transposed, self.versions):
-            held.pop(site, None)
+        """Evaluate `site` again at its next read."""
+        for values in (self.values, self.known, self.passing, self.transposed, self.versions):
+            values.pop(site, None)
         self.lists.clear()
         self.uses.clear()
 
     def check_writes(self) -> None:
-        """Refuse what the forward wrote into buffers that are computed, and warn of what it wrote into weights."""
+        """Refuse writes of the forward to computed buffers, and warn of writes to computed weights."""
         for site, version in self.versions.items():
             value = self.values[site]
             if (value._version if type(value) is Tensor else _version(value)) == version:
@@ -149,16 +152,16 @@ class Frame:
                 warn_of_write(record.name, record.chain, "lasts for this forward only")
 
     def again(self, region: Region) -> Frame:
-        """Return the frame for running a checkpointed region of this forward again.
+        """Return the context for the replay of a checkpointed region of this forward.
 
-        The region gets the same values. Those that drew random numbers in it draw them once more, as it were, since
-        everything the region draws after them has to come out as it did.
+        The region gets the same values. Where an evaluation drew random numbers in it, the replay skips as many, so
+        that the region's own draws are the same.
         """
         return _Again(self, region) if any(drawn.region is region for drawn in self.drawn.values()) else self
 
 
 class _Second(Frame):
-    """A frame of what runs again, in which no read is a first one."""
+    """The context of a replay, in which no read is a first one."""
 
     def first_value(self, site: ParametrizedTensor) -> None:
         return None
@@ -170,7 +173,7 @@ class Drawn:
 
     Arguments:
         region: the region.
-        devices: whose generators `before` and `after` tell of, beside the CPU's.
+        devices: their generators are in `before` and `after`, beside the CPU's.
         before: states of the generators.
         after: the same, once the value was there.
     """
@@ -181,7 +184,7 @@ class Drawn:
     after: Sequence[Tensor]
 
     def skip(self) -> None:
-        """Go past what was drawn, if the generators are where they were; a region may not mean to draw the same."""
+        """Skip what was drawn, if the generators are where they were: a region may not want the same draws."""
         if same_states(self.before, random_states(self.devices)):
             set_random_states(self.devices, self.after)
 
@@ -201,20 +204,20 @@ class _Again(_Second):
 
 
 class _Repeated(_Second):
-    """The frame of what a backward runs again without saying which forward it belonged to."""
+    """The context of a replay of which torch does not say to which forward it belongs."""
 
     def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
         value = super()._evaluate(site, evaluate)
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                # A reentrant region differentiates what it ran at once: the next one needs a graph of its own.
+                # A reentrant region differentiates its replay at once: the next one needs a graph of its own.
                 tensor.register_hook(lambda gradient: self.forget(site))  # type: ignore[no-untyped-call]
         return value
 
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        # Set from the start: torch.compile would notice that the attribute came to be, and compile again.
+        # Set from the start: a new attribute makes torch.compile compile again.
         self.frame: Frame | None = None
         self.valid: dict[Any, Any] = {}
         """Site → its cached value, found valid when the running forward of a graph started."""
@@ -222,9 +225,9 @@ class _Running(threading.local):
 
 @loadable()
 class Session:
-    """The forwards now running in one model, one stack for each thread.
+    """The forward contexts that are running in one model, one for each thread.
 
-    A copied or unpickled model gets a session of its own, with nothing running in it.
+    A copied or unpickled model gets an object of its own, with nothing running.
     """
 
     def __init__(self) -> None:
@@ -244,7 +247,7 @@ class Session:
 
     @property
     def frame(self) -> Frame | None:
-        """The innermost running forward of this thread; in a backward, the one of which a region runs again."""
+        """The context of this thread's innermost forward; in a backward, the one whose region is replayed."""
         frame = self.running.frame
         if is_compiling():
             return frame
@@ -257,7 +260,7 @@ class Session:
         return frame
 
     def begin(self, frame: Frame) -> Extent:
-        """Return a context in which `frame` is the running forward."""
+        """Return a `with` block in which `frame` is the running context."""
         if not is_compiling():
             region = region_of_forward()
             if region is not None:
@@ -280,7 +283,7 @@ class Session:
 
 
 class Extent:
-    """A `with` block that makes a frame the running one, and puts the former back."""
+    """A `with` block that makes a context the running one, and puts the former back."""
 
     def __init__(self, running: _Running, frame: Frame) -> None:
         self.running = running

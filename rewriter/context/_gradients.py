@@ -1,4 +1,4 @@
-"""Gradients from which to tell whether somebody works on them."""
+"""Gradients that show whether something else than a backward changed them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class WatchedGradient:
-    """What stands for a tensor's gradient as long as it is watched: the same memory, or zeros where there is none.
+    """Stands for a tensor's gradient while it is watched: the same memory, or zeros if there is no gradient.
 
     Arguments:
         tensor: whose.
@@ -60,9 +60,9 @@ def is_still(gradient: Tensor | None, before: Tensor) -> bool:
 
 
 class _Watched(Tensor):
-    """A tensor that notices when a function is to write to it.
+    """A tensor that notices when a function is about to write to it.
 
-    Its version counter tells of most writes. `torch.amp.GradScaler.unscale_` goes past it.
+    Its version counter shows most writes, but not those of `torch.amp.GradScaler.unscale_`.
     """
 
     written = False

@@ -1,4 +1,4 @@
-"""Evaluating a chain again in backward, instead of keeping what it computed on the way."""
+"""`memory: recompute`: a chain is evaluated again in backward, instead of saving its intermediates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recomputed(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
     """Return the site's value; its backward runs the chain again, with the tensors and random numbers of now.
 
     A state that the chain advances is put back for the second run, on a copy. Under torch.compile and the transforms
-    of torch.func the chain runs as ever: the first decides by itself what to compute again, the second admit no
+    of torch.func the chain runs once: the first decides by itself what to compute again, the second support no
     checkpoint.
 
     Raises:

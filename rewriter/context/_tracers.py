@@ -1,4 +1,4 @@
-"""What else than plain execution may be going on, and on whose behalf torch.fx is tracing."""
+"""Whether plain execution is going on, and whose tracer of torch.fx is at work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _autocast = torch._C._is_any_autocast_enabled
 def ordinary() -> bool:
     """Whether what is called now is executed as it is written, and no backward runs: as nearly always."""
     return not (
-        is_dynamo_compiling()  # what else `is_compiling` tells of is done under modes
+        is_dynamo_compiling()  # the other cases of `is_compiling` run under modes
         or _autocast()
         or _graph_task() != -1
         or _dispatch_modes() > 0

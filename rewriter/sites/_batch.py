@@ -23,7 +23,7 @@ class BatchedEvaluation(nn.Module):
 
     It refers to the sites without owning them, so that it shows in no state dict. Wherever the sites are not alike
     at the moment it gives nothing, and each of them is evaluated by itself: in a replica, under torch.compile (which
-    fuses in its own way), while a value is held, after one of them was moved, switched or set otherwise.
+    fuses in its own way), while a site is frozen or cached, and after one of them was moved or changed.
 
     A member that no gradient reaches gets a gradient of zeros, where alone it would get none.
 
@@ -162,14 +162,14 @@ def likeness_of_step(step: nn.Module) -> Hashable:
 class _Same:
     """An object that is equal to nothing but itself, whatever its class says."""
 
-    def __init__(self, held: Any) -> None:
-        self.held = held
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.held is other.held
+        return isinstance(other, _Same) and self.value is other.value
 
     def __hash__(self) -> int:
-        return id(self.held)
+        return id(self.value)
 
 
 def _setting(value: Any) -> Hashable:

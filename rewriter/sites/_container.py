@@ -24,7 +24,7 @@ class Sites(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        # Here and below: Module.__setattr__ and its like look for parameters and hooks, which tells in big models.
+        # Here and below: Module.__setattr__ and its like look for parameters and hooks, which takes time in big models.
         self.__dict__["held_elsewhere"] = set()
 
     def hold(self, tensor: str, site: ParametrizedTensor) -> None:
@@ -53,7 +53,7 @@ class Sites(nn.ModuleDict):
 
 
 def sites_of(owner: nn.Module) -> dict[str, ParametrizedTensor]:
-    """Return the sites that `owner` holds, by tensor name; a joint site under each of its tensors."""
+    """Return the sites of `owner`, by tensor name; a joint site under each of its tensors."""
     children = owner._modules  # a ScriptModule has no `get` for them
     container = children[CONTAINER] if CONTAINER in children else None  # noqa: SIM401
     found: dict[str, ParametrizedTensor] = {}

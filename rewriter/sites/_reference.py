@@ -9,7 +9,7 @@ from rewriter.serialization._names import loadable
 
 @loadable()
 class Reference:
-    """A module that is not a submodule: kept out of state dicts and of the module tree, copied with the model."""
+    """A module that is not a submodule: outside state dicts and the module tree, and copied with the model."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -41,14 +41,14 @@ class ParametrizedTensor(nn.Module):
     session: Session
     original_names: tuple[str, ...]
     held = False
-    """Whether some owner holds it already."""
+    """Whether it has an owner."""
     policy: Policy
     trained_before: dict[str, bool] | None
     """While the site is frozen: which of its parameters were trained before."""
     renormed = False
     """Whether it is an embedding with `max_norm`, which writes to its weight in every forward."""
     hoisted: int
-    """How many of the first steps depend on nothing that is trained; their result is kept."""
+    """How many of the first steps depend on nothing that is trained; their result is cached."""
     fused: tuple[Group, ...] = ()
     """Which neighbouring steps are evaluated as one."""
     _places: tuple[tuple[Any, str], ...]
@@ -62,7 +62,7 @@ class ParametrizedTensor(nn.Module):
     ) -> None:
         super().__init__()
         names = ("original",) if len(originals) == 1 else tuple(f"original{index}" for index in range(len(originals)))
-        # Module.__setattr__ looks for parameters in every value, which tells in a model of thousands of sites.
+        # Module.__setattr__ looks for parameters in every value, which takes time for thousands of sites.
         session = Session() if session is None else session
         self.__dict__.update(record=record, session=session, original_names=names, _places=())
         self.__dict__.update(policy=Policy(record.cache == "version"), trained_before=None, hoisted=0)
@@ -291,7 +291,7 @@ class ParametrizedTensor(nn.Module):
 
     @property
     def lasting(self) -> bool:
-        """Whether a kept value may be used by what the site itself holds: it reads nothing else, and is no buffer."""
+        """Whether its own tensors decide whether a cached value is valid: it reads nothing else, and is no buffer."""
         return not self._places and not self.stands_for_buffer
 
     @property

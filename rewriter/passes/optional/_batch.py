@@ -106,7 +106,7 @@ def why_not_equal(group: Sequence[ParametrizedTensor]) -> str:
 
 
 def _difference(group: Sequence[ParametrizedTensor]) -> str:
-    """Return what tells a batch of the sites from one after the other, nothing if there is no difference.
+    """Return in which way a batch of the sites differs from single evaluations; nothing if it does not.
 
     Whether a chain broadcasts is a property of its code. The sites of a group run the same code, with the same
     settings, over tensors of the same form; they differ in numbers alone, which the next step of an optimizer

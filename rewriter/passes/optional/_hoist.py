@@ -1,8 +1,7 @@
 """hoist: the first steps of a chain that depend on nothing trained are not evaluated in every forward.
 
-Their result cannot be written into the stored tensor: the state dict would hold another tensor than torch's, and
-loading one, or training the tensor again, would give wrong values. It is kept beside it instead, exactly as long as
-the tensors it was made from are the same and unchanged, and made again when they are not.
+Their result cannot be written into the original: the state dict would have another tensor than torch's, and loading
+one, or training the tensor again, would give wrong values. The result is cached beside it with a fingerprint.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def _untrained_steps(site: ParametrizedTensor) -> int:
 
 @torch.no_grad()
 def _fits(site: ParametrizedTensor, count: int, stored: list[Tensor]) -> bool:
-    """Whether the result is no bigger than what it is made of: a compressed weight is not to be kept unpacked."""
+    """Whether the result is no bigger than what it is made of: a compressed weight is not cached unpacked."""
     value = apply_steps(site.record, site.settled().steps[:count], stored, ())
     return isinstance(value, Tensor) and value.nbytes <= sum(tensor.nbytes for tensor in stored)
 
