@@ -28,7 +28,7 @@ def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -
         owner._modules[CONTAINER] = Sites()
     container = owner._modules[CONTAINER]
     assert isinstance(container, Sites)
-    container.hold(tensors[0], site)
+    container.place(tensors[0], site)
     if getattr(owner, "max_norm", None) is not None:  # an embedding writes to its weight, to the same effect each time
         site.__dict__["renormed"] = True
     if isinstance(owner, nn.RNNBase):

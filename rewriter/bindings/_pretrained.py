@@ -143,7 +143,7 @@ def _further_names(model: nn.Module) -> Iterator[str]:
     """Yield what the state dict's keys begin with where they name a tied tensor's site once more."""
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Sites):
-            yield from (f"{path}.{tensor}." for tensor in module.held_elsewhere)
+            yield from (f"{path}.{tensor}." for tensor in module.owned_elsewhere)
 
 
 def _refuse_other_size(model: Any, tokens: int | None, multiple: int | None) -> None:

@@ -20,18 +20,18 @@ class Sites(nn.ModuleDict):
     tensors in for all the names in turn, and would afterwards put back what it had put in itself.
     """
 
-    held_elsewhere: set[str]
+    owned_elsewhere: set[str]
 
     def __init__(self) -> None:
         super().__init__()
         # Here and below: Module.__setattr__ and its like look for parameters and hooks, which takes time in big models.
-        self.__dict__["held_elsewhere"] = set()
+        self.__dict__["owned_elsewhere"] = set()
 
-    def hold(self, tensor: str, site: ParametrizedTensor) -> None:
+    def place(self, tensor: str, site: ParametrizedTensor) -> None:
         """Add the site that computes `tensor`."""
-        if site.held:
-            self.held_elsewhere.add(tensor)
-        site.__dict__["held"] = True
+        if site.owned:
+            self.owned_elsewhere.add(tensor)
+        site.__dict__["owned"] = True
         self._modules[tensor] = site
 
     def __getattr__(self, name: str) -> Any:
@@ -48,7 +48,7 @@ class Sites(nn.ModuleDict):
             return
         yield prefix, self
         for name, module in self._modules.items():
-            if module is not None and name not in self.held_elsewhere:
+            if module is not None and name not in self.owned_elsewhere:
                 yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, False)
 
 

@@ -40,7 +40,7 @@ class ParametrizedTensor(nn.Module):
     record: Record
     session: Session
     original_names: tuple[str, ...]
-    held = False
+    owned = False
     """Whether it has an owner."""
     policy: Policy
     trained_before: dict[str, bool] | None
