@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -69,7 +68,5 @@ def bake(
     names = [name for name in before if name not in left]
     with step(f"writing {output}"):
         export_model(baked, output, format=written, example_inputs=examples, force=force)
-    if not before:
-        warnings.warn(f"{model_file} has no computed tensor, so {output} is the same model", stacklevel=1)
     stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {written}")
     return Outcome({"baked": names, "left": sorted(left), "format": written, "output": str(output)})

@@ -48,7 +48,7 @@ def test_quiet_prints_no_progress(reparam, folder):
     result = reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt", "-q")
     assert (result.code, result.out, result.err) == (0, "", "")
     assert "even" in reparam("plan", "spec.yaml", "model.pt", "--quiet").out
-    assert "warning: model.pt has no computed tensor" in reparam("bake", "model.pt", "-o", "baked.pt", "-q").err
+    assert "warning: bake found no computed tensor" in reparam("bake", "model.pt", "-o", "baked.pt", "-q").err
 
 
 def test_verbose_prints_the_duration_of_each_step(reparam, folder):
