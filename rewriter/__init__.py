@@ -19,25 +19,26 @@ from rewriter.errors import (
 )
 
 if TYPE_CHECKING:
+    from rewriter._absorb import absorb
     from rewriter._bake import bake
     from rewriter._once import evaluate_once
+    from rewriter._plan import plan
     from rewriter._rewrite import rewrite
-    from rewriter.absorbing import absorb
     from rewriter.language import Spec, load_spec
     from rewriter.parametrizations._chain import chain
     from rewriter.parametrizations._registry import register
-    from rewriter.planning import Plan, Site, plan
+    from rewriter.planning import Plan, Site
 
 _HOMES = {
     "Plan": "rewriter.planning",
     "Site": "rewriter.planning",
     "Spec": "rewriter.language",
-    "absorb": "rewriter.absorbing",
+    "absorb": "rewriter._absorb",
     "bake": "rewriter._bake",
     "evaluate_once": "rewriter._once",
     "chain": "rewriter.parametrizations._chain",
     "load_spec": "rewriter.language",
-    "plan": "rewriter.planning",
+    "plan": "rewriter._plan",
     "register": "rewriter.parametrizations._registry",
     "rewrite": "rewriter._rewrite",
 }

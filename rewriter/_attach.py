@@ -1,4 +1,4 @@
-"""Putting sites into a model's modules, and off again where a rewriting fails."""
+"""Putting the sites of a plan into a model's modules."""
 
 from __future__ import annotations
 
@@ -7,40 +7,23 @@ from typing import Any
 
 from torch import nn
 
-from rewriter.bindings import attach, detach, release
+from rewriter.bindings import attach
 from rewriter.context import Session
-from rewriter.planning import Entry, Prepared
-from rewriter.sites import ParametrizedTensor, sites_of
+from rewriter.planning import Entry, Plan
+from rewriter.sites import ParametrizedTensor
 from rewriter.sites._memory import refill, shared_storages
-from rewriter.sites._places import SESSION
 
 
-def attach_sites(prepared: Prepared) -> Session:
-    """Put the sites that were built into the model's modules, over tensors of their own."""
-    session = prepared.standing[0].session if prepared.standing else Session()
-    order = {id(entry): index for index, entry in enumerate(prepared.entries)}
-    made = [*((claim.entries, site) for claim, site in prepared.new)]
-    made += [([entry], site) for entry, site in prepared.absorbed]
+def attach_sites(plan: Plan) -> Session:
+    """Put the sites of a plan into the model's modules; they have tensors of their own."""
+    session = plan.standing[0].session if plan.standing else Session()
+    order = {id(entry): index for index, entry in enumerate(plan.entries)}
+    made = [*((claim.entries, site) for claim, site in plan.new)]
+    made += [([entry], site) for entry, site in plan.absorbed]
     for entries, site in sorted(made, key=lambda pair: order[id(pair[0][0])]):
         _attach(entries, site, session)
-    _connect(prepared)
+    _connect(plan)
     return session
-
-
-def take_off(prepared: Prepared, closed: Sequence[nn.Module]) -> None:
-    """Put the model's own tensors back in the places of sites whose rewriting failed.
-
-    Arguments:
-        prepared: what was attached.
-        closed: the modules that no session had opened before.
-    """
-    for claim, site in prepared.new:
-        for owner, tensors in _places(claim.entries):
-            if any(sites_of(owner).get(tensor) is site for tensor in tensors):
-                detach(owner, tensors)
-    for module in closed:
-        if SESSION in module.__dict__ and not sites_of(module):
-            release(module)
 
 
 def _attach(entries: Sequence[Entry], site: ParametrizedTensor, session: Session) -> None:
@@ -60,10 +43,10 @@ def _places(entries: Sequence[Entry]) -> list[tuple[nn.Module, dict[str, Any]]]:
     return list(places.values())
 
 
-def keep_parameters(prepared: Prepared) -> None:
+def keep_parameters(plan: Plan) -> None:
     """Store the originals in the model's own Parameter objects where the shapes allow it."""
-    shared = shared_storages(entry.tensor for entry in prepared.entries if entry.tensor is not None)
-    for claim, site in prepared.new:
+    shared = shared_storages(entry.tensor for entry in plan.entries if entry.tensor is not None)
+    for claim, site in plan.new:
         _keep(claim.entries, site, shared)
 
 
@@ -84,10 +67,10 @@ def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
     return same and not one.is_inference()  # it could never be trained
 
 
-def _connect(prepared: Prepared) -> None:
+def _connect(plan: Plan) -> None:
     """Tell each site that reads other tensors where they are."""
-    entries = {name: entry for entry in prepared.entries for name in entry.names}
-    for _, site in prepared.new:
+    entries = {name: entry for entry in plan.entries for name in entry.names}
+    for _, site in plan.new:
         if site.record.reads:
             site.place_inputs([_place(entries[name]) for name in site.record.reads])
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
+from rewriter._copy import copied
 from rewriter._given import check_model
+from rewriter._originals import check_originals
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings.graph import lower_again, refuse_edited
 from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
-from rewriter.planning import Entry, dtype_name, refuse_strays, survey
+from rewriter.planning import Entry, refuse_strays, survey
 from rewriter.sites import ParametrizedTensor, refuse_mixed
 from rewriter.sites._places import SESSION
 
@@ -87,7 +88,7 @@ def bake(
 
         return bake_program(model, only=only, keep=keep, inplace=inplace)
     refuse_mixed(model.modules())
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copied(model)
     return _bake(target, only, keep)
 
 
@@ -176,30 +177,6 @@ def _values(site: ParametrizedTensor, keep: Keep) -> list[Tensor]:
 def _originals(site: ParametrizedTensor) -> list[Tensor]:
     check_originals(site.record.name, site.record.chain, site.originals, site.record.members)
     return site.originals
-
-
-class Replaced(Protocol):
-    """What is known of a tensor that a chain computes."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-
-def check_originals(name: str, chain: Sequence[str], originals: Sequence[Tensor], replaced: Sequence[Replaced]) -> None:
-    """Refuse to put stored tensors in the places of what they were made of, where these had another form.
-
-    Raises:
-        PlanError: says what is stored.
-    """
-    stored = [(list(original.shape), dtype_name(original.dtype)) for original in originals]
-    if stored != [(list(member.shape), member.dtype) for member in replaced]:
-        shown = ", ".join(f"{dtype}{shape}" for shape, dtype in stored) or "nothing"
-        raise PlanError(
-            f"{name}: {' >> '.join(chain)} stores {shown}, which is not the tensor it replaced; bake with keep='value'"
-        )
 
 
 def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:

@@ -1,30 +1,39 @@
-"""Copying a model, also one whose forward has left tensors of its graph in attributes."""
+"""Copying a model whose attributes may have tensors of an autograd graph."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from rewriter.errors import CaptureError
 
-M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
-def copied(model: M) -> M:
-    """Return a deep copy of `model`.
+def copied(value: T, model: nn.Module | None = None, same: Iterable[object] = ()) -> T:
+    """Return a deep copy of a model.
 
     Values that hooks compute ahead of a forward (torch's weight_norm, prune) are copied without their graph: the next
-    forward computes them anew.
+    forward computes them again.
+
+    Arguments:
+        value: the model, or a value that contains it.
+        model: the model in it.
+        same: objects that the copy shares.
 
     Raises:
         CaptureError: something in the model cannot be copied.
     """
-    computed: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    if model is None:
+        assert isinstance(value, nn.Module)
+        model = value
+    known: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    known.update((id(one), one) for one in same)
     try:
-        return copy.deepcopy(model, computed)
+        return copy.deepcopy(value, known)
     except Exception as problem:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({problem}); detach what it caches, or use inplace=True"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from rewriter.errors import RewriterError
 
 
 def check_model(model: Any, verb: str, *, programs: bool = True) -> None:
-    """Refuse what is no model.
+    """Refuse what is no model, and models inside a wrapper.
 
     Arguments:
         verb: what the caller is called.
@@ -22,6 +23,11 @@ def check_model(model: Any, verb: str, *, programs: bool = True) -> None:
     Raises:
         RewriterError: says what to give instead.
     """
+    if isinstance(model, _wrappers()):
+        raise RewriterError(
+            f"{verb} takes the model itself, not {type(model).__name__} around it: use its attribute .module, and wrap "
+            "the result again"
+        )
     if isinstance(model, nn.Module) or (programs and isinstance(model, ExportedProgram)):
         return
     found, hint = kind_of(model), ""
@@ -34,6 +40,13 @@ def check_model(model: Any, verb: str, *, programs: bool = True) -> None:
         hint = "; load the weights into their model first"
     wanted = "a torch.nn.Module or an ExportedProgram" if programs else "a torch.nn.Module"
     raise RewriterError(f"{verb} takes {wanted}, not {found}{hint}")
+
+
+def _wrappers() -> tuple[type[nn.Module], ...]:
+    """Return the classes that train a module as replicas or shards, of those that are imported."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = (fsdp.FullyShardedDataParallel,) if fsdp is not None else ()
+    return (nn.parallel.DistributedDataParallel, nn.DataParallel, *sharded)
 
 
 def kind_of(value: object) -> str:

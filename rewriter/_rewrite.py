@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
@@ -9,21 +10,22 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from rewriter._attach import attach_sites, keep_parameters, take_off
+from rewriter._attach import attach_sites, keep_parameters
 from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._pause import collector_paused
-from rewriter.absorbing import Taken, take_over, taken_over
+from rewriter._plan import plan_module
+from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, open_graph_owners, open_path, refuse_replaced
 from rewriter.bindings.graph import lowered_model
-from rewriter.capture import Call, call_for
+from rewriter.capture import call_for
 from rewriter.context import Session
 from rewriter.errors import RewriterError
 from rewriter.language import Spec, load_spec
 from rewriter.passes import OPTIONAL
-from rewriter.planning._prepare import Prepared, prepare
+from rewriter.planning import Plan
+from rewriter.program import rewrite_program
 from rewriter.sites import refuse_mixed
-from rewriter.sites._places import SESSION
 
 
 @overload
@@ -79,7 +81,8 @@ def rewrite(
 
     Arguments:
         model: any module, a GraphModule, or an ExportedProgram, which gives an ExportedProgram.
-        spec: a `Spec`, or anything `load_spec` takes.
+        spec: a `Spec`, anything `load_spec` takes, or a `Plan`. A plan for another model, or for this one before it
+            changed, is made again; it is refused if it would have other sites or chains.
         example_inputs: arguments of a call. A captured graph is compared with the model on them, and not used where
             it differs; ``capture="export"`` needs them.
         example_kwargs: keyword arguments of that call.
@@ -88,7 +91,7 @@ def rewrite(
             ``"graph"`` and ``"module"`` ask for one of the two. ``"export"`` goes through `torch.export` and rewrites
             the graph of ATen operations.
         inplace: reuse the model's own modules and Parameter objects, so that an optimizer stays valid. A model that
-            was traced still comes back as a new module, over the same tensors.
+            was traced still comes back as a new module, over the same tensors. If it fails, the model is as it was.
         without: passes to leave out: any of ``"batch"``, ``"cast"``, ``"fuse"``, ``"hoist"``, ``"rows"`` and
             ``"transpose"``. They change how fast a model runs, and not what it computes.
 
@@ -102,69 +105,57 @@ def rewrite(
     unknown = set(without) - set(names)
     if unknown:
         raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(names)}")
-    read = spec if isinstance(spec, Spec) else load_spec(spec)
     check_model(model, "rewrite")
-    call = call_for(model, capture, example_inputs, example_kwargs, dynamic_shapes)
+    given = spec.origin if isinstance(spec, Plan) else None
+    if given is None:
+        read = spec if isinstance(spec, Spec) else load_spec(spec)
+        call = call_for(model, capture, example_inputs, example_kwargs, dynamic_shapes)
+    else:
+        read = spec.spec
+        if capture != "auto" or (example_inputs, example_kwargs, dynamic_shapes) != (None, None, None):
+            raise RewriterError("a Plan has its capture and example inputs: give them to rewriter.plan")
+        capture, call, without = given.mode, given.call, without or given.without
     if isinstance(model, ExportedProgram):
-        from rewriter.program import rewrite_program
-
-        return rewrite_program(model, read, inplace=inplace)
+        return rewrite_program(model, spec if given is not None else read, inplace=inplace)
     modules = list(model.modules())
     refuse_mixed(modules)
     for module in modules:
         if isinstance(module, RewrittenModule):
             refuse_replaced(module)
     with torch.inference_mode(False), collector_paused():
-        if read.absorb:
-            target, taken = _taken(model, read, capture, without, inplace, call)
-        else:
-            target, taken = model if inplace else copied(model), []
-        return _rewrite(target, read, capture, without, taken, call)
+        guard = undone_on_failure(model) if inplace else contextlib.nullcontext()
+        if given is not None and tuple(without) == tuple(given.without) and not given.change(model):
+            if not inplace:
+                return _execute(spec.copy(), without)
+            if spec.model is model:
+                with guard:
+                    return _execute(spec, without)
+        target = model if inplace else copied(model)
+        with guard:
+            made = plan_module(target, read, capture, call, without)
+            if given is not None:
+                made.require_same(spec, given.change(model))
+            return _execute(made, without)
 
 
-def _taken(
-    model: nn.Module, spec: Spec, capture: str, without: Collection[str], inplace: bool, call: Call | None
-) -> tuple[nn.Module, list[Taken]]:
-    if not inplace:
-        return taken_over(model)
-    # What does not fit shows on a copy, while the model is still as it was.
-    copy, taken = taken_over(model)
-    prepare(copy, spec, capture, taken=taken, call=call, without=without)
-    return take_over(model)
-
-
-def _rewrite(
-    target: nn.Module,
-    spec: Spec,
-    capture: str,
-    without: Collection[str],
-    taken: Sequence[Taken],
-    call: Call | None,
-) -> nn.Module:
-    prepared = prepare(target, spec, capture, taken=taken, call=call, without=without)
-    if not prepared.new and not prepared.absorbed:
-        return target
-    closed = [module for module in target.modules() if SESSION not in module.__dict__]
-    session = attach_sites(prepared)
-    try:
-        result = _rewrite_attached(target, prepared, session, without)
-    except BaseException:
-        take_off(prepared, closed)
-        raise
-    keep_parameters(prepared)
-    return result
-
-
-def _rewrite_attached(target: nn.Module, prepared: Prepared, session: Session, without: Collection[str]) -> nn.Module:
-    fresh = [site for _, site in (*prepared.new, *prepared.absorbed)]
-    in_place = prepared.capture.root == "module"
+def _execute(plan: Plan, without: Collection[str]) -> nn.Module:
+    """Put the sites of a plan into its model."""
+    model: nn.Module = plan.model
+    if not plan.new and not plan.absorbed:
+        return model
+    session = attach_sites(plan)
+    fresh = [site for _, site in (*plan.new, *plan.absorbed)]
+    in_place = plan.capture.root == "module"
     if in_place:
-        target = open_graph_owners(target)
-    open_path(target, (name for site in fresh for name in site.record.names), session, itself=in_place)
-    return target if in_place else _rewrite_graph(target, prepared, session, without)
+        model = open_graph_owners(model)
+    open_path(model, (name for site in fresh for name in site.record.names), session, itself=in_place)
+    if not in_place:
+        model = _rewrite_graph(model, plan, session, without)
+    keep_parameters(plan)
+    return model
 
 
-def _rewrite_graph(root: nn.Module, prepared: Prepared, session: Session, without: Collection[str]) -> nn.Module:
+def _rewrite_graph(root: nn.Module, prepared: Plan, session: Session, without: Collection[str]) -> nn.Module:
     for name, tensor in prepared.capture.constants.items():
         root.register_buffer(name, tensor, persistent=False)
     captured = prepared.capture.graph

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.absorbing._holder import Holder
+from rewriter.absorbing._source import Holder
 from rewriter.context._random import nothing_drawn
 from rewriter.parametrizations._spectral_norm import SpectralNorm
 from rewriter.parametrizations._weight_norm import WeightNorm

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewriter.absorbing._holder import Holder
 from rewriter.absorbing._low_rank_change import LowRankChange
+from rewriter.absorbing._source import Holder
 from rewriter.errors import PlanError
 
 
@@ -90,6 +90,9 @@ def _steps(layer: Any, base: nn.Module, tensor: str) -> list[nn.Module]:
     """Make one step for each active adapter; a merged layer is unmerged."""
     kind = type(layer)
     build = _BUILDERS.get(kind.__name__) if kind.__module__ == "peft.tuners.lora.layer" else None
+    if build is None and kind.__module__.startswith(("peft.tuners.ia3", "peft.tuners.road")):
+        what = "changes the output of the layer, its bias included"
+        raise _refused(layer, what, "merge it with PEFT's merge_and_unload()")
     if build is None:
         raise _refused(layer, "is no LoRA layer of float weights", "merge it with PEFT's merge_and_unload()")
     known = {*layer.lora_A, *layer.lora_embedding_A}
@@ -106,6 +109,14 @@ def _steps(layer: Any, base: nn.Module, tensor: str) -> list[nn.Module]:
         variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else ""
         if variant not in ("", "DoraLinearVariant"):
             raise _refused(layer, f"is a variant of LoRA ({variant})", "merge it with PEFT's merge_and_unload()")
+    if len(active) > 1 and any(name in layer.lora_variant for name in active):
+        raise _refused(
+            layer,
+            f"adds the DoRA adapters {', '.join(active)} to the same base weight, which is no chain",
+            "activate one of them, or merge them with PEFT's merge_and_unload()",
+        )
+    if getattr(base, "groups", 1) != 1:
+        raise _refused(layer, "is on a grouped convolution", "merge it with PEFT's merge_and_unload()")
     if layer.merged:
         layer.unmerge()
     steps = [build(layer, name) for name in active]
@@ -134,7 +145,7 @@ def _check(layer: Any, active: list[str], steps: Sequence[LowRankChange], weight
 
 
 def _refused(layer: Any, what: str, hint: str) -> PlanError:
-    return PlanError(f"a layer of PEFT ({type(layer).__name__}) {what}, and cannot be taken over: {hint}")
+    return PlanError(f"a layer of PEFT ({type(layer).__name__}) {what}, and cannot be absorbed: {hint}")
 
 
 def _dropout(layer: Any, name: str) -> float:

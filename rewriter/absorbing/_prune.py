@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import prune
 
-from rewriter.absorbing._holder import Holder
 from rewriter.absorbing._old_hooks import take_off
+from rewriter.absorbing._source import Holder
 from rewriter.parametrizations._mask import Mask
 
 

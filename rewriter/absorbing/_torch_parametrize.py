@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rewriter.absorbing._holder import Holder
+from rewriter.absorbing._source import Holder
 from rewriter.sites._places import CONTAINER
 
 

@@ -66,7 +66,7 @@ def apply(
         planned = rewriter.plan(loaded, read, capture=capture, example_inputs=call)
     stderr.print(str(planned))
     with step("rewriting"):
-        rewritten: Any = rewriter.rewrite(loaded, read, capture=capture, example_inputs=call)
+        rewritten: Any = rewriter.rewrite(loaded, planned)
     with step("checking"):
         checks = verify_rewritten(loaded, rewritten, planned, examples)
     with step(f"writing {output}"):

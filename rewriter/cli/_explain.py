@@ -28,12 +28,12 @@ def explain(
     """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
     from torch import nn
 
-    from rewriter.absorbing import held_entries
+    from rewriter.absorbing import foreign_entries
     from rewriter.parametrizations._registry import suggestion
 
     read = spec_options.read(spec)
     loaded = model_options.read(model_file)
-    held = held_entries(loaded) if isinstance(loaded, nn.Module) else []
+    held = foreign_entries(loaded) if isinstance(loaded, nn.Module) else []
     entries = [*(entry for entry, _ in held), *entries_of(loaded)]
     found = next((entry for entry in entries if tensor in entry.names), None)
     if found is None:

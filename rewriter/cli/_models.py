@@ -19,9 +19,9 @@ def entries_of(model: nn.Module | ExportedProgram) -> list[Entry]:
         from rewriter.planning import survey
 
         return survey(model)
-    from rewriter.program import survey_program
+    from rewriter.program import ProgramTable
 
-    return survey_program(model)
+    return ProgramTable(model).entries
 
 
 def state_of(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:

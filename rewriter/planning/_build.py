@@ -1,9 +1,7 @@
-"""From a claim to a ParametrizedTensor: constructing the steps and running their right inverses."""
+"""From a claim to a ParametrizedTensor, and the check of its value."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,20 +11,20 @@ from torch import Tensor, nn
 from rewriter._given import kind_of
 from rewriter.context import Session
 from rewriter.context._fingerprint import PLAIN, settings_of
-from rewriter.language import Rule, Step
-from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
+from rewriter.language import Rule
+from rewriter.planning._chain import BuildError, Chain, check_arity, first_line, layout_of_claim, value_of
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.sites import Layout, Member, ParametrizedTensor, Record
-from rewriter.sites._inverse import Inverse, invert_chain, parts_of, right_inverse
+from rewriter.sites import Member, ParametrizedTensor, Record
+from rewriter.sites._inverse import Inverse
 
 Description = tuple[tuple[str, ...], str]
 """Chain and options as a record has them."""
 
 
 def describe(rule: Rule) -> Description:
-    """Return what the records of a rule's sites say of it, without building anything."""
+    """Return the chain and the options of a rule as the records of its sites print them; nothing is built."""
     options = {
         "cache": rule.cache,
         "per": rule.per,
@@ -46,7 +44,7 @@ def describe(rule: Rule) -> Description:
 
 
 def _settings(module: nn.Module | None) -> str:
-    """Print the plain values that a module given from Python holds: its name alone does not tell two of them apart."""
+    """Print the plain attributes of a module given from Python: two modules of one class may differ in them."""
     if module is None:
         return ""
     found = [
@@ -66,54 +64,46 @@ def _is_plain(value: Any) -> bool:
 
 def build(
     claim: Claim,
-    inputs: Mapping[str, Tensor],
     description: Description,
     session: Session,
-    shared: Sequence[nn.Module] | None = None,
-    extra: Extra | None = None,
+    *,
+    chain: Chain | None = None,
     fitted: Fitted | None = None,
 ) -> ParametrizedTensor:
-    """Construct the site of `claim` from the values its tensors have now; the model is only read.
+    """Construct the site of `claim` from the values that its tensors have now; the model is only read.
 
-    It is called without gradients, which entering for each site again would take time.
+    The caller turns gradients off once for all sites.
 
     Arguments:
         claim: the rule and the tensors.
-        inputs: values of the further tensors that the chain reads, by name.
         description: of the rule.
-        session: what the site belongs to until it is attached.
-        shared: steps to use instead of new ones (`share: true`).
-        extra: constructor arguments decided over all sites of the rule.
-        fitted: what was constructed and fitted together with other sites.
+        session: of the site until it is attached.
+        chain: the chain, which may be constructed in part already.
+        fitted: instead of a chain: a step and originals that were computed together with those of other sites.
 
     Raises:
         BuildError: a step cannot be constructed or inverted, or the chain takes other tensors than there are.
     """
     rule = claim.rule
-    values = [value_of(entry) for entry in claim.entries]
     layout = layout_of_claim(claim)
-    if len(values) > 1 and not layout.plain:
-        raise BuildError("`joint` cannot be combined with `per` or `reshape`")
-    target: Any = values[0] if len(values) == 1 else tuple(values)
-    if rule.init == "keep" and fitted is None:
-        _require_numbers(claim, values)
     if fitted is not None:
         steps = fitted.steps
-        _check_arity(steps[0], rule.chain[0], len(fitted.originals))
+        check_arity(steps[0], rule.chain[0], len(fitted.originals))
         originals, stored, carries = Inverse(fitted.originals, (len(fitted.originals),), (0,))
     else:
-        steps = list(shared) if shared is not None else construct_steps(rule, layout, target, inputs, extra or {})[0]
-        if rule.init == "sample":
-            target = _sample(steps, layout)
-        originals, stored, carries = _invert(rule, layout, steps, target, inputs)
+        assert chain is not None
+        if rule.init == "keep":
+            _require_numbers(claim)
+        originals, stored, carries = chain.finish()
+        steps = chain.steps
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
         originals = [layout.outward(originals[0])]
-    chain, options = description
+    printed, options = description
     record = Record(
         members=tuple(_member(entry) for entry in claim.entries),
         rule=rule.name,
-        chain=chain,
+        chain=printed,
         labels=tuple(step.label for step in rule.chain),
         options=options,
         cache=rule.cache,
@@ -129,6 +119,8 @@ def build(
     site = ParametrizedTensor(steps, _stored_tensors(claim, steps, originals), record, session)
     if not claim.entries[0].owners[0][0].training:
         site.eval()
+    if chain is not None and chain.refits:
+        chain.refit(site)
     return site
 
 
@@ -137,9 +129,10 @@ def _member(entry: Entry) -> Member:
     return Member(entry.names, info.kind, info.shape, info.dtype, entry.persistent, info.requires_grad)
 
 
-def _require_numbers(claim: Claim, values: Sequence[Tensor]) -> None:
-    """Refuse a weight that training or a damaged file has broken: one entry can spoil all that a chain computes."""
-    for entry, value in zip(claim.entries, values, strict=True):
+def _require_numbers(claim: Claim) -> None:
+    """Refuse a weight with NaN or infinite entries: one of them can spoil the whole value of a chain."""
+    for entry in claim.entries:
+        value = value_of(entry)
         if entry.infos[0].kind == "buffer" or type(value) not in PLAIN or value.is_meta or not value.numel():
             continue
         if value.is_complex():
@@ -157,67 +150,12 @@ def _require_numbers(claim: Claim, values: Sequence[Tensor]) -> None:
             )
 
 
-def _sample(steps: Sequence[nn.Module], layout: Layout) -> Any:
-    """Draw a value: from the last step that can draw one, mapped through the steps after it."""
-    for index in reversed(range(len(steps))):
-        draw: Any = getattr(steps[index], "sample", None)
-        if draw is not None:
-            value = draw()
-            for step in steps[index + 1 :]:
-                value = step(value)
-            return value if layout.plain else layout.outward(value)
-    raise BuildError("`init: sample` needs a step that can draw from its space, and none of the chain can")
-
-
-def _invert(
-    rule: Rule, layout: Layout, steps: Sequence[nn.Module], target: Any, inputs: Mapping[str, Tensor]
-) -> Inverse:
-    """Find the stored tensors: through the right inverses, or as they are for ``init: raw``."""
-    further = [[inputs[name] for name in step.inputs] for step in rule.chain]
-
-    def inverse_of(index: int, value: Any) -> Any:
-        try:
-            found = value if rule.init == "raw" else right_inverse(steps[index], value, further[index])
-        except Exception as problem:
-            raise BuildError(
-                f"step {index + 1}, {rule.chain[index]}: its right inverse fails on the tensor: {first_line(problem)}"
-                " (with `init: raw` the tensor is stored as it is)"
-            ) from problem
-        _check_arity(steps[index], rule.chain[index], len(parts_of(found)) + len(further[index]))
-        return found
-
-    value = target if layout.plain else layout.inward(target)
-    found = invert_chain(steps, value, further, from_source=rule.source is not None, inverse_of=inverse_of)
-    # The model's own tensors come through unchanged where a step has no right inverse: never store those.
-    return found._replace(
-        originals=[original.clone(memory_format=torch.contiguous_format) for original in found.originals]
-    )
-
-
-def _check_arity(step: nn.Module, named: Step, given: int) -> None:
-    forward = type(step).forward
-    if not _takes(forward, given):
-        raise BuildError(
-            f"{named}: its forward takes {inspect.signature(forward)}, and the chain gives it {given} tensors"
-            " (several stored tensors come from a right_inverse that returns them, further ones from `inputs`)"
-        )
-
-
-@functools.lru_cache(maxsize=1024)
-def _takes(forward: Any, given: int) -> bool:
-    try:
-        inspect.signature(forward).bind(None, *range(given))
-    except TypeError:
-        return False
-    return True
-
-
 def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequence[Tensor]) -> list[Tensor]:
     first = claim.entries[0].infos[0]
     trained = any(entry.infos[0].requires_grad for entry in claim.entries)
     frozen = any(getattr(step, "freezes_original", False) for step in steps)
     if not trained and not frozen:
-        # What adapts a frozen base is there to be trained.
+        # The parameters of an adapter are trained although the tensor is frozen.
         for step in steps:
             step.requires_grad_(False)
     if first.kind == "buffer" or not all(

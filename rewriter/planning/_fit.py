@@ -1,4 +1,4 @@
-"""Right inverses of many equal chains, run as one: thousands of small factorizations cost their calls."""
+"""Right inverses of many equal chains as one batched call: thousands of small factorizations are slow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rewriter.context._fingerprint import same_setting, settings_of, snapshot
 from rewriter.context._random import nothing_drawn
 from rewriter.language import Rule
-from rewriter.planning._construct import BuildError, construct_steps, layout_of_claim, value_of
+from rewriter.planning._chain import BuildError, Chain, value_of
 from rewriter.planning._resolve import Claim
 from rewriter.sites._batch import likeness_of_step, stacked_step
 from rewriter.sites._inverse import parts_of, right_inverse
@@ -21,7 +21,7 @@ from rewriter.sites._inverse import parts_of, right_inverse
 FEWEST = 16
 LARGEST = 64 * 64
 PROBES = 4
-"""How many tensors are also fitted alone, to see that it comes to the same."""
+"""How many tensors are also fitted alone, to compare the result."""
 
 
 class Fitted(NamedTuple):
@@ -43,10 +43,9 @@ class _Member(NamedTuple):
 
 
 def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
-    """Construct and fit the chains of a rule's claims that can be fitted as one, by the `id` of the claim.
+    """Construct and fit the chains of a rule's claims that can be fitted together, by the `id` of the claim.
 
-    What cannot, for whatever reason, is missing from the result, and is to be fitted by itself: there it will say
-    what is wrong with it.
+    The other claims are missing from the result. The caller fits each alone, which raises the error that names it.
 
     Arguments:
         rule: the rule.
@@ -61,7 +60,7 @@ def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
         if value.is_meta or value.numel() > LARGEST or type(value) is not Tensor or value.layout != torch.strided:
             continue
         try:
-            (step,) = construct_steps(rule, layout_of_claim(claim), value, {}, {})[0]
+            step = _constructed(claim)
         except BuildError:
             break
         form = (value.shape, value.dtype, value.device, likeness_of_step(step))
@@ -69,14 +68,14 @@ def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
     found: dict[int, Fitted] = {}
     for group in groups.values():
         if len(group) >= FEWEST:
-            found.update(_fitted(rule, group))
+            found.update(_fitted(group))
     if not found:  # the constructors will draw again
         torch.set_rng_state(drawn)
     return found
 
 
 def sums_to_a_number(tensor: Tensor) -> bool:
-    """Whether the sum of all entries is finite: one that is NaN or infinite would break it."""
+    """Whether the sum of all entries is finite, as it is only if every entry is."""
     total = tensor.detach().sum().item()
     return math.isfinite(abs(total))
 
@@ -96,7 +95,7 @@ def _can_stack(rule: Rule) -> bool:
     )
 
 
-def _fitted(rule: Rule, group: Sequence[_Member]) -> Mapping[int, Fitted]:
+def _fitted(group: Sequence[_Member]) -> Mapping[int, Fitted]:
     steps = [member.step for member in group]
     value = torch.stack([member.value for member in group])
     if not sums_to_a_number(value):
@@ -107,9 +106,9 @@ def _fitted(rule: Rule, group: Sequence[_Member]) -> Mapping[int, Fitted]:
             if any(type(part) is not Tensor or part.shape[:1] != value.shape[:1] for part in parts):
                 return {}
             for index in range(0, len(group), -(-len(group) // PROBES)):
-                if not _same_alone(rule, group[index].claim, whole, [part[index] for part in parts], index):
+                if not _same_alone(group[index].claim, whole, [part[index] for part in parts], index):
                     return {}
-    except Exception:  # each by itself shows which one it is
+    except Exception:  # the one that fails is named when each is fitted alone
         return {}
     for kind, name, tensor in _tensors_of(whole):
         for step, part in zip(steps, tensor.unbind(0), strict=True):
@@ -127,7 +126,7 @@ def _all_at_once(steps: Sequence[nn.Module], value: Tensor) -> tuple[nn.Module, 
     """Run one right inverse on all tensors.
 
     Returns:
-        The step that did it, with what it left in its buffers for all of them, and the stored tensors.
+        The step, with the state of all tensors in its buffers, and the originals.
     """
     first = steps[0]
     shape = tuple(value.shape[1:])
@@ -157,17 +156,20 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy
 
 
-def _same_alone(rule: Rule, claim: Claim, whole: nn.Module, found: Sequence[Tensor], index: int) -> bool:
-    """Whether a step that is fitted alone comes to the same stored tensors and the same state."""
-    value = value_of(claim.entries[0])
-    (step,) = construct_steps(rule, layout_of_claim(claim), value, {}, {})[0]
-    alone = parts_of(right_inverse(step, value))
+def _same_alone(claim: Claim, whole: nn.Module, found: Sequence[Tensor], index: int) -> bool:
+    """Whether a step that is fitted alone gets the same originals and the same state."""
+    step = _constructed(claim)
+    alone = parts_of(right_inverse(step, value_of(claim.entries[0])))
     if len(alone) != len(found) or not all(map(_close, found, alone)):
         return False
     return all(
         _close(whole.__dict__[kind][name][index].reshape(tensor.shape), tensor)
         for kind, name, tensor in _tensors_of(step)
     )
+
+
+def _constructed(claim: Claim) -> nn.Module:
+    return Chain(claim, {}).construct(0)
 
 
 def _tensors_of(step: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

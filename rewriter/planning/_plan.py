@@ -1,12 +1,22 @@
-"""The plan: which rule owns which tensors, how each is captured, and how far its value will move."""
+"""The plan: which rule owns which tensors, how each is captured, how far its value moves, and the built sites."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewriter.sites import Record
+from rewriter._copy import copied
+from rewriter.capture import Capture
+from rewriter.errors import PlanError
+from rewriter.language import Spec
+from rewriter.planning._module_table import ModuleTable
+from rewriter.planning._origin import Origin
+from rewriter.planning._resolve import Claim
+from rewriter.planning._survey import Entry
+from rewriter.planning._table import TensorTable
+from rewriter.sites import ParametrizedTensor, Record
 
 
 @dataclass(frozen=True)
@@ -77,25 +87,116 @@ class Site:
         }
 
 
-@dataclass(frozen=True)
+Pair = tuple[Claim, ParametrizedTensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What `rewrite` will do to a model: its sites, in the model's order.
+    """What `rewrite` does to a model. The sites are built and proven; the model is as it was.
+
+    A plan prints as a table, iterates over its sites and has them as JSON data (`to_dict`). `rewrite(model, plan)`
+    executes it.
 
     Arguments:
-        sites: the sites.
-        source: the spec's file name.
-        root: how the model as a whole is captured: ``"graph"``, ``"module"`` or ``"export"``.
-        why: the reason, where that is not the graph.
+        spec: the rules.
+        table: the tensors of the model.
+        capture: the captured graph, or the reason why there is none.
+        new: claims with the sites built for them, each before the sites that it reads.
+        present: claims on sites that the model has already.
+        moved: how far the value of each new site moves.
+        origin: the model that was given to `plan`, with its fingerprint and the arguments.
     """
 
-    sites: tuple[Site, ...]
-    source: str = "<spec>"
-    root: str = "graph"
-    why: str = ""
-    by_name: dict[str, Site] = field(init=False, repr=False, compare=False, default_factory=dict)
+    spec: Spec
+    table: TensorTable
+    capture: Capture
+    new: tuple[Pair, ...] = ()
+    present: tuple[Pair, ...] = ()
+    moved: Mapping[ParametrizedTensor, float | None] = field(default_factory=dict)
+    origin: Origin | None = None
 
-    def __post_init__(self) -> None:
-        self.by_name.update({name: site for site in self.sites for name in site.names})
+    @property
+    def model(self) -> Any:
+        """The model that the plan works on: the given one, or its copy with what other tools did absorbed."""
+        return self.table.model
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The model's tensors."""
+        return self.table.entries
+
+    @property
+    def absorbed(self) -> Sequence[tuple[Entry, ParametrizedTensor]]:
+        """Sites taken over from other tools."""
+        return self.table.absorbed
+
+    @property
+    def standing(self) -> list[ParametrizedTensor]:
+        """The sites that the model has already, whether or not a rule of this spec owns them."""
+        fresh = {id(site) for _, site in self.absorbed}
+        sites = dict.fromkeys(entry.site for entry in self.entries if entry.site is not None)
+        return [site for site in sites if id(site) not in fresh]
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the model's order."""
+        built = {id(claim.entries[0]): (site, False) for claim, site in self.new}
+        built |= {id(claim.entries[0]): (site, True) for claim, site in self.present}
+        built |= {id(entry): (site, False) for entry, site in self.absorbed}
+        sites = []
+        for entry in self.entries:
+            if id(entry) in built:
+                site, present = built[id(entry)]
+                how, why = self.table.reached(self.capture, site, present)
+                fused = tuple((start + 1, stop) for start, stop in getattr(site, "fused", ()))
+                sites.append(Site(site.record, how, why, self.moved.get(site, 0.0), present, fused))
+        return tuple(sites)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Site]:
+        """The sites by each of their names."""
+        return {name: site for site in self.sites for name in site.names}
+
+    @property
+    def source(self) -> str:
+        """The spec's file name."""
+        return self.spec.source
+
+    @property
+    def root(self) -> str:
+        """How the model as a whole is captured: ``"graph"``, ``"module"`` or ``"export"``."""
+        return self.capture.root
+
+    @property
+    def why(self) -> str:
+        """The reason for the capture, where that is not the graph."""
+        return self.capture.why
+
+    def copy(self) -> Plan:
+        """Return the plan on a copy of its model, with sites of its own."""
+        same = [*self.spec.rules, *([self.table.call] if isinstance(self.table, ModuleTable) else ())]
+        found = copied((self.table, self.capture, self.new, self.present), self.model, same)
+        return Plan(self.spec, *found, origin=self.origin)
+
+    def require_same(self, other: Plan, reason: str) -> None:
+        """Refuse to execute this plan in the place of `other`, if its sites or chains are not the same.
+
+        Raises:
+            PlanError: says why the plan was made again, and what differs.
+        """
+        here, there = self._decided(), other._decided()
+        for name in [*there, *here]:
+            if here.get(name) != there.get(name):
+                was, now = there.get(name, "no site"), here.get(name, "no site")
+                raise PlanError(f"the plan no longer fits ({reason}): {name} was {was} and would be {now}; plan again")
+
+    def _decided(self) -> dict[str, str]:
+        sites = [site for _, site in (*self.new, *self.present)] + [site for _, site in self.absorbed]
+        return {
+            name: f"{' >> '.join(site.record.chain)} by rule {site.record.rule!r} {site.record.options}".rstrip()
+            for site in sites
+            for name in site.record.names
+        }
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

@@ -1,176 +1,106 @@
-"""Everything that is decided before a model is touched: claims, capture, and the sites themselves, built aside."""
+"""Everything that is decided before a model is touched: claims, capture, and the sites, built and proven."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rewriter.bindings import RewrittenModule
-from rewriter.capture import (
-    Call,
-    Capture,
-    capture,
-    difference,
-    export_capture,
-    has_hooks,
-    is_torch_leaf,
-    opens_up,
-    part_with,
-)
+from rewriter.capture import Call, Capture
 from rewriter.context import Session
-from rewriter.errors import CaptureError, Diagnostic, PlanError
+from rewriter.errors import Diagnostic
 from rewriter.language import Rule, Spec
 from rewriter.planning._build import Description, build, check_value, describe
-from rewriter.planning._construct import BuildError, Extra
+from rewriter.planning._chain import BuildError, Chain
 from rewriter.planning._fit import Fitted, fitted_together
-from rewriter.planning._plan import Plan, Site
+from rewriter.planning._module_table import ModuleTable
+from rewriter.planning._origin import Origin
+from rewriter.planning._plan import Pair, Plan
+from rewriter.planning._problems import Problems
 from rewriter.planning._prove import prove, prove_batches
 from rewriter.planning._resolve import Claim, nearest, resolve
-from rewriter.planning._sharded import refuse_sharded
-from rewriter.planning._survey import Entry, refuse_strays, survey
+from rewriter.planning._survey import Entry
+from rewriter.planning._table import TensorTable
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.sites import ParametrizedTensor, Record
 
-if TYPE_CHECKING:
-    from rewriter.absorbing import Taken
-
-
-@dataclass
-class Prepared:
-    """A rewriting that will succeed: nothing in the model has changed yet.
-
-    Arguments:
-        entries: the model's tensors.
-        capture: the way into the model.
-        new: claims with the sites built for them, each one before the sites it reads.
-        present: sites that the model has already.
-        moved: how far each new site's value moves.
-        absorbed: sites taken over from other tools.
-    """
-
-    spec: Spec
-    entries: list[Entry]
-    capture: Capture
-    new: list[tuple[Claim, ParametrizedTensor]] = field(default_factory=list)
-    present: list[tuple[Claim, ParametrizedTensor]] = field(default_factory=list)
-    moved: dict[ParametrizedTensor, float | None] = field(default_factory=dict)
-    absorbed: list[tuple[Entry, ParametrizedTensor]] = field(default_factory=list)
-
-    @property
-    def standing(self) -> list[ParametrizedTensor]:
-        """The sites that the model has already, whether or not a rule of this spec owns them."""
-        fresh = {id(site) for _, site in self.absorbed}
-        sites = dict.fromkeys(entry.site for entry in self.entries if entry.site is not None)
-        return [site for site in sites if id(site) not in fresh]
-
 
 def prepare(
-    model: nn.Module,
+    model: nn.Module, spec: Spec, mode: str = "auto", *, call: Call | None = None, without: Collection[str] = ()
+) -> Plan:
+    """Plan a module that no other tool has parametrized; see `make_plan`."""
+    return make_plan(ModuleTable(model, mode, call), spec, without=without)
+
+
+def make_plan(
+    table: TensorTable,
     spec: Spec,
-    mode: str,
     *,
     measure: bool = False,
-    taken: Sequence[Taken] = (),
-    call: Call | None = None,
     without: Collection[str] = (),
-) -> Prepared:
+    origin: Origin | None = None,
+) -> Plan:
     """Resolve, capture, build and prove; the model is only read.
 
     Arguments:
-        model: the model.
-        spec: what to put into it.
-        mode: how to capture it.
+        table: the model.
+        spec: the rules.
         measure: whether to find how far each value moves.
-        taken: tensors taken over from other tools, which the model holds as plain ones.
-        call: example inputs.
         without: passes that will be left out.
+        origin: the model that the user gave, for a plan that is returned to the user.
 
     Raises:
         PlanError: the spec does not fit the model; every reason is listed.
-        CaptureError: `mode` asks for a graph and there is none.
+        CaptureError: the capture asked for is not possible.
     """
-    from rewriter.absorbing._take import held_entries, sites_for  # it surveys models with what is defined here
-
-    entries = survey(model)
-    if isinstance(model, fx.GraphModule):
-        refuse_strays(model, {entry.site for entry in entries})
-    absorbed = sites_for(taken, entries)
-    for entry, site in absorbed:
+    for entry, site in table.absorbed:
         entry.site = site
-    held = held_entries(model)
-    claims, problems = resolve(spec, [*entries, *(entry for entry, _ in held)])
+    claims, found = resolve(spec, [*table.entries, *(entry for entry, _ in table.foreign)])
+    problems = Problems(found)
     present, claims = _split_present(claims, problems)
-    holders = {id(entry): source for entry, source in held}
-    claims = [claim for claim in claims if not _refused(claim, holders, problems)]
-    claims = _in_order(claims, entries, problems)
-    problems += refuse_sharded(model, claims)
-    if problems:
-        raise PlanError.of(problems)
-    owners = [name.rpartition(".")[0] for claim, _ in present for entry in claim.entries for name in entry.names]
-    owners += [name.rpartition(".")[0] for claim in claims for entry in claim.entries for name in entry.names]
-    owners += [name.rpartition(".")[0] for entry, _ in absorbed for name in entry.names]
-    prepared = Prepared(spec, entries, _way(model, owners, mode, call), present=present, absorbed=absorbed)
-    problems += refuse_writes(claims, prepared.capture.graph)
-    values = _build_all(prepared, claims, problems, measure)
+    tools = {id(entry): tool for entry, tool in table.foreign}
+    claims = [claim for claim in claims if not _refused(claim, tools, problems)]
+    claims = _in_order(claims, table.entries, problems)
+    table.refuse(claims, problems)
+    problems.raise_any()
+    owned = [claim.entries for claim, _ in present] + [claim.entries for claim in claims]
+    owned += [[entry] for entry, _ in table.absorbed]
+    way = table.capture([name.rpartition(".")[0] for entries in owned for entry in entries for name in entry.names])
+    problems.add(refuse_writes(claims, way.graph))
+    values = _Values(table.entries)
+    moved: dict[ParametrizedTensor, float | None] = {}
+    new = _build_all(claims, values, problems, moved if measure else None)
     if not problems:
-        problems += _proven(prepared, values, without)
-    if problems:
-        raise PlanError.of(problems)
-    return prepared
+        problems.add(_proven(spec, table, way, new, present, values, without))
+    problems.raise_any()
+    return Plan(spec, table, way, tuple(new), tuple(present), moved, origin)
 
 
-def _proven(prepared: Prepared, values: _Values, without: Collection[str]) -> list[Diagnostic]:
-    rules = {rule.name: rule for rule in prepared.spec.rules}
-    fresh = [site for _, site in (*reversed(prepared.new), *prepared.absorbed)]
+def _proven(
+    spec: Spec,
+    table: TensorTable,
+    way: Capture,
+    new: Sequence[Pair],
+    present: Sequence[Pair],
+    values: _Values,
+    without: Collection[str],
+) -> list[Diagnostic]:
+    """Prove what the passes will assume of the new sites; a program has no passes."""
+    if not isinstance(table, ModuleTable):
+        return []
+    rules = {rule.name: rule for rule in spec.rules}
+    fresh = [site for _, site in (*reversed(new), *table.absorbed)]
     problems = prove(fresh, rules, lambda site: [values[name] for name in site.record.reads], without)
-    present = [site for _, site in prepared.present]
-    return problems + prove_batches([*present, *fresh] if fresh else [], rules, prepared.capture, without)
+    standing = [site for _, site in present]
+    return problems + prove_batches([*standing, *fresh] if fresh else [], rules, way, without)
 
 
-def _way(model: nn.Module, owners: Sequence[str], mode: str, call: Call | None) -> Capture:
-    """Capture the model, and compare what was captured with it where there is a call to compare on."""
-    if mode == "export" and not isinstance(model, RewrittenModule):
-        return export_capture(model, call)
-    way = capture(model, owners, "auto" if mode == "export" else mode)
-    if call is None or way.graph is None or isinstance(model, fx.GraphModule):
-        return way
-    text = difference(model, way.graph, call)
-    if not text:
-        return way
-    why = f"the traced graph is not the model: on the example inputs {text}"
-    if mode == "graph":
-        raise CaptureError(f"{type(model).__name__}: {why}; use capture='module'")
-    return Capture("module", why=why)
-
-
-def plan_of(model: nn.Module, prepared: Prepared) -> Plan:
-    """Return what was prepared as a plan."""
-    built = {id(claim.entries[0]): (site, False) for claim, site in prepared.new}
-    built |= {id(claim.entries[0]): (site, True) for claim, site in prepared.present}
-    built |= {id(entry): (site, False) for entry, site in prepared.absorbed}
-    sites = []
-    uses = _uses_by_target(prepared.capture)
-    for entry in prepared.entries:
-        if id(entry) in built:
-            site, present = built[id(entry)]
-            how, why = _how_captured(model, prepared.capture, uses, site)
-            if present and how == "unused" and isinstance(model, RewrittenModule):
-                how, why = "graph", "as it was rewritten before"
-            fused = tuple((start + 1, stop) for start, stop in site.fused)
-            sites.append(Site(site.record, how, why, prepared.moved.get(site, 0.0), present, fused))
-    return Plan(tuple(sites), prepared.spec.source, prepared.capture.root, prepared.capture.why)
-
-
-def _split_present(
-    claims: Iterable[Claim], problems: list[Diagnostic]
-) -> tuple[list[tuple[Claim, ParametrizedTensor]], list[Claim]]:
-    present: list[tuple[Claim, ParametrizedTensor]] = []
+def _split_present(claims: Iterable[Claim], problems: Problems) -> tuple[list[Pair], list[Claim]]:
+    """Separate the claims whose parametrization the model has already."""
+    present: list[Pair] = []
     new: list[Claim] = []
     for claim in claims:
         site = next((entry.site for entry in claim.entries if entry.site is not None), None)
@@ -180,12 +110,11 @@ def _split_present(
             present.append((claim, site))
         else:
             has, wanted = _printed(*site.record.identity, site.record.labels), _printed(*_identity(claim.rule))
-            problems.append(
-                claim.rule.location.diagnose(
-                    f"{claim.name} is already parametrized by rule {site.record.rule!r} ({has}); "
-                    f"rule {claim.rule.name!r} wants {wanted}",
-                    "bake the model first, or leave the tensor out with `except`",
-                )
+            problems.about(
+                claim,
+                "select",
+                f"already parametrized by rule {site.record.rule!r} ({has}); rule {claim.rule.name!r} wants {wanted}",
+                "bake the model first, or leave the tensor out with `except`",
             )
     return present, new
 
@@ -203,31 +132,30 @@ def _printed(chain: Sequence[str], options: str, labels: Sequence[str | None]) -
     return " >> ".join(steps) + (f", {options}" if options else "")
 
 
-def _refused(claim: Claim, holders: Mapping[int, str], problems: list[Diagnostic]) -> bool:
+def _refused(claim: Claim, tools: Mapping[int, str], problems: Problems) -> bool:
     for entry in claim.entries:
-        if id(entry) in holders:
-            problems.append(
-                claim.rule.where("select").diagnose(
-                    f"{entry.name} is computed already, by {holders[id(entry)]}",
-                    "take it over (`absorb: true` in the spec, or rewriter.absorb(model)), or use `except`",
-                )
+        if id(entry) in tools:
+            problems.about(
+                claim,
+                "select",
+                f"computed already, by {tools[id(entry)]}",
+                "take it over (`absorb: true` in the spec, or rewriter.absorb(model)), or use `except`",
+                entry.name,
             )
             return True
         if entry.tensor is not None and is_lazy(entry.tensor):
-            problems.append(
-                claim.rule.where("select").diagnose(
-                    f"{entry.name} belongs to a lazy module and has no shape yet",
-                    "run the model once, then rewrite it",
-                )
+            problems.about(
+                claim,
+                "select",
+                "in a lazy module and without a shape",
+                "run the model once, then rewrite it",
+                entry.name,
             )
             return True
-    problem = refuse_statistics(claim)
-    if problem is not None:
-        problems.append(problem)
-    return problem is not None
+    return refuse_statistics(claim, problems)
 
 
-def _in_order(claims: list[Claim], entries: Sequence[Entry], problems: list[Diagnostic]) -> list[Claim]:
+def _in_order(claims: list[Claim], entries: Sequence[Entry], problems: Problems) -> list[Claim]:
     """Sort the claims so that each comes before those it reads; report unknown names and circles."""
     if not any(reads_of(rule) for rule in {id(claim.rule): claim.rule for claim in claims}.values()):
         return claims[::-1]
@@ -241,16 +169,16 @@ def _in_order(claims: list[Claim], entries: Sequence[Entry], problems: list[Diag
             return
         if state.get(id(claim)) == "open":
             circle = " → ".join((*trail, claim.name))
-            problems.append(claim.rule.location.diagnose(f"{claim.name} is computed from itself: {circle}"))
+            problems.add([claim.rule.location.diagnose(f"{claim.name} is computed from itself: {circle}")])
             return
         state[id(claim)] = "open"
         for name in reads_of(claim.rule):
             if name not in known:
-                problems.append(
-                    claim.rule.where("from" if claim.rule.source == name else "chain").diagnose(
-                        f"{claim.name} is computed from {name!r}, which the model does not have",
-                        nearest(name, [entry for entry in entries if entry not in claim.entries]),
-                    )
+                problems.about(
+                    claim,
+                    "from" if claim.rule.source == name else "chain",
+                    f"computed from {name!r}, which the model does not have",
+                    nearest(name, [entry for entry in entries if entry not in claim.entries]),
                 )
             elif name in owner:
                 visit(owner[name], (*trail, claim.name))
@@ -269,48 +197,52 @@ def reads_of(rule: Rule) -> list[str]:
 
 
 @torch.no_grad()
-def _build_all(prepared: Prepared, claims: Sequence[Claim], problems: list[Diagnostic], measure: bool) -> _Values:
-    values = _Values(prepared)
+def _build_all(
+    claims: Sequence[Claim],
+    values: _Values,
+    problems: Problems,
+    moved: dict[ParametrizedTensor, float | None] | None,
+) -> list[Pair]:
+    """Build the sites of all claims, and return them in the order of `claims`: each before the sites that it reads.
+
+    Arguments:
+        moved: takes how far each value moves; ``None`` checks shape and dtype alone, once for each form.
+    """
     shared: dict[str, list[nn.Module]] = {}
-    extra: dict[int, Extra] = {}
+    chains: dict[int, Chain] = {}
     fitted: dict[int, Fitted] = {}
-    planned: set[str] = set()
-    failures: dict[tuple[str, str], list[str]] = {}
-    rules: dict[str, Rule] = {}
     descriptions: dict[str, Description] = {}
     session = Session()
     checked: set[object] = set()
-    built: list[tuple[Claim, ParametrizedTensor]] = []
+    built: list[Pair] = []
     for claim in reversed(claims):
         rule = claim.rule
-        if rule.name not in rules:
-            rules[rule.name] = rule
-            descriptions[rule.name] = describe(rule)
         try:
             inputs = {name: values[name] for name in reads_of(rule)}
-            if rule.name not in planned:
-                planned.add(rule.name)
+            if rule.name not in descriptions:
+                descriptions[rule.name] = describe(rule)
                 own = [other for other in claims[::-1] if other.rule.name == rule.name]
-                extra |= planned_together(own, inputs)
+                chains |= planned_together(own, inputs)
                 fitted |= fitted_together(rule, own)
-            known, further, made = shared.get(rule.name), extra.get(id(claim)), fitted.get(id(claim))
-            site = build(claim, inputs, descriptions[rule.name], session, known, further, made)
+            together = fitted.get(id(claim))
+            chain = None
+            if together is None:
+                chain = chains.pop(id(claim), None) or Chain(claim, inputs, shared.get(rule.name))
+            site = build(claim, descriptions[rule.name], session, chain=chain, fitted=together)
             form = _form(site, inputs.values())
-            if measure or form not in checked:
-                prepared.moved[site] = check_value(claim, site, inputs, measure=measure)
+            if moved is not None or form not in checked:
+                distance = check_value(claim, site, inputs, measure=moved is not None)
                 checked.add(form)
+                if moved is not None:
+                    moved[site] = distance
         except BuildError as problem:
-            failures.setdefault((rule.name, str(problem)), []).append(claim.name)
+            problems.build_failed(claim, str(problem))
             continue
         if rule.share:
             shared.setdefault(rule.name, site.steps)
         built.append((claim, site))
         values.add(claim, site)
-    prepared.new += reversed(built)
-    for (name, text), sites in failures.items():
-        more = f" (and {len(sites) - 1} more sites)" if len(sites) > 1 else ""
-        problems.append(rules[name].where("chain").diagnose(f"rule {name!r} on {sites[-1]}{more}: {text}"))
-    return values
+    return built[::-1]
 
 
 def _form(site: ParametrizedTensor, inputs: Iterable[Tensor]) -> object:
@@ -323,14 +255,15 @@ def _form(site: ParametrizedTensor, inputs: Iterable[Tensor]) -> object:
 class _Values:
     """The tensors that chains read, with the values that their own chains will give them."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.sites: dict[str, tuple[ParametrizedTensor, int]] = {}
-        for entry in prepared.entries:
+        for entry in entries:
             if entry.tensor is not None:
                 self.tensors.update(dict.fromkeys(entry.names, entry.tensor))
-        for claim, site in prepared.present:
-            self.add(claim, site)
+            elif entry.site is not None:
+                place = (entry.site, entry.site.position(entry.name.rpartition(".")[2]))
+                self.sites.update(dict.fromkeys(entry.names, place))
 
     def add(self, claim: Claim, site: ParametrizedTensor) -> None:
         for index, entry in enumerate(claim.entries):
@@ -344,56 +277,3 @@ class _Values:
             value = site.read(*[self[read] for read in site.record.reads])
         result: Tensor = value if len(site.record.members) == 1 else value[index]
         return result
-
-
-Uses = dict[tuple[str, str], bool]
-
-
-def _uses_by_target(way: Capture) -> Uses:
-    """Say for every read and every call of the graph whether its result is used."""
-    uses: Uses = {}
-    for node in way.graph.nodes if way.graph is not None else ():
-        if node.op in ("get_attr", "call_module"):
-            uses[node.op, node.target] = bool(node.users) or uses.get((node.op, node.target), False)
-    return uses
-
-
-def _how_captured(model: nn.Module, way: Capture, uses: Uses, site: ParametrizedTensor) -> tuple[str, str]:
-    if way.root in ("module", "export"):
-        return way.root, way.why or "the graph that torch.export made"
-    ways: dict[tuple[str, str], None] = {}
-    for name in site.record.names:
-        path, _, _ = name.rpartition(".")
-        ways.update(dict.fromkeys(_ways(model, way, uses, name, path)))
-    if not ways:
-        return "unused", "no forward of the model reads it"
-    first = next(iter(ways))
-    return first if len(ways) == 1 else (first[0], "; ".join(dict.fromkeys(why for _, why in ways if why)))
-
-
-def _how_called(model: nn.Module, path: str, name: str) -> tuple[str, str]:
-    module = model.get_submodule(path)
-    kind = type(module).__name__
-    if has_hooks(module):
-        return "handed", f"{path} ({kind}) has hooks, which keep it one call"
-    if opens_up(module, name.removeprefix(f"{path}.")):
-        return "opened", f"{kind} as a function of its tensors"
-    if is_torch_leaf(module):
-        return "handed", f"{path} ({kind}) takes its tensors by name"
-    return "handed", f"{path} ({kind}) is one node of the graph"
-
-
-def _ways(model: nn.Module, way: Capture, uses: Uses, name: str, path: str) -> Iterable[tuple[str, str]]:
-    if ("get_attr", name) in uses:
-        yield ("graph", "read directly") if uses["get_attr", name] else ("unused", "read, and not used")
-    prefix = path
-    while True:
-        if ("call_module", prefix) in uses:
-            if prefix in way.opaque:
-                yield "handed", f"{prefix or 'the root'} stays one node: {way.opaque[prefix]}"
-            else:
-                inner = part_with(model.get_submodule(prefix), name.removeprefix(f"{prefix}."))
-                yield _how_called(model, f"{prefix}.{inner}" if inner else prefix, name)
-        if not prefix:
-            return
-        prefix = prefix.rpartition(".")[0]

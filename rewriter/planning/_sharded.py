@@ -1,4 +1,4 @@
-"""Modules that FSDP shards: it puts their parameters in place at each forward, over whatever computes them."""
+"""Modules that FSDP shards: it puts their parameters in place at each forward, over every computed tensor."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from rewriter.errors import Diagnostic
+from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim
 
 
-def refuse_sharded(model: nn.Module, claims: Sequence[Claim]) -> list[Diagnostic]:
-    """Return complaints about claims on tensors of modules that are sharded already."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+def refuse_sharded(model: nn.Module, claims: Sequence[Claim], problems: Problems) -> None:
+    """Refuse claims on tensors of modules that are sharded already."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # imported by the code that shards
     if fsdp is None:
-        return []
+        return
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
     sharded = [path for path, module in model.named_modules() if isinstance(module, kinds)]
     inside = tuple(f"{path}." if path else "" for path in sharded)
-    return [
-        claim.rule.where("select").diagnose(
-            f"{claim.name} is sharded by FSDP, which puts the parameter itself in place at each forward",
-            "rewrite the model first, then shard it",
-        )
-        for claim in claims
-        if inside and any(name.startswith(inside) for entry in claim.entries for name in entry.names)
-    ]
+    for claim in claims if inside else ():
+        if any(name.startswith(inside) for entry in claim.entries for name in entry.names):
+            problems.about(
+                claim,
+                "select",
+                "sharded by FSDP, which puts the parameter itself in place at each forward",
+                "rewrite the model first, then shard it",
+            )

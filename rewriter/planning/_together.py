@@ -9,14 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from rewriter.errors import RewriterError
-from rewriter.planning._construct import BuildError, arguments_of, layout_of_claim, seen_by
+from rewriter.planning._chain import BuildError, Chain, arguments_of
 from rewriter.planning._resolve import Claim
 
-Arguments = list[Mapping[str, Any]]
-"""One mapping for each chunk of a tensor; one alone where it is whole."""
 
-
-def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> dict[int, dict[int, Arguments]]:
+def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> dict[int, Chain]:
     """Ask each step's ``plan_sites`` for the constructor arguments of every site.
 
     Arguments:
@@ -24,34 +21,38 @@ def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> d
         inputs: values of the further tensors that the chain reads, by name.
 
     Returns:
-        For each claim, by its `id`: the arguments of its steps, by the step's index.
+        For each claim, by its `id`: its chain, constructed down to the first step that has such arguments. Empty for
+        a rule without such steps.
 
     Raises:
-        BuildError: a planner refuses what it is given.
+        BuildError: a planner refuses the tensors.
     """
-    extra: dict[int, dict[int, Arguments]] = {id(claim): {} for claim in claims}
-    chain = claims[0].rule.chain
-    # Later steps first: what an earlier one prunes is what they map to the tensors.
-    for index in reversed(range(len(chain))):
-        planner = getattr(chain[index].factory, "plan_sites", None)
+    steps = claims[0].rule.chain
+    planners = {index: getattr(step.factory, "plan_sites", None) for index, step in enumerate(steps)}
+    if not any(planners.values()):
+        return {}
+    chains = {id(claim): Chain(claim, inputs) for claim in claims}
+    # Later steps first: an earlier step sees what their right inverses give.
+    for index, planner in reversed(planners.items()):
         if planner is None:
             continue
         weights: list[Tensor] = []
         names: list[str] = []
         counts: list[int] = []
         for claim in claims:
-            seen = seen_by(claim, index, inputs, extra[id(claim)])
-            parts = [*seen.unbind(0)] if layout_of_claim(claim).chunks else [seen]
+            chain = chains[id(claim)]
+            seen = chain.seen(index)
+            parts = [*seen.unbind(0)] if chain.layout.chunks else [seen]
             weights += parts
             names += [claim.name] * len(parts)
             counts.append(len(parts))
         try:
-            found = iter(_ask(planner, weights, names, arguments_of(chain[index])))
+            found = iter(_ask(planner, weights, names, arguments_of(steps[index])))
         except (RewriterError, TypeError, ValueError) as problem:
-            raise BuildError(f"step {index + 1}, {chain[index]}: {problem}") from problem
+            raise BuildError(f"step {index + 1}, {steps[index]}: {problem}") from problem
         for claim, count in zip(claims, counts, strict=True):
-            extra[id(claim)][index] = [next(found) for _ in range(count)]
-    return extra
+            chains[id(claim)].extra[index] = [next(found) for _ in range(count)]
+    return chains
 
 
 def _ask(

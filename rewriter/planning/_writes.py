@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from rewriter.errors import Diagnostic
+from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
 
@@ -32,16 +33,21 @@ def running_statistic(entry: Entry) -> bool:
     return any(isinstance(owner, _NORMS) and tensor in _STATISTICS for owner, tensor in entry.owners)
 
 
-def refuse_statistics(claim: Claim) -> Diagnostic | None:
-    """Return the complaint about a claim on running statistics, if it makes one."""
+def refuse_statistics(claim: Claim, problems: Problems) -> bool:
+    """Say whether a claim is on running statistics, and add the problem."""
     for entry in claim.entries:
         if running_statistic(entry):
-            return claim.rule.where("select").diagnose(
-                f"{entry.name} is a running statistic: a forward in train mode updates it in place, and a computed "
-                "tensor cannot keep the update",
+            rest = "a forward in train mode updates {} in place, and a computed tensor cannot keep the update"
+            problems.about(
+                claim,
+                "select",
+                f"a running statistic: {rest.format('it')}",
                 _HINT,
+                entry.name,
+                f"running statistics: {rest.format('them')}",
             )
-    return None
+            return True
+    return False
 
 
 def refuse_writes(claims: Sequence[Claim], graph: fx.Graph | None) -> list[Diagnostic]:
@@ -104,7 +110,7 @@ def _views(user: fx.Node, node: fx.Node) -> bool:
 
 
 def _aliases(user: fx.Node, node: fx.Node) -> list[Any]:
-    """Return what the schema of `user` says of the memory of its arguments that are `node`."""
+    """Return the aliases that the schema of `user` declares for those of its arguments that are `node`."""
     arguments = user.target._schema.arguments  # type: ignore[union-attr]
     given = [*zip(arguments, user.args, strict=False), *((a, user.kwargs.get(a.name)) for a in arguments)]
     return [argument.alias_info for argument, value in given if value is node]

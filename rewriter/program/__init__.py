@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from rewriter.program._bake import bake_program
 from rewriter.program._insert import tied
-from rewriter.program._rewrite import plan_program, rewrite_program, survey_program
+from rewriter.program._rewrite import plan_program, rewrite_program
 from rewriter.program._sites import sites_of_program
+from rewriter.program._table import ProgramTable
 
 __all__ = [
+    "ProgramTable",
     "bake_program",
     "plan_program",
     "rewrite_program",
     "sites_of_program",
-    "survey_program",
     "tied",
 ]

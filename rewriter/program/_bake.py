@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from rewriter._bake import check_originals
+from rewriter._originals import check_originals
 from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import CaptureError
+from rewriter.planning import Plan
 from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, write_site
 from rewriter.serialization._graph_data import graph_to_data
 from rewriter.sites import ParametrizedTensor
@@ -37,8 +39,16 @@ class Edited:
         self.specs: Specs = list(signature.input_specs)
         held: tuple[dict[str, Any], dict[str, Any]] = (tied(program.state_dict), dict(program.constants))
         # One copy of both, so that tied tensors stay tied.
-        self.state, self.constants = held if share else copy.deepcopy(held)
+        self._copies: dict[int, Any] = {}
+        self.state, self.constants = held if share else copy.deepcopy(held, self._copies)
         self.fake = detect_fake_mode([node.meta.get("val") for node in self.graph.nodes])
+
+    def copied(self, plan: Plan) -> Plan:
+        """Return the plan with sites of its own, over the tensors of this copy."""
+        same = (plan.table.model, *plan.spec.rules)
+        memo = {**self._copies, **{id(one): one for one in same}}
+        table, new = copy.deepcopy((plan.table, plan.new), memo)
+        return dataclasses.replace(plan, table=table, new=new)
 
     def placeholders(self) -> dict[str, fx.Node]:
         """Return the placeholders by name."""

@@ -113,7 +113,7 @@ def note(node: fx.Node) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def sites_of_program(program: ExportedProgram) -> list[ProgramSite]:
+def sites_of_program(program: Any) -> list[ProgramSite]:
     """Return the sites of a program, in the order in which they are computed."""
     return [_read(note(node)["site"]) for node in program.graph.nodes if "site" in note(node)]
 

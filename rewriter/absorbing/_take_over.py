@@ -1,8 +1,7 @@
-"""Taking tensors over: the holder's machinery goes, its stored tensors and steps become a site."""
+"""Absorbing: hooks, classes and wrappers of other tools go; their stored tensors and steps become sites."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from rewriter._copy import copied
 from rewriter.absorbing import _old_hooks, _peft, _prune, _torch_parametrize
-from rewriter.absorbing._holder import Holder, Place
+from rewriter.absorbing._source import Holder, Place
 from rewriter.context._random import nothing_drawn
 from rewriter.errors import PlanError
-from rewriter.language import TensorInfo, class_names
-from rewriter.planning._survey import Entry, dtype_name
+from rewriter.language import Spec, TensorInfo, class_names
+from rewriter.planning import Entry, dtype_name, resolve, survey
 from rewriter.sites import Member, ParametrizedTensor, Record, layout_of, plain_class
 
 _SOURCES: tuple[Callable[[nn.Module], Iterator[Holder]], ...] = (
@@ -56,17 +55,26 @@ class Taken:
 
 
 def holders_of(model: nn.Module) -> list[Holder]:
-    """Find every tensor of `model` that something else computes; those that others read come first."""
-    readable = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    """Find every tensor of `model` that another tool computes; those that others read come first.
+
+    What a parametrization of torch computes for itself belongs to that parametrization, and is not in the list.
+    """
+    lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
+    private = {id(module) for found in lists for step in found for module in step.modules()}
+    readable = [
+        module
+        for module in model.modules()
+        if id(module) not in private and not isinstance(module, torch.jit.ScriptModule)
+    ]
     waiting = [holder for module in readable for find in _SOURCES for holder in find(module)]
-    # An adapter changes a tensor where it is: it comes after what computes it.
+    # An adapter changes a tensor where it is: it comes after the source that computes the tensor.
     waiting.sort(key=lambda holder: any(_key(place) == _key(holder.place) for place in holder.stored))
     ordered: list[Holder] = []
     while waiting:
         at: dict[tuple[int, str], list[Holder]] = {}
         for holder in waiting:
             at.setdefault(_key(holder.place), []).append(holder)
-        # Where several compute the same tensor, the one found first stores what it has.
+        # If several compute the same tensor, the first one stores it.
         ready = [holder for holder in waiting if not any(_before(holder, at.get(_key(p), ())) for p in holder.stored)]
         ordered += ready or waiting
         chosen = {id(holder) for holder in ready or waiting}
@@ -74,27 +82,53 @@ def holders_of(model: nn.Module) -> list[Holder]:
     return ordered
 
 
+def absorbable(model: nn.Module, spec: Spec) -> list[Holder]:
+    """Return what a spec takes over from other tools; nothing changes.
+
+    With `absorb: true` that is everything. Without it, torch's parametrizations at the modules whose other tensors
+    the rules claim: a module has one class and one container for its computed tensors.
+    """
+    found = holders_of(model)
+    if spec.absorb or not any(holder.source == "torch.parametrize" for holder in found):
+        return found if spec.absorb else []
+    foreign = [entry for entry, _ in foreign_entries(model)]
+    claims, _ = resolve(spec, [*survey(model), *foreign])
+    claimed = [entry for claim in claims for entry in claim.entries]
+    if any(entry in foreign for entry in claimed):  # refused by the plan, which names it
+        return []
+    owners = {id(owner) for entry in claimed for owner, _ in entry.owners}
+    beside = {id(holder.owner) for holder in found if id(holder.owner) in owners}
+    lists = {id(part) for holder in found if id(holder.owner) in beside for part, _ in holder.stored}
+    return [holder for holder in found if id(holder.owner) in beside | lists]
+
+
 def _before(holder: Holder, others: Sequence[Holder]) -> bool:
     """Whether one of `others` has to be taken before `holder`."""
     return bool(others) and others[0] is not holder
 
 
-def take_over(model: nn.Module) -> tuple[nn.Module, list[Taken]]:
-    """Make `model` plain, and return it with the tensors that were computed; the model is changed.
+def take_over(model: nn.Module, holders: Sequence[Holder]) -> tuple[nn.Module, list[Taken]]:
+    """Make the tensors of `holders` plain ones; the model is changed.
 
-    The model that is returned is another one where PEFT had wrapped the root.
+    Returns:
+        The model, which is another one if PEFT had wrapped the root, and the tensors that were computed.
 
     Raises:
-        PlanError: a layer cannot be taken over.
+        PlanError: a layer cannot be absorbed.
     """
     taken: dict[tuple[int, str], Taken] = {}
-    found = holders_of(model)
-    prepared = [(holder, _steps(holder, model)) for holder in found]
+    prepared = [(holder, _steps(holder, model)) for holder in holders]
     for holder, steps in prepared:
         _take(holder, steps, taken)
-    if any(holder.source.startswith("peft") for holder in found):
+    if any(holder.source.startswith("peft") for holder in holders):
         model = _peft.remove_wrappers(model)
     return model, list(taken.values())
+
+
+def taken_over(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` in which every tensor that another tool computes is a plain one with its value."""
+    copy = copied(model)
+    return take_over(copy, holders_of(copy))[0]
 
 
 def _steps(holder: Holder, model: nn.Module) -> list[nn.Module]:
@@ -106,12 +140,7 @@ def _steps(holder: Holder, model: nn.Module) -> list[nn.Module]:
         raise PlanError(f"{name}: {problem}") from problem
 
 
-def taken_over(model: nn.Module) -> tuple[nn.Module, list[Taken]]:
-    """Like `take_over`, on a copy."""
-    return take_over(copied(model))
-
-
-def sites_for(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tuple[Entry, ParametrizedTensor]]:
+def absorbed_sites(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tuple[Entry, ParametrizedTensor]]:
     """Return the sites of the tensors that were taken over, in the model's order."""
     if not taken:
         return []
@@ -121,13 +150,15 @@ def sites_for(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tuple[En
     for one in taken:
         entry = by_place.get((id(one.place[0]), one.place[1]))
         if entry is None:
-            raise PlanError(f"{one.place[1]} of a {type(one.place[0]).__name__} is no part of the model any more")
+            raise PlanError(
+                f"{one.place[1]} of a {type(one.place[0]).__name__} is not reached as a tensor of the model"
+            )
         found.append((entry, _site(one, entry)))
     return sorted(found, key=lambda pair: order[id(pair[0])])
 
 
-def held_entries(model: nn.Module) -> list[tuple[Entry, str]]:
-    """Return the computed tensors as selectors see them, each with what computes it."""
+def foreign_entries(model: nn.Module) -> list[tuple[Entry, str]]:
+    """Return the tensors that other tools compute, as selectors see them, each with the tool's name."""
     holders = holders_of(model)
     if not holders:
         return []
@@ -160,7 +191,7 @@ def _take(holder: Holder, steps: list[nn.Module], taken: dict[tuple[int, str], T
     inputs = [getattr(module, name) for module, name in holder.stored]
     inner = [index for index, one in enumerate(held) if one is not None]
     if len(inner) > 1:
-        raise PlanError(f"{holder.tensor} is computed from several tensors that are computed in their turn")
+        raise PlanError(f"{holder.tensor} is computed from several tensors that are computed themselves")
     if not steps:
         return
     value = _value(steps, inputs)
@@ -188,7 +219,7 @@ def _value(steps: Iterable[nn.Module], inputs: Sequence[Tensor]) -> Tensor:
     arguments: Any = inputs
     with nothing_drawn(inputs):
         for step in steps:
-            arguments = (copy.deepcopy(step).eval()(*arguments),)
+            arguments = (copied(step).eval()(*arguments),)
     value: Tensor = arguments[0]
     return value.detach().clone()
 
