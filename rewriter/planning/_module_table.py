@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
 
-from rewriter.bindings import RewrittenModule
 from rewriter.capture import (
     Call,
     Capture,
@@ -24,6 +23,7 @@ from rewriter.planning._resolve import Claim
 from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, refuse_strays, survey
 from rewriter.sites import ParametrizedTensor
+from rewriter.sites._places import GRAPH_OF
 
 
 class ModuleTable:
@@ -62,7 +62,7 @@ class ModuleTable:
             CaptureError: the mode asks for a graph and there is none.
         """
         model, mode = self.model, self.mode
-        if mode == "export" and not isinstance(model, RewrittenModule):
+        if mode == "export" and not is_rewritten_graph(model):
             return export_capture(model, self.call)
         way = capture(model, owners, "auto" if mode == "export" else mode)
         if self.call is None or way.graph is None or isinstance(model, fx.GraphModule):
@@ -87,9 +87,14 @@ class ModuleTable:
         if found:
             first = next(iter(found))
             return first if len(found) == 1 else (first[0], "; ".join(dict.fromkeys(why for _, why in found if why)))
-        if present and isinstance(self.model, RewrittenModule):
+        if present and is_rewritten_graph(self.model):
             return "graph", "as it was rewritten before"
         return "unused", "no forward of the model reads it"
+
+
+def is_rewritten_graph(model: nn.Module) -> bool:
+    """Whether `model` is what `rewrite` made of a captured graph."""
+    return GRAPH_OF in model.__dict__
 
 
 Uses = dict[tuple[str, str], bool]

@@ -64,7 +64,7 @@ def _parts(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(module: nn.Module) -> list[Any]:
-    state = vars(module)
+    state = dict(sorted(vars(module).items()))  # tracing changes the order
     plain = [(key, value) for key, value in state.items() if isinstance(value, _PLAIN)]
     lists = [(key, list(value)) for key, value in state.items() if type(value) in (list, tuple)]
     return [plain, lists, state.get("forward"), [tuple(state[hooks]) for hooks in _HOOKS if hooks in state]]

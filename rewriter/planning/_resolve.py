@@ -18,7 +18,7 @@ _MODULE = re.compile(r"\bmodule: '?([\w.]+)")
 
 @dataclass
 class Claim:
-    """A rule's hold on one site: a single tensor, or the tensors of a `joint` rule."""
+    """A rule and the tensor that it selects; the tensors of one module for a `joint` rule."""
 
     rule: Rule
     entries: list[Entry]
@@ -79,7 +79,7 @@ def _select(
 
 
 def nearest(pattern: str, entries: Sequence[Entry]) -> str:
-    """Return a hint: what of the model comes near to a pattern that matches nothing."""
+    """Return a hint: the names in the model that are similar to a pattern that matches nothing."""
     wanted = _MODULE.search(pattern)
     classes = dict.fromkeys(name for entry in entries for info in entry.infos for name in info.module_classes)
     if wanted is not None and wanted[1] not in classes:
@@ -90,7 +90,12 @@ def nearest(pattern: str, entries: Sequence[Entry]) -> str:
     names = [name for entry in entries for name in entry.names]
     if not names:
         return "the model has no tensors"
-    near = difflib.get_close_matches(pattern.strip("'\""), names[:5000], n=3, cutoff=0.5)
+    pattern = pattern.strip("'\"")
+    inside = next((name for name in names if pattern and name.startswith(f"{pattern}.")), None)
+    if inside is not None:
+        below = "*" if inside.count(".") == pattern.count(".") + 1 else "**"
+        return f"`{pattern}` is a module: `{inside}`, or `{pattern}.{below}`"
+    near = difflib.get_close_matches(pattern, names[:5000], n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}?"
     shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")

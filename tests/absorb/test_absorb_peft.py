@@ -190,3 +190,25 @@ def test_a_selected_weight_under_an_adapter_is_refused():
     spec = {"reparam": 1, "rules": [{"name": "s", "select": select, "chain": ["symmetric"]}]}
     with pytest.raises(rewriter.PlanError, match=r"fc\.weight is computed already, by peft\.lora"):
         rewriter.rewrite(net, spec)
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_dora_beside_another_adapter_is_refused(second):
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["fc"], use_dora=True))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["fc"], use_dora=second))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(rewriter.PlanError, match="DoRA adapters default, other"):
+        rewriter.absorb(model)
+
+
+def test_an_adapter_of_a_grouped_convolution_is_refused():
+    base = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(rewriter.PlanError, match="grouped convolution"):
+        rewriter.absorb(model)
+
+
+def test_an_adapter_that_changes_the_bias_says_so():
+    config = peft.IA3Config(target_modules=["fc"], feedforward_modules=[])
+    with pytest.raises(rewriter.PlanError, match="its bias included"):
+        rewriter.absorb(peft.get_peft_model(Net(), config))

@@ -107,3 +107,19 @@ def test_absorbed_tensors_are_checked_and_baked(reparam, folder):
     torch.testing.assert_close(plain[0](x), model[0](x))
     explained = reparam("explain", "absorb.yaml", "pruned.pt", "0.weight", "--trust")
     assert "0.weight: computed already, by torch.prune; the spec takes it over" in explained.out
+
+
+def test_apply_captures_builds_and_proves_once(reparam, folder, monkeypatch):
+    from rewriter.planning import _module_table, _prepare
+
+    calls = []
+    for place, name in ((_prepare, "_build_all"), (_prepare, "_proven"), (_module_table, "capture")):
+        real = getattr(place, name)
+
+        def counted(*args, real=real, name=name, **options):
+            calls.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(place, name, counted)
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "out.pt").code == 0
+    assert sorted(calls) == ["_build_all", "_proven", "capture"]

@@ -183,7 +183,7 @@ def test_a_failing_right_inverse_names_the_step_and_the_way_out(model: nn.Module
 def test_lazy_modules_are_refused_until_they_have_shapes() -> None:
     lazy = nn.Sequential(nn.LazyLinear(3))
     rules = spec({"select": "0.weight", "chain": ["weight_norm"]})
-    with pytest.raises(PlanError, match=r"(?s)0\.weight belongs to a lazy module .* run the model once"):
+    with pytest.raises(PlanError, match=r"(?s)0\.weight is in a lazy module .* run the model once"):
         plan(lazy, rules)
     lazy(torch.randn(2, 4))
     assert len(plan(lazy, rules)) == 1
