@@ -135,7 +135,11 @@ def _signature(factory: Factory) -> _Signature:
 def _annotations(factory: Factory, parameters: Mapping[str, inspect.Parameter]) -> Iterator[tuple[str, Annotation]]:
     """Yield the annotations that can be evaluated, each on its own."""
     constructor: Any = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
-    names = getattr(inspect.unwrap(constructor), "__globals__", {})
+    # A class that generates its constructor has the annotations in its own module.
+    own = (
+        vars(sys.modules[factory.__module__]) if isinstance(factory, type) and factory.__module__ in sys.modules else {}
+    )
+    names = {**own, **getattr(inspect.unwrap(constructor), "__globals__", {})}
     for name, parameter in parameters.items():
         if parameter.annotation is not parameter.empty:
             alone = SimpleNamespace(__annotations__={name: parameter.annotation})

@@ -14,7 +14,15 @@ from rewriter._given import kind_of
 from rewriter.context import Session
 from rewriter.context._fingerprint import PLAIN, settings_of
 from rewriter.language import Rule, Step
-from rewriter.planning._construct import BuildError, Extra, construct_steps, first_line, layout_of_claim, value_of
+from rewriter.planning._construct import (
+    BuildError,
+    Extra,
+    construct_steps,
+    first_line,
+    layout_of_claim,
+    transposed,
+    value_of,
+)
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
@@ -102,7 +110,8 @@ def build(
         _check_arity(steps[0], rule.chain[0], len(fitted.originals))
         originals, stored, carries = Inverse(fitted.originals, (len(fitted.originals),), (0,))
     else:
-        steps = list(shared) if shared is not None else construct_steps(rule, layout, target, inputs, extra or {})[0]
+        made = None if shared is None else list(shared)
+        steps = made or construct_steps(rule, layout, target, inputs, extra or {}, transposed=transposed(claim))[0]
         if rule.init == "sample":
             target = _sample(steps, layout)
         originals, stored, carries = _invert(rule, layout, steps, target, inputs)

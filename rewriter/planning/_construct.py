@@ -44,7 +44,7 @@ def seen_by(claim: Claim, index: int, inputs: Mapping[str, Tensor], extra: Extra
     """Return the tensor that a claim's step is constructed for: what the steps after it map to the claimed one."""
     values = [value_of(entry) for entry in claim.entries]
     target: Any = values[0] if len(values) == 1 else tuple(values)
-    value = construct_steps(claim.rule, layout_of_claim(claim), target, inputs, extra, index + 1)[1]
+    value = construct_steps(claim.rule, layout_of_claim(claim), target, inputs, extra, index + 1, transposed(claim))[1]
     return first_of(value)
 
 
@@ -57,8 +57,20 @@ def arguments_of(step: Step) -> dict[str, Any]:
     return arguments
 
 
+def transposed(claim: Claim) -> bool:
+    """Return whether a claim's tensor is the kernel of a transposed convolution, whose outputs are dimension 1."""
+    owners = claim.entries[0].owners
+    return bool(owners) and isinstance(owners[0][0], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+
+
 def construct_steps(
-    rule: Rule, layout: Layout, target: Any, inputs: Mapping[str, Tensor], extra: Extra, start: int = 0
+    rule: Rule,
+    layout: Layout,
+    target: Any,
+    inputs: Mapping[str, Tensor],
+    extra: Extra,
+    start: int = 0,
+    transposed: bool = False,
 ) -> tuple[list[nn.Module], Any]:
     """Make the steps from `start` on, the last one first: each sees the tensor that it will have to produce.
 
@@ -75,7 +87,8 @@ def construct_steps(
         weight = first_of(value)
         dtype = entering[index]
         try:
-            module = _make(step, weight if dtype is None else weight.to(dtype), layout, extra.get(index, ()))
+            weight = weight if dtype is None else weight.to(dtype)
+            module = _make(step, weight, layout, extra.get(index, ()), transposed)
             if index and rule.init != "raw":
                 parts = parts_of(right_inverse(module, value, [inputs[name] for name in step.inputs]))
                 value = parts[carry_of(module, parts, weight.shape)]
@@ -117,7 +130,9 @@ def _entering(rule: Rule, value: Any, inputs: Mapping[str, Tensor]) -> list[torc
     return entering
 
 
-def _make(step: Step, weight: Tensor, layout: Layout, extra: Sequence[Mapping[str, Any]]) -> nn.Module:
+def _make(
+    step: Step, weight: Tensor, layout: Layout, extra: Sequence[Mapping[str, Any]], transposed: bool = False
+) -> nn.Module:
     """Construct a step; `extra` are further arguments for each chunk, where they were decided for each."""
     arguments = arguments_of(step)
 
@@ -125,7 +140,7 @@ def _make(step: Step, weight: Tensor, layout: Layout, extra: Sequence[Mapping[st
         if step.module is not None:
             return copy.deepcopy(step.module)
         assert step.factory is not None
-        return construct(step.factory, weight, {**arguments, **further})
+        return construct(step.factory, weight, {**arguments, **further}, transposed)
 
     if not layout.chunks:
         return one(weight, extra[0] if extra else {})

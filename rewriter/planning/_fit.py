@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rewriter.context._fingerprint import same_setting, settings_of, snapshot
 from rewriter.context._random import nothing_drawn
 from rewriter.language import Rule
-from rewriter.planning._construct import BuildError, construct_steps, layout_of_claim, value_of
+from rewriter.planning._construct import BuildError, construct_steps, layout_of_claim, transposed, value_of
 from rewriter.planning._resolve import Claim
 from rewriter.sites._batch import likeness_of_step, stacked_step
 from rewriter.sites._inverse import parts_of, right_inverse
@@ -61,7 +61,7 @@ def fitted_together(rule: Rule, claims: Sequence[Claim]) -> dict[int, Fitted]:
         if value.is_meta or value.numel() > LARGEST or type(value) is not Tensor or value.layout != torch.strided:
             continue
         try:
-            (step,) = construct_steps(rule, layout_of_claim(claim), value, {}, {})[0]
+            (step,) = construct_steps(rule, layout_of_claim(claim), value, {}, {}, transposed=transposed(claim))[0]
         except BuildError:
             break
         form = (value.shape, value.dtype, value.device, likeness_of_step(step))
@@ -160,7 +160,7 @@ def _copied(module: nn.Module) -> nn.Module:
 def _same_alone(rule: Rule, claim: Claim, whole: nn.Module, found: Sequence[Tensor], index: int) -> bool:
     """Whether a step that is fitted alone comes to the same stored tensors and the same state."""
     value = value_of(claim.entries[0])
-    (step,) = construct_steps(rule, layout_of_claim(claim), value, {}, {})[0]
+    (step,) = construct_steps(rule, layout_of_claim(claim), value, {}, {}, transposed=transposed(claim))[0]
     alone = parts_of(right_inverse(step, value))
     if len(alone) != len(found) or not all(map(_close, found, alone)):
         return False
