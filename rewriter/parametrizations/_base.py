@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import sys
@@ -64,6 +63,8 @@ class Parametrization(WideBuffers):
         freezes_original: the original is not trained.
         preserves_dtype, preserves_shape: the value has the dtype and the shape of the input.
         chain_input: which input of forward comes from the step before; the others are stored.
+        contains: a method ``contains(tensor, tolerance)`` for `rewriter.testing.on_space`, if forward after the
+            right inverse does not answer.
         wide_buffers: buffers stay float32 when the model is converted to float16 or bfloat16, because rounding
             would move a base point off its manifold.
     """
@@ -176,49 +177,6 @@ class Space(Precise):
     def sample(self) -> Tensor:
         """Return a random value: that of a standard normal tensor."""
         return self.forward(self.noise()).to(self.dtype)
-
-
-@torch.no_grad()
-def on_space(step: nn.Module, tensor: Tensor, tolerance: float | None = None) -> bool:
-    """Return whether a step, or a `Chain` of steps, can give `tensor`.
-
-    >>> from rewriter.parametrizations import Orthogonal
-    >>> step = Orthogonal(weight=torch.eye(2))
-    >>> on_space(step, torch.eye(2)), on_space(step, torch.ones(2, 2))
-    (True, False)
-
-    A step that defines ``contains(tensor, tolerance)`` answers itself. For others the right inverse and then forward
-    must give `tensor` again. The step is not changed.
-
-    Arguments:
-        step: the parametrization.
-        tensor: the value in question.
-        tolerance: the largest difference of an entry, relative to the largest entry; eps to the power 0.6 by default.
-
-    Raises:
-        RewriterError: the step has neither ``contains`` nor a right inverse.
-    """
-    if tolerance is None:
-        tolerance = torch.finfo(tensor.dtype).eps ** 0.6
-    if not tensor.isfinite().all():
-        return False
-    contains: Any = getattr(step, "contains", None)
-    if contains is not None:
-        return bool(contains(tensor, tolerance))
-    copied: Any = copy.deepcopy(step).eval()
-    if not hasattr(copied, "right_inverse"):
-        raise RewriterError(f"{type(step).__name__} has no right inverse, so it cannot say what its values are")
-    try:
-        stored = copied.right_inverse(tensor)
-    except NotImplementedError as reason:
-        raise RewriterError(f"{type(step).__name__} has no right inverse for this tensor: {reason}") from reason
-    except (RewriterError, ValueError, torch.linalg.LinAlgError):
-        return False
-    value = copied(*stored) if isinstance(stored, (tuple, list)) else copied(stored)
-    if value.shape != tensor.shape:
-        return False
-    largest = max(1.0, float(tensor.abs().max())) if tensor.numel() else 1.0
-    return bool(((value - tensor).abs() <= tolerance * largest).all())
 
 
 @functools.lru_cache(maxsize=1024)

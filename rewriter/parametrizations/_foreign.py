@@ -11,7 +11,7 @@ from rewriter.parametrizations.maths._precision import widen
 
 
 class Widened(WideBuffers):
-    """First base of a class whose `forward` and `right_inverse` shall compute in at least float32.
+    """First base of a class whose `forward` shall compute in at least float32.
 
     Decompositions have no bfloat16, and a product of bfloat16 matrices is not orthogonal.
     """
@@ -20,6 +20,10 @@ class Widened(WideBuffers):
         """Return the value of the inputs, in the dtype of the last one."""
         dtype = _dtype_of(inputs)
         return _converted(super().forward(*_widened(inputs), **named), dtype)
+
+
+class WidenedBothWays(Widened):
+    """First base of a class that has a right inverse too."""
 
     def right_inverse(self, value: Any, **named: Any) -> Any:
         """Return the inputs for `value`, in its dtype."""

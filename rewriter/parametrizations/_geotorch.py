@@ -7,7 +7,7 @@ from typing import Any
 import geotorch
 from torch import nn
 
-from rewriter.parametrizations._foreign import Widened
+from rewriter.parametrizations._foreign import Widened, WidenedBothWays
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -20,7 +20,8 @@ def __getattr__(name: str) -> Any:
         return found
     if found not in _classes:
         body = {"__module__": __name__, "__qualname__": name, "__doc__": found.__doc__}
-        _classes[found] = type(name, (Widened, found), body)
+        base = WidenedBothWays if hasattr(found, "right_inverse") else Widened
+        _classes[found] = type(name, (base, found), body)
     return _classes[found]
 
 

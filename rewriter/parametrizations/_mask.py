@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +38,7 @@ class FixedMask(Parametrization):
         mask = self.chosen_mask
         if mask is None:
             assert weight is not None
-            mask = self.choose(weight, None, **self.arguments())
+            mask = self.choose(weight, None, self)
         for field in self.fields:
             value = getattr(self, field)
             if value is None or isinstance(value, Tensor):  # the buffer below has all of them
@@ -45,13 +47,13 @@ class FixedMask(Parametrization):
         self.mask: Tensor
 
     @classmethod
-    def choose(cls, weight: Tensor, remaining: Tensor | None, **arguments: Any) -> Tensor:
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
         """Return the mask for `weight`.
 
         Arguments:
             weight: the tensor to prune.
             remaining: the product of earlier masks in the chain, or ``None`` without any.
-            arguments: those of the constructor.
+            given: has the constructor's arguments as attributes.
         """
         raise NotImplementedError
 
@@ -71,11 +73,18 @@ class FixedMask(Parametrization):
             remaining: for each, the product of earlier masks in the chain.
             arguments: those of the constructor.
         """
-        earlier = remaining or [None] * len(weights)
+        given, earlier = cls.given(**arguments), remaining or [None] * len(weights)
         return [
-            {} if weight.is_meta else {"chosen_mask": as_mask(cls.choose(weight, left, **arguments), weight)}
+            {} if weight.is_meta else {"chosen_mask": as_mask(cls.choose(weight, left, given), weight)}
             for weight, left in zip(weights, earlier, strict=True)
         ]
+
+    @classmethod
+    def given(cls, **arguments: Any) -> Any:
+        """Return an object that has all the constructor's arguments as attributes."""
+        bound = inspect.Signature(list(cls.fields.values())).bind(**arguments)
+        bound.apply_defaults()
+        return SimpleNamespace(**bound.arguments)
 
     def forward(self, X: Tensor) -> Tensor:
         return X * self.mask
@@ -124,15 +133,15 @@ class Mask(FixedMask, name="mask"):
 
     def build(self, weight: Tensor | None) -> None:
         if self.chosen_mask is None:
-            self.chosen_mask = self.choose(weight, None, **self.arguments())
+            self.chosen_mask = self.choose(weight, None, self)
         super().build(weight)
 
     @classmethod
-    def choose(cls, weight: Any, remaining: Tensor | None, **arguments: Any) -> Tensor:
-        mask, file, key = (arguments.get(name) for name in ("mask", "file", "key"))
-        if (mask is None) == (file is None):
+    def choose(cls, weight: Any, remaining: Tensor | None, given: Any) -> Tensor:
+        if (given.mask is None) == (given.file is None):
             raise RewriterError("a mask is either a tensor (from Python) or a `file` (and `key`): give one")
-        return _pick(read_tensors(str(file)), key, str(file)) if mask is None else mask
+        mask: Tensor | None = given.mask
+        return _pick(read_tensors(given.file), given.key, given.file) if mask is None else mask
 
     @classmethod
     def plan_sites(
@@ -143,12 +152,12 @@ class Mask(FixedMask, name="mask"):
         **arguments: Any,
     ) -> list[dict[str, Any]]:
         """Return the mask of each site: from a file, the one with the tensor's own name in the model if it is there."""
-        file, key = arguments.get("file"), arguments.get("key")
-        stored = read_tensors(str(file)) if file is not None and key is None and names else {}
+        given = cls.given(**arguments)
+        stored = read_tensors(given.file) if given.file is not None and given.key is None and names else {}
         planned = []
         for weight, name in zip(weights, names or [""] * len(weights), strict=True):
             own = [k for k in (name, f"{name}_mask") if k in stored]
-            mask = stored[own[0]] if own else cls.choose(weight, None, **arguments)
+            mask = stored[own[0]] if own else cls.choose(weight, None, given)
             planned.append({"chosen_mask": as_mask(mask, weight)})
         return planned
 

@@ -62,8 +62,8 @@ class RandomUnstructured(_Pruning, name="random_unstructured"):
     amount: int | float
 
     @classmethod
-    def choose(cls, weight: Tensor, remaining: Tensor | None, *, amount: int | float) -> Tensor:  # type: ignore[override]
-        return selected(prune.RandomUnstructured, weight, remaining, amount)
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
+        return selected(prune.RandomUnstructured, weight, remaining, given.amount)
 
 
 class L1Unstructured(_Pruning, name="l1_unstructured"):
@@ -86,16 +86,9 @@ class L1Unstructured(_Pruning, name="l1_unstructured"):
     importance_scores: Tensor | None = None
 
     @classmethod
-    def choose(  # type: ignore[override]
-        cls,
-        weight: Tensor,
-        remaining: Tensor | None,
-        *,
-        amount: int | float,
-        importance_scores: Tensor | None = None,
-    ) -> Tensor:
-        scores = weight if importance_scores is None else importance_scores
-        return selected(prune.L1Unstructured, scores, remaining, amount)
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
+        scores = weight if given.importance_scores is None else given.importance_scores
+        return selected(prune.L1Unstructured, scores, remaining, given.amount)
 
 
 class RandomStructured(_Pruning, name="random_structured"):
@@ -117,10 +110,8 @@ class RandomStructured(_Pruning, name="random_structured"):
     dim: int = -1
 
     @classmethod
-    def choose(  # type: ignore[override]
-        cls, weight: Tensor, remaining: Tensor | None, *, amount: int | float, dim: int = -1
-    ) -> Tensor:
-        return selected(prune.RandomStructured, weight, remaining, amount, dim)
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
+        return selected(prune.RandomStructured, weight, remaining, given.amount, given.dim)
 
 
 class LnStructured(_Pruning, name="ln_structured"):
@@ -148,19 +139,10 @@ class LnStructured(_Pruning, name="ln_structured"):
     importance_scores: Tensor | None = None
 
     @classmethod
-    def choose(  # type: ignore[override]
-        cls,
-        weight: Tensor,
-        remaining: Tensor | None,
-        *,
-        amount: int | float,
-        n: int | float | str = 2,
-        dim: int = -1,
-        importance_scores: Tensor | None = None,
-    ) -> Tensor:
-        scores = weight if importance_scores is None else importance_scores
-        norm = float(n) if n in ("inf", "-inf") else n
-        return selected(prune.LnStructured, scores, remaining, amount, norm, dim)
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
+        scores = weight if given.importance_scores is None else given.importance_scores
+        norm = float(given.n) if given.n in ("inf", "-inf") else given.n
+        return selected(prune.LnStructured, scores, remaining, given.amount, norm, given.dim)
 
 
 class _Global(_Pruning):
@@ -168,9 +150,11 @@ class _Global(_Pruning):
     plans_alone = True
     criterion: ClassVar[Callable[..., Any]]
 
+    amount: int | float
+
     @classmethod
-    def choose(cls, weight: Tensor, remaining: Tensor | None, *, amount: int | float) -> Tensor:  # type: ignore[override]
-        return selected(cls.criterion, weight, remaining, amount)
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
+        return selected(cls.criterion, weight, remaining, given.amount)
 
     @classmethod
     def plan_sites(
@@ -192,7 +176,7 @@ class _Global(_Pruning):
                 for weight, mask in zip(weights, remaining, strict=True)
             ]
             left = torch.cat([mask.flatten().to(place) for mask in masks])
-        chosen = cls.choose(entries, left, **arguments).split([weight.numel() for weight in weights])
+        chosen = cls.choose(entries, left, cls.given(**arguments)).split([weight.numel() for weight in weights])
         return [
             {"chosen_mask": part.view(weight.shape).to(weight.device)}
             for part, weight in zip(chosen, weights, strict=True)
@@ -214,8 +198,6 @@ class GlobalL1(_Global, name="global_l1"):
 
     criterion = prune.L1Unstructured
 
-    amount: int | float
-
 
 class GlobalRandom(_Global, name="global_random"):
     """Prune entries at random among all tensors of a rule, under one budget.
@@ -231,8 +213,6 @@ class GlobalRandom(_Global, name="global_random"):
     """
 
     criterion = prune.RandomUnstructured
-
-    amount: int | float
 
 
 class NM(FixedMask, name="n_m"):
@@ -257,9 +237,8 @@ class NM(FixedMask, name="n_m"):
     dim: int = -1
 
     @classmethod
-    def choose(  # type: ignore[override]
-        cls, weight: Tensor, remaining: Tensor | None, *, n: int = 2, m: int = 4, dim: int = -1
-    ) -> Tensor:
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
+        n, m, dim = given.n, given.m, given.dim
         if not 0 <= n <= m or m < 1:
             raise RewriterError(f"n_m keeps n of m entries, with 0 <= n <= m: n={n}, m={m}")
         if not -weight.dim() <= dim < weight.dim() or weight.shape[dim] % m:
@@ -296,15 +275,8 @@ class BlockSparse(FixedMask, name="block_sparse"):
     n: float = 2.0
 
     @classmethod
-    def choose(  # type: ignore[override]
-        cls,
-        weight: Tensor,
-        remaining: Tensor | None,
-        *,
-        amount: int | float,
-        block_shape: Sequence[int],
-        n: float = 2.0,
-    ) -> Tensor:
+    def choose(cls, weight: Tensor, remaining: Tensor | None, given: Any) -> Tensor:
+        block_shape = given.block_shape
         if len(block_shape) != 2 or weight.dim() < 2 or min(block_shape) < 1:
             raise RewriterError(f"block_shape is [rows, columns] for a matrix, not {list(block_shape)}")
         rows, columns = block_shape
@@ -315,6 +287,7 @@ class BlockSparse(FixedMask, name="block_sparse"):
             torch.unflatten(torch.unflatten(tensor, -2, (-1, rows)), -1, (-1, columns))
             for tensor in (weight.detach() * left, left)
         ]
-        norms = torch.linalg.vector_norm(blocks[0], n, dim=(-3, -1))
-        mask = selected(prune.L1Unstructured, norms, None if remaining is None else blocks[1].amax((-3, -1)), amount)
+        norms = torch.linalg.vector_norm(blocks[0], given.n, dim=(-3, -1))
+        whole = None if remaining is None else blocks[1].amax((-3, -1))
+        mask = selected(prune.L1Unstructured, norms, whole, given.amount)
         return mask.repeat_interleave(rows, -2).repeat_interleave(columns, -1)

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn.utils import parametrizations as _torch
 
-from rewriter.parametrizations._foreign import Widened
+from rewriter.parametrizations._foreign import WidenedBothWays
 from rewriter.parametrizations.maths._checks import require_matrix
 from rewriter.parametrizations.maths._precision import widen
 
 
-class Orthogonal(Widened, _torch._Orthogonal):
+class Orthogonal(WidenedBothWays, _torch._Orthogonal):
     """The class behind :func:`torch.nn.utils.parametrizations.orthogonal`.
 
     >>> import torch
@@ -44,7 +44,7 @@ class Orthogonal(Widened, _torch._Orthogonal):
         super().__init__(widen(weight), _torch._OrthMaps[orthogonal_map], use_trivialization=use_trivialization)
 
 
-class SpectralNorm(Widened, _torch._SpectralNorm):
+class SpectralNorm(WidenedBothWays, _torch._SpectralNorm):
     """The class behind :func:`torch.nn.utils.parametrizations.spectral_norm`.
 
     >>> import torch
@@ -75,7 +75,7 @@ class SpectralNorm(Widened, _torch._SpectralNorm):
         super().__init__(widen(weight), n_power_iterations, int(transposed) if dim is None else dim, eps)
 
 
-class WeightNorm(Widened, _torch._WeightNorm):
+class WeightNorm(WidenedBothWays, _torch._WeightNorm):
     """The class behind :func:`torch.nn.utils.parametrizations.weight_norm`.
 
     >>> import torch

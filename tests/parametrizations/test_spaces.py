@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import rewriter
 from rewriter import PlanError, rewrite
-from rewriter.errors import RewriterError
-from rewriter.parametrizations._base import Space, on_space
+from rewriter.parametrizations._base import Space
 from rewriter.parametrizations._registry import construct, find
+from rewriter.testing import on_space
 from tests.members import members
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -69,17 +69,6 @@ def test_a_step_may_say_itself_what_its_values_are() -> None:
 
     assert on_space(Even(), torch.tensor([4.0]))
     assert not on_space(Even(), torch.tensor([3.0]))
-
-
-def test_a_chain_has_the_space_of_its_composition() -> None:
-    chain = rewriter.chain(build("orthogonal"), construct(find("scale"), torch.ones(1), {"factor": 2.0}))
-    assert on_space(chain, 2 * torch.eye(4, dtype=torch.float64))
-    assert not on_space(chain, torch.eye(4, dtype=torch.float64))
-
-
-def test_a_step_without_a_right_inverse_cannot_say() -> None:
-    with pytest.raises(RewriterError, match="no right inverse"):
-        on_space(nn.Softplus(), torch.ones(1))
 
 
 @pytest.mark.parametrize("name", ["spectral_norm", "orthogonal", "stiefel", "triangular", "spd", "low_rank"])
