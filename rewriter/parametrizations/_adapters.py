@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._adapter import FRESH, Adapter
+from rewriter.parametrizations._adapter import Adapter
 from rewriter.parametrizations.maths._precision import widen
 
 LoraStart = bool | Literal["gaussian", "pissa", "olora", "orthogonal"]
@@ -314,40 +314,3 @@ def _whole(matrix: nn.Parameter | None, left: nn.Parameter | None, right: nn.Par
     assert left is not None
     assert right is not None
     return widen(left) @ widen(right)
-
-
-class DeLoRA(Adapter, name="delora"):
-    """Add a low-rank change whose size is a trained number, apart from its direction.
-
-    >>> import torch
-    >>> weight = torch.randn(6, 4)
-    >>> torch.equal(DeLoRA(r=2, weight=weight)(weight), weight)
-    True
-
-    The change is B D A scaled by the norms of the weight's columns, D the diagonal of λ / (r ‖aᵢ‖ ‖bᵢ‖).
-
-    Arguments:
-        r: rank of the change.
-        delora_lambda: start of λ.
-    """
-
-    guarantee = FRESH + "; relative to the columns' norms the change has Frobenius norm at most λ"
-    reference = "Bini et al. 2025, arXiv:2503.18225; peft DeloraConfig"
-
-    r: int = 8
-    delora_lambda: float = 15.0
-
-    def start(self, weight: Tensor) -> None:
-        self.delora_A, self.delora_B = self.kaiming(self.r, self.columns), self.zeros(self.rows, self.r)
-        self.delora_lambda = nn.Parameter(torch.full_like(self.delora_A[0, :1], self.delora_lambda))
-        norms = torch.linalg.vector_norm(widen(weight.detach()).flatten(1), dim=0)
-        self.register_buffer("delora_w_norm", norms)
-        self.delora_w_norm: Tensor
-
-    def delta(self) -> Tensor:
-        A, B = widen(self.delora_A), widen(self.delora_B)
-        lengths_A = torch.linalg.vector_norm(A, dim=1).clamp_min(1e-4)
-        lengths_B = torch.linalg.vector_norm(B, dim=0).clamp_min(1e-4)
-        scale = widen(self.delora_lambda) / (self.r * lengths_A * lengths_B)
-        delta: Tensor = (B * scale) @ A * widen(self.delora_w_norm)
-        return delta

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +72,12 @@ class Parametrization(WideBuffers):
     guarantee = ""
     cost = ""
     reference = ""
-    takes: tuple[str, ...] = ()
+    takes: ClassVar[tuple[str, ...]] = ()
     batched = False
     stateful = False
     random = False
     freezes_original = False
-    fields: Mapping[str, inspect.Parameter] = {}
+    fields: ClassVar[Mapping[str, inspect.Parameter]] = {}
     __rshift__ = compose
 
     def __init_subclass__(cls, name: str = "", **named: Any) -> None:
@@ -111,7 +110,7 @@ class Parametrization(WideBuffers):
             for kind in self.takes:
                 REQUIREMENTS[kind](self.name, weight)
             self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        choices = _choices(type(self))
+        choices = _choices(type(self))  # type: ignore[arg-type]
         for field, value in given.arguments.items():
             if value not in choices.get(field, (value,)) and value != self.fields[field].default:
                 *first, last = map(str, choices[field])
@@ -182,7 +181,6 @@ class Space(Precise):
 @functools.lru_cache(maxsize=1024)
 def _choices(member: type[Parametrization]) -> dict[str, tuple[Any, ...]]:
     """Return the values that a ``Literal`` argument may have, by name."""
-    names = vars(sys.modules[member.__module__])
     written = {field: str(parameter.annotation) for field, parameter in member.fields.items()}
     alone = {field: text.removesuffix(" | None") for field, text in written.items() if text.startswith("Literal[")}
-    return {field: typing.get_args(eval(text, names)) for field, text in alone.items()}
+    return {field: typing.get_args(eval(text, {"Literal": typing.Literal})) for field, text in alone.items()}

@@ -125,7 +125,8 @@ class TrainableTokens(Frozen, name="trainable_tokens"):
         self.trainable_tokens_delta = nn.Parameter(weight.detach()[chosen].clone())
 
     def forward(self, X: Tensor) -> Tensor:
-        return X.index_copy(0, self.token_indices, self.trainable_tokens_delta.to(X.dtype))
+        rows = self.trainable_tokens_delta.to(X.dtype)
+        return X.index_copy(0, self.token_indices, rows)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class WidenedBothWays(Widened):
 
     def right_inverse(self, value: Any, **named: Any) -> Any:
         """Return the inputs for `value`, in its dtype."""
-        return _converted(super().right_inverse(_widened(value), **named), _dtype_of(value))
+        return _converted(super().right_inverse(_widened(value), **named), _dtype_of(value))  # type: ignore[misc]
 
 
 def _widened(value: Any) -> Any:

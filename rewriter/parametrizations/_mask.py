@@ -127,7 +127,7 @@ class Mask(FixedMask, name="mask"):
     path_arguments = ("file",)
     plans_alone = True
 
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # type: ignore[assignment]
     file: str | None = None
     key: str | None = None
 

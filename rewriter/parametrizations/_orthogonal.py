@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from rewriter.parametrizations.maths._precision import wide_dtype, widen
 class _Orthogonal(Space):
     guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
-    takes = ("no kernel",)
+    takes: ClassVar[tuple[str, ...]] = ("no kernel",)
     batched = True
 
     map: Literal["matrix_exp", "cayley", "householder"] | None = None

@@ -98,10 +98,10 @@ class Cast(Parametrization, name="cast"):
     batched = True
     preserves_dtype = False
 
-    dtype: FloatName | torch.dtype
+    dtype: FloatName | torch.dtype  # type: ignore[assignment]
 
     def build(self, weight: Tensor | None) -> None:
-        self.dtype: torch.dtype = _float_dtype(self.dtype)
+        self.dtype = _float_dtype(self.dtype)
         self.source = self.dtype if weight is None else _float_dtype(weight.dtype)
         self.known = weight is not None
 

@@ -35,7 +35,9 @@ def selected(method: Callable[..., Any], scores: Tensor, remaining: Tensor | Non
             container = prune.PruningContainer()
             container._tensor_name = pruning._tensor_name = "weight"
             container.add_pruning_method(pruning)
-            chosen = container.compute_mask(scores, remaining.expand_as(scores).to(ones))
+            chosen = container.compute_mask(  # type: ignore[no-untyped-call]
+                scores, remaining.expand_as(scores).to(ones)
+            )
     except (ValueError, TypeError, IndexError) as refusal:
         raise RewriterError(f"cannot prune a weight of shape {list(scores.shape)}: {refusal}") from refusal
     return chosen != 0
@@ -176,7 +178,7 @@ class _Global(_Pruning):
                 for weight, mask in zip(weights, remaining, strict=True)
             ]
             left = torch.cat([mask.flatten().to(place) for mask in masks])
-        chosen = cls.choose(entries, left, cls.given(**arguments)).split([weight.numel() for weight in weights])
+        chosen = torch.split(cls.choose(entries, left, cls.given(**arguments)), [weight.numel() for weight in weights])
         return [
             {"chosen_mask": part.view(weight.shape).to(weight.device)}
             for part, weight in zip(chosen, weights, strict=True)

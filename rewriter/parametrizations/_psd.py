@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from rewriter.parametrizations.maths._precision import widen
 
 
 class _Definite(Space):
-    takes = ("square",)
+    takes: ClassVar[tuple[str, ...]] = ("square",)
     batched = True
 
 

@@ -50,7 +50,7 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
             raise RewriterError(f"spectral_norm: dim {dim} is out of range for shape {list(weight.shape)}")
         if self.n_power_iterations <= 0:
             raise RewriterError(f"spectral_norm: n_power_iterations must be positive, not {self.n_power_iterations}")
-        self.dim: int = dim % weight.ndim
+        self.outputs: int = dim % weight.ndim
         self._fitted = 0.0
         M = self._matrix(widen(weight.detach()))
         self._u: Tensor
@@ -92,8 +92,8 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
         return W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)
 
     def _matrix(self, W: Tensor) -> Tensor:
-        if self.dim != 0:
-            W = W.movedim(self.dim, 0)
+        if self.outputs != 0:
+            W = W.movedim(self.outputs, 0)
         return W if W.dim() == 2 else W.flatten(1)
 
     def _advance(self, M: Tensor, steps: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.utils import parametrizations as _torch
@@ -12,7 +12,7 @@ from rewriter.parametrizations.maths._checks import require_matrix
 from rewriter.parametrizations.maths._precision import widen
 
 
-class Orthogonal(WidenedBothWays, _torch._Orthogonal):
+class Orthogonal(WidenedBothWays, _torch._Orthogonal):  # type: ignore[misc]
     """The class behind :func:`torch.nn.utils.parametrizations.orthogonal`.
 
     >>> import torch
@@ -93,6 +93,3 @@ class WeightNorm(WidenedBothWays, _torch._WeightNorm):
 
     def __init__(self, dim: int | None = 0) -> None:
         super().__init__(dim)
-
-    def right_inverse(self, weight: Tensor) -> Any:
-        return super().right_inverse(weight)

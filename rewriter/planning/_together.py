@@ -48,6 +48,7 @@ def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> d
         remaining: list[Tensor | None] = [None] * len(weights)
         for index in run:
             step = chain[index]
+            found: Sequence[Mapping[str, Any]]
             if step.module is not None:
                 found = [{"chosen_mask": step.module.mask} for _ in weights]
             else:
