@@ -21,7 +21,7 @@ class HurwitzStable(Parametrization, name="hurwitz_stable"):
     True
 
     The matrix is ``P (S - Q/2) - decay I`` with P and Q positive definite and S skew. Two tensors are stored:
-    ``original0`` holds S in its strict upper triangle and the Cholesky factor of Q in the rest, ``original1`` holds
+    ``original0`` has S in its strict upper triangle and the Cholesky factor of Q in the rest, ``original1`` is
     the Cholesky factor of P.
 
     Arguments:

@@ -75,7 +75,7 @@ class SpectralNorm(WidenedBothWays, _torch._SpectralNorm):
         super().__init__(widen(weight), n_power_iterations, int(transposed) if dim is None else dim, eps)
 
 
-class WeightNorm(WidenedBothWays, _torch._WeightNorm):
+class WeightNorm(WidenedBothWays, _torch._WeightNorm):  # type: ignore[misc]
     """The class behind :func:`torch.nn.utils.parametrizations.weight_norm`.
 
     >>> import torch
