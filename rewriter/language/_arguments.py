@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import inspect
@@ -135,7 +136,10 @@ def _signature(factory: Factory) -> _Signature:
 def _annotations(factory: Factory, parameters: Mapping[str, inspect.Parameter]) -> Iterator[tuple[str, Annotation]]:
     """Yield the annotations that can be checked, each on its own."""
     constructor: Any = factory.__init__ if isinstance(factory, type) else factory  # type: ignore[misc]
-    names = getattr(inspect.unwrap(constructor), "__globals__", {})
+    # A class that generates its constructor has the annotations in the modules of its bases.
+    bases = reversed(factory.__mro__) if isinstance(factory, type) else ()
+    modules = [vars(sys.modules[base.__module__]) for base in bases if base.__module__ in sys.modules]
+    names = dict(collections.ChainMap(getattr(inspect.unwrap(constructor), "__globals__", {}), *reversed(modules)))
     for name, parameter in parameters.items():
         if parameter.annotation is not parameter.empty:
             alone = SimpleNamespace(__annotations__={name: parameter.annotation})

@@ -1,74 +1,21 @@
-"""The catalog: one family of parametrizations per file; importing it registers all of them by name."""
+"""The catalog: one family of parametrizations a file.
+
+The classes are attributes of this package (``rewriter.parametrizations.Orthogonal``); the first use imports their
+files. So importing `_registry` alone stays cheap.
+"""
 
 from __future__ import annotations
 
-from rewriter.parametrizations._almost_orthogonal import AlmostOrthogonal as AlmostOrthogonal
-from rewriter.parametrizations._arithmetic import Affine as Affine
-from rewriter.parametrizations._arithmetic import Scale as Scale
-from rewriter.parametrizations._arithmetic import Shift as Shift
-from rewriter.parametrizations._centred import Centred as Centred
-from rewriter.parametrizations._conv_spectral_norm import ConvSpectralNorm as ConvSpectralNorm
+from typing import Any
+
+from rewriter.parametrizations import _registry
 from rewriter.parametrizations._describe import Entry as Entry
 from rewriter.parametrizations._describe import describe as describe
-from rewriter.parametrizations._diagonal import BlockDiagonal as BlockDiagonal
-from rewriter.parametrizations._diagonal import Diagonal as Diagonal
-from rewriter.parametrizations._fake_quantize import FakeQuantize as FakeQuantize
-from rewriter.parametrizations._hurwitz import HurwitzStable as HurwitzStable
-from rewriter.parametrizations._hyperbolic import Lorentz as Lorentz
-from rewriter.parametrizations._hyperbolic import PoincareBall as PoincareBall
-from rewriter.parametrizations._invertible import PositiveDeterminant as PositiveDeterminant
-from rewriter.parametrizations._invertible import UnitDeterminant as UnitDeterminant
-from rewriter.parametrizations._kronecker import Kronecker as Kronecker
-from rewriter.parametrizations._lora import Dora as Dora
-from rewriter.parametrizations._lora import Lora as Lora
-from rewriter.parametrizations._low_bit import Binary as Binary
-from rewriter.parametrizations._low_bit import Ternary as Ternary
-from rewriter.parametrizations._low_rank import FixedRank as FixedRank
-from rewriter.parametrizations._low_rank import LowRank as LowRank
-from rewriter.parametrizations._lycoris import LoHa as LoHa
-from rewriter.parametrizations._lycoris import LoKr as LoKr
-from rewriter.parametrizations._mask import Mask as Mask
-from rewriter.parametrizations._orthogonal import Orthogonal as Orthogonal
-from rewriter.parametrizations._orthogonal import SpecialOrthogonal as SpecialOrthogonal
-from rewriter.parametrizations._plumbing import Cast as Cast
-from rewriter.parametrizations._plumbing import Detach as Detach
-from rewriter.parametrizations._plumbing import Identity as Identity
-from rewriter.parametrizations._plumbing import Transpose as Transpose
-from rewriter.parametrizations._plumbing import WeightDropout as WeightDropout
-from rewriter.parametrizations._positive import Interval as Interval
-from rewriter.parametrizations._positive import Positive as Positive
-from rewriter.parametrizations._pruning import GlobalL1 as GlobalL1
-from rewriter.parametrizations._pruning import GlobalRandom as GlobalRandom
-from rewriter.parametrizations._pruning import L1Unstructured as L1Unstructured
-from rewriter.parametrizations._pruning import LnStructured as LnStructured
-from rewriter.parametrizations._pruning import RandomStructured as RandomStructured
-from rewriter.parametrizations._pruning import RandomUnstructured as RandomUnstructured
-from rewriter.parametrizations._psd import Correlation as Correlation
-from rewriter.parametrizations._psd import PositiveDefinite as PositiveDefinite
-from rewriter.parametrizations._psd import PositiveSemidefinite as PositiveSemidefinite
-from rewriter.parametrizations._quantized_storage import QuantizedStorage as QuantizedStorage
-from rewriter.parametrizations._rotation_adapters import HRA as HRA
-from rewriter.parametrizations._rotation_adapters import OFT as OFT
-from rewriter.parametrizations._rotation_adapters import RoAd as RoAd
-from rewriter.parametrizations._scaled_adapters import DeLoRA as DeLoRA
-from rewriter.parametrizations._scaled_adapters import HiRA as HiRA
-from rewriter.parametrizations._skew import Skew as Skew
-from rewriter.parametrizations._sparse_adapters import FourierFT as FourierFT
-from rewriter.parametrizations._sparse_adapters import Shira as Shira
-from rewriter.parametrizations._sparse_adapters import TrainableTokens as TrainableTokens
-from rewriter.parametrizations._sparse_patterns import NM as NM
-from rewriter.parametrizations._sparse_patterns import BlockSparse as BlockSparse
-from rewriter.parametrizations._spectral_norm import SpectralNorm as SpectralNorm
-from rewriter.parametrizations._sphere import Simplex as Simplex
-from rewriter.parametrizations._sphere import Sphere as Sphere
-from rewriter.parametrizations._stiefel import Grassmann as Grassmann
-from rewriter.parametrizations._stiefel import Stiefel as Stiefel
-from rewriter.parametrizations._symmetric import Symmetric as Symmetric
-from rewriter.parametrizations._tiled_adapters import C3A as C3A
-from rewriter.parametrizations._tiled_adapters import GraLoRA as GraLoRA
-from rewriter.parametrizations._tiled_adapters import MiSS as MiSS
-from rewriter.parametrizations._triangular import Triangular as Triangular
-from rewriter.parametrizations._vector_adapters import IA3 as IA3
-from rewriter.parametrizations._vector_adapters import AdaLora as AdaLora
-from rewriter.parametrizations._vector_adapters import Vera as Vera
-from rewriter.parametrizations._weight_norm import WeightNorm as WeightNorm
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        for member in map(_registry.find, _registry.names()):
+            if member.__module__.startswith(f"{__name__}.") and member.__name__ == name:
+                return member
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

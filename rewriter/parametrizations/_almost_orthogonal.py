@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
+from rewriter.parametrizations._base import Space
 from rewriter.parametrizations._orthogonal import Orthogonal
-from rewriter.parametrizations._registry import register
 from rewriter.parametrizations._stiefel import Stiefel
-from rewriter.parametrizations.maths._checks import require_matrix, require_real, require_shape
+from rewriter.parametrizations.maths._checks import require_shape
 from rewriter.parametrizations.maths._orthonormal import haar
-from rewriter.parametrizations.maths._precision import Precise, widen
+from rewriter.parametrizations.maths._precision import widen
 
 
-@register("almost_orthogonal")
-class AlmostOrthogonal(Precise):
+class AlmostOrthogonal(Space, name="almost_orthogonal"):
     """Matrices whose singular values all lie within a radius of one.
 
     >>> import torch
@@ -31,40 +30,27 @@ class AlmostOrthogonal(Precise):
 
     Arguments:
         radius: the largest distance of a singular value from one, between 0 and 1.
-        f: what bounds the singular values: ``sin`` reaches the ends of the interval, ``tanh`` does not.
+        f: the bound on the singular values: ``sin`` reaches the ends of the interval, ``tanh`` does not.
         map: the exponential or the Cayley map, for U and V.
-        weight: real, of shape ``(..., m, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is no real matrix or `radius` is out of range.
     """
 
     guarantee = "all singular values lie in [1 - radius, 1 + radius], up to 10 n eps, with matrix_exp times 1 + |X|"
     cost = "O(n k^2) for n rows and k <= n columns"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
+    takes = ("no kernel", "real")
     batched = True
 
-    def __init__(
-        self,
-        radius: float,
-        f: Literal["sin", "tanh"] = "sin",
-        map: Literal["matrix_exp", "cayley"] = "matrix_exp",
-        *,
-        weight: Tensor,
-    ) -> None:
-        super().__init__()
-        require_matrix("almost_orthogonal", weight)
-        require_real("almost_orthogonal", weight)
-        if not 0 < radius <= 1:
-            raise RewriterError(f"almost_orthogonal: radius must be in (0, 1], not {radius}")
-        if f not in ("sin", "tanh"):
-            raise RewriterError(f"almost_orthogonal: f must be sin or tanh, not {f!r}")
-        self.radius: float = radius
-        self.f: str = f
-        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        n, k = max(self.shape[-2:]), min(self.shape[-2:])
-        self.left = Stiefel(map, weight=weight.new_empty(*self.shape[:-2], n, k))
-        self.right = Orthogonal(map, weight=weight.new_empty(*self.shape[:-2], k, k))
+    radius: float
+    f: Literal["sin", "tanh"] = "sin"
+    map: Literal["matrix_exp", "cayley"] = "matrix_exp"
+
+    def build(self, weight: Tensor) -> None:
+        if not 0 < self.radius <= 1:
+            raise RewriterError(f"almost_orthogonal: radius must be in (0, 1], not {self.radius}")
+        *lead, m, n = weight.shape
+        k = min(m, n)
+        self.left = Stiefel(self.map, weight=weight.new_empty(*lead, max(m, n), k))
+        self.right = Orthogonal(self.map, weight=weight.new_empty(*lead, k, k))
 
     def value(self, X: Tensor) -> Tensor:
         wide = X.size(-2) < X.size(-1)
@@ -77,7 +63,7 @@ class AlmostOrthogonal(Precise):
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the tensor that stands for `value`, its singular values clamped into the interval."""
+        """Return the tensor for `value`, its singular values clamped into the interval."""
         require_shape("almost_orthogonal", value, self.shape)
         wide = value.size(-2) < value.size(-1)
         U, S, Vh = torch.linalg.svd(widen(value.mT if wide else value), full_matrices=False)
@@ -91,7 +77,4 @@ class AlmostOrthogonal(Precise):
 
     def sample(self) -> Tensor:
         """Return an orthogonal matrix, drawn uniformly."""
-        return haar(self.shape, self.dtype, self.device)
-
-    def extra_repr(self) -> str:
-        return f"radius={self.radius}, f={self.f}"
+        return haar(self.noise()).to(self.dtype)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
+from rewriter.parametrizations._base import Parametrization
 
 
-@register("scale")
-class Scale(nn.Module):
+class Scale(Parametrization, name="scale"):
     """Multiply by a number; two scales in a row are one.
 
     >>> import torch
@@ -23,12 +22,9 @@ class Scale(nn.Module):
 
     guarantee = "the value is factor * X"
     cost = "one multiplication per entry"
-    reference = ""
     batched = True
 
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = float(factor)
+    factor: float
 
     def forward(self, X: Tensor) -> Tensor:
         return X * self.factor
@@ -42,19 +38,15 @@ class Scale(nn.Module):
         return value / _not_zero("scale's factor", self.factor)
 
     def fuse(self, next: nn.Module) -> nn.Module | None:
-        """Return the product of both scales where `next` is a scale too."""
+        """Return the product of both scales if `next` is a scale."""
         return Scale(self.factor * next.factor) if isinstance(next, Scale) else None
 
     def cancels(self, next: nn.Module) -> bool:
-        """Say whether `next` divides by what this step multiplies with."""
+        """Return whether `next` divides by the factor of this step."""
         return isinstance(next, Scale) and self.factor * next.factor == 1.0
 
-    def extra_repr(self) -> str:
-        return f"factor={self.factor}"
 
-
-@register("shift")
-class Shift(nn.Module):
+class Shift(Parametrization, name="shift"):
     """Add a number to each entry; two shifts in a row are one.
 
     >>> import torch
@@ -67,12 +59,9 @@ class Shift(nn.Module):
 
     guarantee = "the value is X + offset"
     cost = "one addition per entry"
-    reference = ""
     batched = True
 
-    def __init__(self, offset: float) -> None:
-        super().__init__()
-        self.offset = float(offset)
+    offset: float
 
     def forward(self, X: Tensor) -> Tensor:
         return X + self.offset
@@ -81,19 +70,15 @@ class Shift(nn.Module):
         return value - self.offset
 
     def fuse(self, next: nn.Module) -> nn.Module | None:
-        """Return the sum of both shifts where `next` is a shift too."""
+        """Return the sum of both shifts if `next` is a shift."""
         return Shift(self.offset + next.offset) if isinstance(next, Shift) else None
 
     def cancels(self, next: nn.Module) -> bool:
-        """Say whether `next` subtracts what this step adds."""
+        """Return whether `next` subtracts the offset of this step."""
         return isinstance(next, Shift) and self.offset + next.offset == 0.0
 
-    def extra_repr(self) -> str:
-        return f"offset={self.offset}"
 
-
-@register("affine")
-class Affine(nn.Module):
+class Affine(Parametrization, name="affine"):
     """Combine the tensor with another one: a·X + b·other + c.
 
     >>> import torch
@@ -111,12 +96,11 @@ class Affine(nn.Module):
 
     guarantee = "the value is a*X + b*other + c"
     cost = "two multiplications and two additions per entry"
-    reference = ""
     batched = True
 
-    def __init__(self, a: float = 1.0, b: float = 1.0, c: float = 0.0) -> None:
-        super().__init__()
-        self.a, self.b, self.c = float(a), float(b), float(c)
+    a: float = 1.0
+    b: float = 1.0
+    c: float = 0.0
 
     def forward(self, X: Tensor, other: Tensor) -> Tensor:
         return self.a * X + (self.b * other + self.c)
@@ -131,9 +115,6 @@ class Affine(nn.Module):
         if other is None:
             return (value - self.c) / a, torch.zeros_like(value)
         return (value - (self.b * other + self.c)) / a
-
-    def extra_repr(self) -> str:
-        return f"a={self.a}, b={self.b}, c={self.c}"
 
 
 def _not_zero(name: str, number: float) -> float:

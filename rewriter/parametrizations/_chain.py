@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,8 +52,6 @@ class Chain(nn.Module):
 
     def right_inverse(self, value: Tensor) -> Any:
         """Return what the chain maps to `value`: the steps' right inverses, last step first."""
-        from rewriter.sites import right_inverse
-
         found: Any = value
         for step in reversed(list(self)):
             found = right_inverse(step, found)
@@ -75,3 +73,17 @@ def chain(*steps: nn.Module) -> Chain:
 def compose(self: nn.Module, following: nn.Module) -> Chain:
     """``self >> following``: what `register` gives a class that has no ``>>`` of its own."""
     return Chain(self, following)
+
+
+def right_inverse(step: nn.Module, value: Any, inputs: Sequence[Tensor] = ()) -> Any:
+    """Return the input that `step` maps to `value`; `value` itself if the step has no right inverse.
+
+    A right inverse that raises NotImplementedError, as some of torch do, counts as none.
+    """
+    inverse = getattr(step, "right_inverse", None)
+    if inverse is None:
+        return value
+    try:
+        return inverse(value, *inputs) if inputs else inverse(value)
+    except NotImplementedError:
+        return value

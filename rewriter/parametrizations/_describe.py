@@ -18,7 +18,7 @@ class Entry:
         name: what a spec calls it.
         summary: the first sentence of its docstring.
         arguments: the arguments a spec may give, each as ``name: type = default``.
-        guarantee: what holds for every value it computes, with the tolerance (class attribute ``guarantee``).
+        guarantee: the property of every value it computes, with the tolerance (class attribute ``guarantee``).
         right_inverse: whether a value can be assigned.
         sample: whether it can draw a random value of its space.
         cost: of one evaluation (class attribute ``cost``).

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
-from rewriter.parametrizations.maths._checks import require_real, require_shape, require_square, require_values
+from rewriter.parametrizations._base import Parametrization
+from rewriter.parametrizations.maths._checks import require_shape, require_values
 from rewriter.parametrizations.maths._cholesky import cholesky, positive_triangle, positive_triangle_inverse
-from rewriter.parametrizations.maths._precision import wide_dtype, widen
+from rewriter.parametrizations.maths._precision import widen
 
 
-@register("hurwitz_stable")
-class HurwitzStable(nn.Module):
+class HurwitzStable(Parametrization, name="hurwitz_stable"):
     """Matrices whose eigenvalues all have a negative real part, so that ``x' = W x`` decays.
 
     >>> import torch
@@ -22,30 +21,24 @@ class HurwitzStable(nn.Module):
     True
 
     The matrix is ``P (S - Q/2) - decay I`` with P and Q positive definite and S skew. Two tensors are stored:
-    ``original0`` holds S in its strict upper triangle and the Cholesky factor of Q in the rest, ``original1`` holds
+    ``original0`` has S in its strict upper triangle and the Cholesky factor of Q in the rest, ``original1`` is
     the Cholesky factor of P.
 
     Arguments:
         decay: how far left of zero the real parts stay.
-        weight: real, of shape ``(..., n, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is not a square real matrix or `decay` is negative.
     """
 
     guarantee = "the real parts of the eigenvalues are below -decay, up to n eps |W|"
     cost = "6 n^3"
     reference = "Duan and Patton, J. Dyn. Syst. Meas. Control 120 (1998)"
+    takes = ("square", "real")
     batched = True
 
-    def __init__(self, decay: float = 0.0, *, weight: Tensor) -> None:
-        super().__init__()
-        require_square("hurwitz_stable", weight)
-        require_real("hurwitz_stable", weight)
-        if decay < 0:
-            raise RewriterError(f"hurwitz_stable: decay must not be negative, it is {decay}")
-        self.decay = float(decay)
-        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+    decay: float = 0.0
+
+    def build(self, weight: Tensor) -> None:
+        if self.decay < 0:
+            raise RewriterError(f"hurwitz_stable: decay must not be negative, it is {self.decay}")
 
     def forward(self, X0: Tensor, X1: Tensor) -> Tensor:
         X, Y = widen(X0), widen(X1)
@@ -57,7 +50,7 @@ class HurwitzStable(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two tensors that stand for `value`.
+        """Return the two tensors for `value`.
 
         Raises:
             RewriterError: an eigenvalue of `value` does not lie left of -decay, or almost not.
@@ -86,12 +79,9 @@ class HurwitzStable(nn.Module):
 
     def sample(self) -> Tensor:
         """Return the matrix of two normal tensors of variance 1/n."""
-        noise = torch.randn(2, *self.shape, dtype=wide_dtype(self.dtype), device=self.device)
-        noise = noise / self.shape[-1] ** 0.5
-        return self.forward(noise[0], noise[1]).to(self.dtype)
-
-    def extra_repr(self) -> str:
-        return f"decay={self.decay}"
+        first, second = self.noise(), self.noise()
+        root = first.size(-1) ** 0.5
+        return self.forward(first / root, second / root).to(self.dtype)
 
 
 def _lyapunov(A: Tensor) -> Tensor:

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
+from rewriter.parametrizations._base import Space
 from rewriter.parametrizations._orthogonal import SpecialOrthogonal
-from rewriter.parametrizations._registry import register
-from rewriter.parametrizations.maths._checks import require_real, require_shape, require_square, require_values
+from rewriter.parametrizations.maths._checks import require_shape, require_values
 from rewriter.parametrizations.maths._cholesky import positive_triangle, positive_triangle_inverse
-from rewriter.parametrizations.maths._precision import Precise, wide_dtype, widen
+from rewriter.parametrizations.maths._precision import widen
 
 
-@register("gl_plus")
-class PositiveDeterminant(Precise):
+class PositiveDeterminant(Space, name="gl_plus"):
     """Invertible matrices of positive determinant: a rotation times a lower triangle with a positive diagonal.
 
     >>> import torch
@@ -28,32 +27,25 @@ class PositiveDeterminant(Precise):
 
     Arguments:
         map: the exponential or the Cayley map, for the rotation.
-        weight: real, of shape ``(..., n, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is not a square real matrix.
     """
 
     guarantee = "the determinant is positive, where the condition number is below 1/eps"
     cost = "O(n^3)"
-    reference = ""
+    takes = ("square", "real")
     batched = True
-    name = "gl_plus"
 
-    def __init__(self, map: Literal["matrix_exp", "cayley"] = "matrix_exp", *, weight: Tensor) -> None:
-        super().__init__()
-        require_square(self.name, weight)
-        require_real(self.name, weight)
-        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        self.rotation = SpecialOrthogonal(map, weight=weight)
+    map: Literal["matrix_exp", "cayley"] = "matrix_exp"
+
+    def build(self, weight: Tensor) -> None:
+        self.rotation = SpecialOrthogonal(self.map, weight=weight)
 
     def value(self, X: Tensor) -> Tensor:
         Q: Tensor = self.rotation(X.triu(1).mT)
-        return Q @ self._triangle(X)
+        return Q @ self._unit(positive_triangle(X))
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the tensor that stands for `value`.
+        """Return the tensor for `value`.
 
         Raises:
             RewriterError: the determinant of `value` is not positive.
@@ -76,19 +68,14 @@ class PositiveDeterminant(Precise):
 
     def sample(self) -> Tensor:
         """Return the matrix of a standard normal triangle and a rotation drawn uniformly."""
-        noise = torch.randn(self.shape, dtype=wide_dtype(self.dtype), device=self.device)
-        rotation = widen(self.rotation.sample())
-        return (rotation @ self._triangle(noise)).to(self.dtype)
-
-    def _triangle(self, X: Tensor) -> Tensor:
-        return positive_triangle(X)
+        triangle = self._unit(positive_triangle(self.noise()))
+        return (widen(self.rotation.sample()) @ triangle).to(self.dtype)
 
     def _unit(self, L: Tensor) -> Tensor:
         return L
 
 
-@register("sl")
-class UnitDeterminant(PositiveDeterminant):
+class UnitDeterminant(PositiveDeterminant, name="sl"):
     """Matrices of determinant one: a rotation times a lower triangle whose diagonal multiplies to one.
 
     >>> import torch
@@ -96,19 +83,13 @@ class UnitDeterminant(PositiveDeterminant):
     >>> torch.linalg.det(step(torch.randn(2, 2))).allclose(torch.tensor(1.0), atol=1e-5)
     True
 
+    The right inverse scales a value of positive determinant.
+
     Arguments:
         map: the exponential or the Cayley map, for the rotation.
-        weight: real, of shape ``(..., n, n)``, filled in by the site. A value of positive determinant is scaled.
-
-    Raises:
-        RewriterError: the weight is not a square real matrix.
     """
 
     guarantee = "the determinant is one, up to n^2 eps times the condition number"
-    name = "sl"
-
-    def _triangle(self, X: Tensor) -> Tensor:
-        return self._unit(positive_triangle(X))
 
     def _unit(self, L: Tensor) -> Tensor:
         log = L.diagonal(dim1=-2, dim2=-1).log().mean(dim=-1)

@@ -2,74 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
+from rewriter.parametrizations._base import Space
 from rewriter.parametrizations.maths._cayley import cayley, cayley_inverse
-from rewriter.parametrizations.maths._checks import require_matrix, require_shape, require_square, require_values
+from rewriter.parametrizations.maths._checks import require_shape, require_values
 from rewriter.parametrizations.maths._exponential import exponential
 from rewriter.parametrizations.maths._householder import householder
 from rewriter.parametrizations.maths._logarithm import logarithm
 from rewriter.parametrizations.maths._orthonormal import completed, haar, orthonormal, reflectors, rotation
-from rewriter.parametrizations.maths._precision import Precise, wide_dtype, widen
+from rewriter.parametrizations.maths._precision import wide_dtype, widen
 
 
-@register("orthogonal")
-class Orthogonal(Precise):
-    """Matrices with orthonormal columns, or orthonormal rows where they are wide.
-
-    >>> import torch
-    >>> Q = Orthogonal(weight=torch.eye(3)).sample()
-    >>> torch.allclose(Q.mT @ Q, torch.eye(3), atol=1e-6)
-    True
-
-    The parametrization is the one of :func:`torch.nn.utils.parametrizations.orthogonal`: the same tensors
-    give the same matrices, so state dicts are interchangeable. Complex matrices become unitary.
-
-    Arguments:
-        map: how a lower triangle becomes orthogonal: the exponential or the Cayley map of a skew matrix, or a
-            product of Householder reflections. Without it, ``matrix_exp`` where the weight is square or
-            complex, else ``householder``.
-        trivialization: map onto the neighbourhood of a base point, kept in the buffer ``base``, of shape
-            ``(..., n, n)`` with n the longer side. Any orthogonal matrix can be assigned then. For very tall
-            matrices ``stiefel`` has the same values without the large base.
-        weight: of shape ``(..., m, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is no matrix, or complex with ``map: householder``.
-    """
-
+class _Orthogonal(Space):
     guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
-    cost = "O(n^2 k) with a base, else O(n k^2), for n rows and k <= n columns; O(n^3) where n <= 2k"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
+    takes: ClassVar[tuple[str, ...]] = ("no kernel",)
     batched = True
-    name = "orthogonal"
 
-    def __init__(
-        self,
-        map: Literal["matrix_exp", "cayley", "householder"] | None = None,
-        trivialization: bool = True,
-        *,
-        weight: Tensor,
-    ) -> None:
-        super().__init__()
-        require_matrix(self.name, weight)
-        if map is None:
+    map: Literal["matrix_exp", "cayley", "householder"] | None = None
+
+    def build(self, weight: Tensor) -> None:
+        if self.map is None:
             square = weight.size(-2) == weight.size(-1)
-            map = "matrix_exp" if square or weight.is_complex() else "householder"
-        if map not in ("matrix_exp", "cayley", "householder"):
-            raise RewriterError(f"{self.name}: map must be matrix_exp, cayley or householder, not {map!r}")
-        if map == "householder" and weight.is_complex():
+            self.map = "matrix_exp" if square or weight.is_complex() else "householder"
+        if self.map == "householder" and weight.is_complex():
             raise RewriterError(f"{self.name}: householder is for real matrices; use matrix_exp or cayley")
-        self.map: str = map
-        self.trivialization = trivialization
-        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        self.trivialization: bool = getattr(self, "trivialization", True)  # Stiefel has no such argument
         self.base: Tensor | None
-        if trivialization:
+        if self.trivialization:
             self.register_buffer("base", self._first_base())
         else:
             self.base = None
@@ -82,14 +47,14 @@ class Orthogonal(Precise):
         elif self.map == "cayley":
             Q = cayley(A)
         else:
-            # With a base all signs are stored as -1; weight decay may take them to zero and a little beyond.
+            # With a base all stored signs are -1; weight decay may move them to zero and a little above.
             Q = householder(A, 0.5 if self.trivialization else 0.0)
         Q = self._rebased(Q)
         return Q.mT if wide else Q
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the tensor that stands for `value`, or for its Q factor where it is not orthogonal.
+        """Return the tensor for `value`, or for its Q factor if it is not orthogonal.
 
         Raises:
             RewriterError: without a base, `value` is not in the image of the map.
@@ -119,25 +84,23 @@ class Orthogonal(Precise):
 
     @torch.no_grad()
     def update_base(self, X: Tensor) -> Tensor:
-        """Move the base to the matrix that X stands for and return the tensor that stands for it from now on."""
+        """Move the base to the value of X and return the new tensor for that value."""
         return self.right_inverse(self.forward(X))
 
     def sample(self) -> Tensor:
-        """Return a matrix drawn from the uniform (Haar) distribution, a rotation where there are no others."""
-        Q = haar(self.shape, self.dtype, self.device)
-        reaches_all = self.trivialization or self.map == "householder" or self.shape[-1] != self.shape[-2]
-        return Q if reaches_all else _turned(Q)
-
-    def extra_repr(self) -> str:
-        return f"map={self.map}, trivialization={self.trivialization}"
+        """Return a matrix drawn from the uniform (Haar) distribution, a rotation if the map reaches no others."""
+        Q = haar(self.noise())
+        reaches_all = self.trivialization or self.map == "householder" or Q.size(-1) != Q.size(-2)
+        return (Q if reaches_all else _turned(Q)).to(self.dtype)
 
     def _tangent(self, A: Tensor) -> Tensor:
         return A
 
     def _first_base(self) -> Tensor:
-        n = max(self.shape[-2:])
+        shape = self.shape or ()
+        n = max(shape[-2:])
         eye = torch.eye(n, dtype=wide_dtype(self.dtype), device=self.device)
-        return eye.repeat(*self.shape[:-2], 1, 1) if len(self.shape) > 2 else eye
+        return eye.repeat(*shape[:-2], 1, 1) if len(shape) > 2 else eye
 
     def _rebased(self, Q: Tensor) -> Tensor:
         base = self.base
@@ -166,18 +129,36 @@ class Orthogonal(Precise):
         return X
 
 
-_OUTSIDE = "no tensor stands for it with `map: {}` alone: use `trivialization: true`"
+_OUTSIDE = "no tensor gives it with `map: {}` alone: use `trivialization: true`"
 
 
-def _turned(Q: Tensor) -> Tensor:
-    """Return Q with the first column of each reflection turned, so that all are rotations."""
-    if not Q.is_complex():
-        Q[..., 0] *= torch.linalg.det(widen(Q)).sign().to(Q.dtype).unsqueeze(-1)
-    return Q
+class Orthogonal(_Orthogonal, name="orthogonal"):
+    """Matrices with orthonormal columns, or orthonormal rows where they are wide.
+
+    >>> import torch
+    >>> Q = Orthogonal(weight=torch.eye(3)).sample()
+    >>> torch.allclose(Q.mT @ Q, torch.eye(3), atol=1e-6)
+    True
+
+    The parametrization is the one of :func:`torch.nn.utils.parametrizations.orthogonal`: the same tensors
+    give the same matrices, so state dicts are interchangeable. Complex matrices become unitary. The kernel of a
+    convolution needs ``reshape``.
+
+    Arguments:
+        map: how a lower triangle becomes orthogonal: the exponential or the Cayley map of a skew matrix, or a
+            product of Householder reflections. Without it, ``matrix_exp`` for square or complex weights, else
+            ``householder``, which is for real weights.
+        trivialization: map onto the neighbourhood of a base point. The base point is the buffer ``base`` of shape
+            ``(..., n, n)``, n the longer side. Any orthogonal matrix can be assigned then. For very tall
+            matrices ``stiefel`` has the same values without the large base.
+    """
+
+    cost = "O(n^2 k) with a base, else O(n k^2), for n rows and k <= n columns; O(n^3) where n <= 2k"
+
+    trivialization: bool = True
 
 
-@register("special_orthogonal")
-class SpecialOrthogonal(Orthogonal):
+class SpecialOrthogonal(Orthogonal, name="special_orthogonal"):
     """Rotations: square orthogonal matrices of determinant one (unitary ones, where complex).
 
     >>> import torch
@@ -187,32 +168,18 @@ class SpecialOrthogonal(Orthogonal):
 
     Arguments:
         map: the exponential or the Cayley map of a skew matrix.
-        trivialization: map onto the neighbourhood of a base point, kept in the buffer ``base``.
-        weight: of shape ``(..., n, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is not square.
+        trivialization: map onto the neighbourhood of a base point, the buffer ``base``.
     """
 
     guarantee = "|Q^T Q - I| <= 10 n eps, with matrix_exp times 1 + |X|, and the determinant is one"
     cost = "O(n^3)"
-    name = "special_orthogonal"
+    takes = ("square", "no kernel")
 
-    def __init__(
-        self,
-        map: Literal["matrix_exp", "cayley"] = "matrix_exp",
-        trivialization: bool = True,
-        *,
-        weight: Tensor,
-    ) -> None:
-        require_square("special_orthogonal", weight)
-        if map not in ("matrix_exp", "cayley"):
-            raise RewriterError(f"special_orthogonal: map must be matrix_exp or cayley, not {map!r}")
-        super().__init__(map, trivialization, weight=weight)
+    map: Literal["matrix_exp", "cayley"] = "matrix_exp"
 
     def sample(self) -> Tensor:
         """Return a rotation drawn from the uniform (Haar) distribution."""
-        return _turned(haar(self.shape, self.dtype, self.device))
+        return _turned(haar(self.noise())).to(self.dtype)
 
     def _move_base(self, W: Tensor) -> None:
         assert self.base is not None
@@ -220,3 +187,10 @@ class SpecialOrthogonal(Orthogonal):
             self.base.copy_(rotation(W))
         except ValueError as error:
             raise RewriterError(f"special_orthogonal: this orthogonal matrix is no rotation, {error}") from None
+
+
+def _turned(Q: Tensor) -> Tensor:
+    """Return Q with the first column of each reflection negated, so that all are rotations."""
+    if not Q.is_complex():
+        Q[..., 0] *= torch.linalg.det(Q).sign().unsqueeze(-1)
+    return Q

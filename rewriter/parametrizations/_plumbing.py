@@ -1,4 +1,4 @@
-"""Steps that move or mark a tensor and compute nothing: identity, transpose, cast, detach, dropout."""
+"""Steps that move or mark a tensor: identity, transpose, cast, detach, dropout."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
+from rewriter.parametrizations._base import Parametrization
 
 
-@register("identity")
-class Identity(nn.Module):
+class Identity(Parametrization, name="identity"):
     """Leave the tensor as it is.
 
     >>> import torch
@@ -37,9 +36,8 @@ class Identity(nn.Module):
         return next
 
 
-@register("transpose")
-class Transpose(nn.Module):
-    """Swap two dimensions; a second time, and they are back.
+class Transpose(Parametrization, name="transpose"):
+    """Swap two dimensions.
 
     >>> import torch
     >>> Transpose()(torch.zeros(2, 3)).shape
@@ -52,13 +50,13 @@ class Transpose(nn.Module):
 
     guarantee = "the value is X with dim0 and dim1 swapped"
     cost = "none: a view"
-    reference = ""
     preserves_shape = False
 
-    def __init__(self, dim0: int = -2, dim1: int = -1) -> None:
-        super().__init__()
-        self.dim0, self.dim1 = dim0, dim1
-        self.batched = dim0 < 0 and dim1 < 0
+    dim0: int = -2
+    dim1: int = -1
+
+    def build(self, weight: Tensor | None) -> None:
+        self.batched = self.dim0 < 0 and self.dim1 < 0
 
     def forward(self, X: Tensor) -> Tensor:
         return X.transpose(self.dim0, self.dim1)
@@ -67,11 +65,8 @@ class Transpose(nn.Module):
         return value.transpose(self.dim0, self.dim1).contiguous()
 
     def cancels(self, next: nn.Module) -> bool:
-        """Say whether `next` swaps the same dimensions."""
+        """Return whether `next` swaps the same dimensions."""
         return isinstance(next, Transpose) and {self.dim0, self.dim1} == {next.dim0, next.dim1}
-
-    def extra_repr(self) -> str:
-        return f"dim0={self.dim0}, dim1={self.dim1}"
 
 
 FloatName = Literal["float16", "bfloat16", "float32", "float64"]
@@ -84,33 +79,29 @@ _EXACT_IN: dict[torch.dtype, tuple[torch.dtype, ...]] = {
 }
 
 
-@register("cast")
-class Cast(nn.Module):
+class Cast(Parametrization, name="cast"):
     """Convert to another floating dtype; a cast to a wider one and back again cancels.
 
     >>> import torch
     >>> Cast("bfloat16")(torch.ones(1))
     tensor([1.], dtype=torch.bfloat16)
 
-    The value has another dtype than the weight, so the rule needs ``unsafe: true``.
+    The value has another dtype than the weight, so the rule needs ``unsafe: true``. The right inverse converts back
+    to the dtype of the weight.
 
     Arguments:
         dtype: ``float16``, ``bfloat16``, ``float32`` or ``float64``; from Python a ``torch.dtype`` too.
-        weight: filled in by the site; its dtype is what the right inverse converts back to.
-
-    Raises:
-        RewriterError: another dtype, or a weight that is not floating.
     """
 
     guarantee = "the value has this dtype"
     cost = "one pass over the tensor"
-    reference = ""
     batched = True
     preserves_dtype = False
 
-    def __init__(self, dtype: FloatName | torch.dtype, *, weight: Tensor | None = None) -> None:
-        super().__init__()
-        self.dtype = _float_dtype(dtype)
+    dtype: FloatName | torch.dtype  # type: ignore[assignment]
+
+    def build(self, weight: Tensor | None) -> None:
+        self.dtype = _float_dtype(self.dtype)
         self.source = self.dtype if weight is None else _float_dtype(weight.dtype)
         self.known = weight is not None
 
@@ -121,22 +112,18 @@ class Cast(nn.Module):
         return value.to(self.source) if self.known else value
 
     def fuse(self, next: nn.Module) -> nn.Module | None:
-        """Return `next` where this cast loses nothing: it is the same, or its dtype contains X's."""
+        """Return `next` if this cast loses nothing: both are the same, or this dtype contains X's."""
         return next if isinstance(next, Cast) and (self.dtype == next.dtype or self._is_exact()) else None
 
     def cancels(self, next: nn.Module) -> bool:
-        """Say whether `next` converts back to the dtype X had, and this step lost nothing of it."""
+        """Return whether `next` converts back to the dtype of X, and this step loses nothing."""
         return isinstance(next, Cast) and self._is_exact() and next.dtype == self.source
 
     def _is_exact(self) -> bool:
         return self.known and (self.dtype == self.source or self.dtype in _EXACT_IN[self.source])
 
-    def extra_repr(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
-
-@register("detach")
-class Detach(nn.Module):
+class Detach(Parametrization, name="detach"):
     """Stop the gradient: the tensor is used, and not trained through this step.
 
     >>> import torch
@@ -146,7 +133,6 @@ class Detach(nn.Module):
 
     guarantee = "the value is X, its gradient none"
     cost = "none"
-    reference = ""
     batched = True
 
     def forward(self, X: Tensor) -> Tensor:
@@ -160,8 +146,7 @@ class Detach(nn.Module):
         return self if isinstance(next, Detach) else None
 
 
-@register("weight_dropout")
-class WeightDropout(nn.Module):
+class WeightDropout(Parametrization, name="weight_dropout"):
     """Make random entries zero while training, one draw per forward, and scale the others up (DropConnect).
 
     >>> import torch
@@ -172,9 +157,6 @@ class WeightDropout(nn.Module):
 
     Arguments:
         p: the probability of an entry to be zero, in [0, 1].
-
-    Raises:
-        RewriterError: `p` is outside of [0, 1].
     """
 
     guarantee = "in train mode the expected value is X; in eval mode the value is X"
@@ -182,20 +164,17 @@ class WeightDropout(nn.Module):
     reference = "Wan et al. 2013 (DropConnect); Merity, Keskar, Socher 2017, arXiv:1708.02182"
     random = True
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        if not 0.0 <= p <= 1.0:
-            raise RewriterError(f"weight_dropout's p is a probability, not {p}")
-        self.p = float(p)
+    p: float = 0.5
+
+    def build(self, weight: Tensor | None) -> None:
+        if not 0.0 <= self.p <= 1.0:
+            raise RewriterError(f"weight_dropout's p is a probability, not {self.p}")
 
     def forward(self, X: Tensor) -> Tensor:
         return F.dropout(X, self.p, self.training)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 def _float_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
-from rewriter.parametrizations.maths._checks import require_real, require_square, require_values
+from rewriter.parametrizations._base import Space
+from rewriter.parametrizations.maths._checks import require_values
 from rewriter.parametrizations.maths._cholesky import cholesky, gram, positive_triangle, positive_triangle_inverse
-from rewriter.parametrizations.maths._precision import Precise, wide_dtype, widen
+from rewriter.parametrizations.maths._precision import widen
 
 
-class _Definite(Precise):
+class _Definite(Space):
+    takes: ClassVar[tuple[str, ...]] = ("square",)
     batched = True
-    name = ""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        require_square(self.name, weight)
-        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-
-    def sample(self) -> Tensor:
-        """Return a random matrix: that of a standard normal tensor."""
-        noise = torch.randn(self.shape, dtype=wide_dtype(self.dtype), device=self.device)
-        return self.value(noise).to(self.dtype)
 
 
-@register("psd")
-class PositiveSemidefinite(_Definite):
+class PositiveSemidefinite(_Definite, name="psd"):
     """Positive semidefinite matrices of at most, or of exactly, a given rank: a factor times its transpose.
 
     >>> import torch
@@ -39,27 +30,23 @@ class PositiveSemidefinite(_Definite):
     Arguments:
         rank: the largest rank; the first `rank` columns of the tensor are the factor. Without it, full rank.
         fixed: make the factor a lower triangle with a positive diagonal, so that the rank is not less either.
-        weight: of shape ``(..., n, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is not square or `rank` is out of range.
     """
 
     guarantee = "W is Hermitian, its eigenvalues are >= -n eps |W|, its rank is at most `rank`"
     cost = "n^2 r for rank r"
     reference = "Burer and Monteiro, Math. Program. 95 (2003)"
-    name = "psd"
 
-    def __init__(self, rank: int | None = None, fixed: bool = False, *, weight: Tensor) -> None:
-        super().__init__(weight)
+    rank: int | None = None
+    fixed: bool = False
+
+    def build(self, weight: Tensor) -> None:
         n = weight.size(-1)
-        if rank is not None and not 1 <= rank <= n:
-            raise RewriterError(f"psd: rank must be in 1..{n}, not {rank}")
-        self.rank: int = n if rank is None else rank
-        self.fixed = fixed
+        self.columns: int = n if self.rank is None else self.rank
+        if not 1 <= self.columns <= n:
+            raise RewriterError(f"psd: rank must be in 1..{n}, not {self.rank}")
 
     def value(self, X: Tensor) -> Tensor:
-        F = X[..., : self.rank]
+        F = X[..., : self.columns]
         return gram(positive_triangle(F) if self.fixed else F)
 
     @torch.no_grad()
@@ -67,15 +54,12 @@ class PositiveSemidefinite(_Definite):
         """Return the factor of the positive semidefinite matrix of that rank nearest to `value`."""
         W = widen(value)
         values, Q = torch.linalg.eigh((W + W.mH) / 2)
-        F = (Q * values.clamp_min(0).sqrt().unsqueeze(-2))[..., -self.rank :]
+        F = (Q * values.clamp_min(0).sqrt().unsqueeze(-2))[..., -self.columns :]
         if self.fixed:
             F = positive_triangle_inverse(_triangular_factor(F))
         X = torch.zeros_like(W)
-        X[..., : self.rank] = F
+        X[..., : self.columns] = F
         return X.to(value.dtype)
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, fixed={self.fixed}"
 
 
 def _triangular_factor(F: Tensor) -> Tensor:
@@ -90,8 +74,7 @@ def _triangular_factor(F: Tensor) -> Tensor:
     return L
 
 
-@register("spd")
-class PositiveDefinite(_Definite):
+class PositiveDefinite(_Definite, name="spd"):
     """Positive definite matrices, by their Cholesky factor.
 
     >>> import torch
@@ -104,22 +87,17 @@ class PositiveDefinite(_Definite):
 
     Arguments:
         eps: a least eigenvalue, added to all of them.
-        weight: of shape ``(..., n, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is not square or `eps` is negative.
     """
 
     guarantee = "W is Hermitian and its eigenvalues are at least eps, up to n eps(dtype) |W|"
     cost = "2 n^3"
     reference = "Pinheiro and Bates, Stat. Comput. 6 (1996)"
-    name = "spd"
 
-    def __init__(self, eps: float = 0.0, *, weight: Tensor) -> None:
-        super().__init__(weight)
-        if eps < 0:
-            raise RewriterError(f"spd: eps must not be negative, it is {eps}")
-        self.eps = float(eps)
+    eps: float = 0.0
+
+    def build(self, weight: Tensor) -> None:
+        if self.eps < 0:
+            raise RewriterError(f"spd: eps must not be negative, it is {self.eps}")
 
     def value(self, X: Tensor) -> Tensor:
         W = gram(positive_triangle(X))
@@ -129,18 +107,14 @@ class PositiveDefinite(_Definite):
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the tensor that stands for `value`, or for a positive definite matrix near it."""
+        """Return the tensor for `value`, or for a positive definite matrix near it."""
         require_values("spd", value)
         W = widen(value)
         shifted = W - self.eps * torch.eye(W.size(-1), dtype=W.dtype, device=W.device)
         return positive_triangle_inverse(cholesky(shifted)).to(value.dtype)
 
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}"
 
-
-@register("correlation")
-class Correlation(_Definite):
+class Correlation(_Definite, name="correlation"):
     """Correlation matrices: positive definite with a diagonal of ones.
 
     >>> import torch
@@ -148,22 +122,12 @@ class Correlation(_Definite):
     >>> step(step.right_inverse(torch.tensor([[1.0, 0.6], [0.6, 1.0]])))
     tensor([[1.0000, 0.6000],
             [0.6000, 1.0000]])
-
-    Arguments:
-        weight: real, of shape ``(..., n, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is not a square real matrix.
     """
 
     guarantee = "W is symmetric and positive definite, its diagonal is one up to 4 eps"
     cost = "2 n^3"
     reference = "Pinheiro and Bates, Stat. Comput. 6 (1996)"
-    name = "correlation"
-
-    def __init__(self, *, weight: Tensor) -> None:
-        super().__init__(weight)
-        require_real("correlation", weight)
+    takes = ("square", "real")
 
     def value(self, X: Tensor) -> Tensor:
         L = positive_triangle(X)
@@ -172,6 +136,6 @@ class Correlation(_Definite):
 
     @torch.no_grad()
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the tensor that stands for `value`, or for the correlations of a matrix near it."""
+        """Return the tensor for `value`, or for the correlations of a matrix near it."""
         require_values("correlation", value)
         return positive_triangle_inverse(cholesky(widen(value))).to(value.dtype)

@@ -16,8 +16,34 @@ from rewriter.parametrizations._chain import compose
 
 T = TypeVar("T", bound=Callable[..., torch.nn.Module])
 
-INJECTED = frozenset({"weight", "size"})
-"""Constructor arguments that the site fills in: the tensor itself, or its shape."""
+INJECTED = frozenset({"weight", "size", "transposed", "chosen_mask"})
+"""Constructor arguments that no spec gives: the site fills in the tensor, its shape and whether its owner is a
+transposed convolution, and ``plan_sites`` the mask."""
+
+FAMILIES = (
+    "adapters",
+    "almost_orthogonal",
+    "arithmetic",
+    "bounded",
+    "conv_spectral_norm",
+    "entry_adapters",
+    "factored",
+    "hurwitz",
+    "invertible",
+    "linear_spaces",
+    "mask",
+    "orthogonal",
+    "plumbing",
+    "pruning",
+    "psd",
+    "quantization",
+    "scaling_adapters",
+    "spectral_norm",
+    "stiefel",
+    "vectors",
+    "weight_norm",
+)
+"""The files of the catalog; importing one registers its members. `find` and `names` import all."""
 
 _registered: dict[str, Callable[..., torch.nn.Module]] = {}
 
@@ -32,7 +58,8 @@ def register(name: str) -> Callable[[T], T]:
     ...         return 2 * X
 
     A constructor argument called ``weight`` receives the tensor that is parametrized, one called ``size`` its
-    shape; all others are arguments a spec can give. The class gets ``>>``, unless it has one.
+    shape, one called ``transposed`` whether the layer is a transposed convolution; all others are arguments that a
+    spec can give. The class gets ``>>``, unless it has one.
 
     Arguments:
         name: snake_case, without dots.
@@ -75,7 +102,7 @@ def find(name: str, imports: Mapping[str, ModuleType] | None = None) -> Callable
     for part in attribute.split("."):
         found = None if part.startswith("__") else getattr(found, part, None)
     if not callable(found):
-        candidates = [f"{prefix}.{key}" for key, value in vars(module).items() if isinstance(value, type)]
+        candidates = [f"{prefix}.{key}" for key in dir(module) if isinstance(getattr(module, key, None), type)]
         there = f" ({module.__name__} has no {attribute!r})" if prefix in (imports or {}) else ""
         raise LookupError(f"unknown parametrization {name!r}{there}" + suggestion(name, candidates))
     factory: Callable[..., torch.nn.Module] = found
@@ -94,21 +121,25 @@ def arguments_of(factory: Callable[..., torch.nn.Module]) -> dict[str, inspect.P
 
 
 def construct(
-    factory: Callable[..., torch.nn.Module], weight: torch.Tensor, arguments: Mapping[str, Any]
+    factory: Callable[..., torch.nn.Module],
+    weight: torch.Tensor,
+    arguments: Mapping[str, Any],
+    transposed: bool = False,
 ) -> torch.nn.Module:
-    """Build the parametrization for one tensor, filling in ``weight`` and ``size`` where it asks for them.
+    """Build the parametrization for one tensor, and give it those of `INJECTED` that its constructor has.
 
-    What is made without seeing the tensor gets the tensor's device and precision.
+    A module whose constructor does not get the tensor is moved to the tensor's device and dtype.
+
+    Arguments:
+        factory: the class, or a function that makes the module.
+        weight: the tensor.
+        arguments: those of the spec, and those of ``plan_sites``.
+        transposed: the tensor is the kernel of a transposed convolution.
     """
     wanted = _signature(factory).parameters
-    injected: dict[str, Any] = {}
-    if "weight" in wanted:
-        injected["weight"] = weight
-    if "size" in wanted:
-        injected["size"] = weight.shape
-    module = factory(**injected, **arguments)
-    if "weight" not in injected and (module._parameters or module._buffers or module._modules):
-        # It could not know the tensor's device and precision, and made its own tensors where the default is.
+    site = {"weight": weight, "size": weight.shape, "transposed": transposed}
+    module = factory(**{name: value for name, value in site.items() if name in wanted}, **arguments)
+    if "weight" not in wanted and (module._parameters or module._buffers or module._modules):
         module.to(weight.device, weight.dtype if weight.is_floating_point() else None)
     return module
 
@@ -126,7 +157,7 @@ def _namespace(prefix: str, imports: Mapping[str, ModuleType]) -> ModuleType:
         return importlib.import_module("rewriter.parametrizations._torch")
     if prefix == "geotorch":
         try:
-            return importlib.import_module("geotorch")
+            return importlib.import_module("rewriter.parametrizations._geotorch")
         except ModuleNotFoundError as missing:
             raise LookupError("geotorch is not installed; run `pip install geotorch`") from missing
     known = [*imports, "torch", "geotorch"]
@@ -136,12 +167,13 @@ def _namespace(prefix: str, imports: Mapping[str, ModuleType]) -> ModuleType:
 
 
 def _load_catalog() -> None:
-    importlib.import_module("rewriter.parametrizations")
+    for family in FAMILIES:
+        importlib.import_module(f"rewriter.parametrizations._{family}")
 
 
 @functools.lru_cache(maxsize=1024)
 def _signature(factory: Callable[..., torch.nn.Module]) -> inspect.Signature:
-    # A class without a constructor of its own shows torch's ``(*args, **kwargs)``, and takes none of them.
+    # The signature of torch.nn.Module is ``(*args, **kwargs)``, and its constructor takes no argument.
     if getattr(factory, "__init__", None) is torch.nn.Module.__init__:
         return inspect.Signature()
     return inspect.signature(factory)

@@ -7,13 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
+from rewriter.parametrizations._base import Parametrization
 from rewriter.parametrizations.maths._eager import at_hand
-from rewriter.parametrizations.maths._precision import WideBuffers, widen
+from rewriter.parametrizations.maths._precision import widen
 
 
-@register("spectral_norm")
-class SpectralNorm(WideBuffers):
+class SpectralNorm(Parametrization, name="spectral_norm"):
     """Divide a tensor by its largest singular value, estimated by the power method.
 
     >>> import torch
@@ -22,84 +21,79 @@ class SpectralNorm(WideBuffers):
     tensor([[1.0000, 0.0000],
             [0.0000, 0.5000]])
 
-    The tensor is seen as a matrix with `dim` in front and all other dimensions flattened; a vector is divided
-    by its norm. The singular vectors are the buffers ``_u`` and ``_v``, as in
-    :func:`torch.nn.utils.parametrizations.spectral_norm`; they advance once per forward in train mode, and
-    are fitted again when a value is assigned.
+    The tensor is seen as a matrix with `dim` in front and all other dimensions flattened, as in
+    :func:`torch.nn.utils.parametrizations.spectral_norm`. The singular vectors are the buffers ``_u`` and ``_v``, as
+    there. They advance once per forward in train mode, and are fitted again when a value is assigned. In eval mode
+    their norms do not matter, so that averaged models may average them.
 
     Arguments:
         n_power_iterations: steps per forward in train mode.
-        dim: the dimension of the outputs: 0, and 1 for transposed convolutions.
+        dim: the dimension of the outputs; by default 1 for transposed convolutions, else 0.
         eps: the least norm that is divided by.
-        weight: of any shape, filled in by the site.
-
-    Raises:
-        RewriterError: `dim` is out of range or `n_power_iterations` is not positive.
+        transposed: whether the layer is a transposed convolution; filled in by the site.
     """
 
-    guarantee = "the largest singular value is one, as far as the power method has come; zero stays zero"
+    guarantee = "the largest singular value is one, up to the error of the power method; zero stays zero"
     cost = "2 (n_power_iterations + 1) matrix-vector products"
     reference = "Miyato et al., https://arxiv.org/abs/1802.05957"
+    takes = ("matrix",)
     stateful = True
 
-    def __init__(self, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12, *, weight: Tensor) -> None:
-        super().__init__()
+    n_power_iterations: int = 1
+    dim: int | None = None
+    eps: float = 1e-12
+    transposed: bool = False
+
+    def build(self, weight: Tensor) -> None:
+        dim = int(self.transposed) if self.dim is None else self.dim
         if not -weight.ndim <= dim < weight.ndim:
             raise RewriterError(f"spectral_norm: dim {dim} is out of range for shape {list(weight.shape)}")
-        if n_power_iterations <= 0:
-            raise RewriterError(f"spectral_norm: n_power_iterations must be positive, not {n_power_iterations}")
-        self.n_power_iterations = n_power_iterations
-        self.dim = dim % weight.ndim
-        self.eps = eps
+        if self.n_power_iterations <= 0:
+            raise RewriterError(f"spectral_norm: n_power_iterations must be positive, not {self.n_power_iterations}")
+        self.outputs: int = dim % weight.ndim
         self._fitted = 0.0
+        M = self._matrix(widen(weight.detach()))
         self._u: Tensor
         self._v: Tensor
-        if weight.ndim > 1:
-            M = self._matrix(widen(weight.detach()))
-            self.register_buffer("_u", functional.normalize(M.new_empty(M.size(0)).normal_(), dim=0, eps=eps))
-            self.register_buffer("_v", functional.normalize(M.new_empty(M.size(1)).normal_(), dim=0, eps=eps))
-            self._advance(M, 15)
-            if weight.device.type != "meta":
-                self._fitted = self._estimate(M)
+        for name, size in zip(("_u", "_v"), M.shape, strict=True):
+            self.register_buffer(name, functional.normalize(M.new_empty(size).normal_(), dim=0, eps=self.eps))
+        self._advance(M, 15)
+        if weight.device.type != "meta":
+            self._fitted = self._estimate(M)
 
     def forward(self, X: Tensor) -> Tensor:
         W = widen(X)
-        # Only hasattr hides the branch that uses the buffers from TorchScript where a vector has none.
-        if hasattr(self, "_u"):
-            M = self._matrix(W)
-            if self.training:
-                self._advance(M.detach(), self.n_power_iterations)
-            # Copies: the next forward advances the buffers in place while this graph still needs them.
-            u, v = widen(self._u.clone()), widen(self._v.clone())
-            sigma = torch.vdot(u, torch.mv(M, v))
-            if torch.jit.is_scripting():  # type: ignore[attr-defined]
-                return self._divided(W, sigma).to(X.dtype)
-            else:
-                if at_hand(sigma) and abs(sigma.item()) > self.eps:
-                    # One multiplication: differentiating a division by a scalar costs three passes more.
-                    return (W * sigma.reciprocal()).to(X.dtype)
-                return self._divided(W, sigma).to(X.dtype)
+        M = self._matrix(W)
+        if self.training:
+            self._advance(M.detach(), self.n_power_iterations)
+        # Copies: the next forward advances the buffers in place while this graph still needs them.
+        u, v = widen(self._u.clone()), widen(self._v.clone())
+        if not self.training:
+            u, v = functional.normalize(u, dim=0, eps=self.eps), functional.normalize(v, dim=0, eps=self.eps)
+        sigma = torch.vdot(u, torch.mv(M, v))
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._divided(W, sigma).to(X.dtype)
         else:
-            return functional.normalize(W, dim=0, eps=self.eps).to(X.dtype)
+            if at_hand(sigma) and abs(sigma.item()) > self.eps:
+                # One multiplication: differentiating a division by a scalar costs three passes more.
+                return (W * sigma.reciprocal()).to(X.dtype)
+            return self._divided(W, sigma).to(X.dtype)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value` itself, after fitting the singular vectors to it."""
-        M = self._matrix(widen(value.detach())) if value.ndim > 1 else None
-        # The site builds the module from the tensor and assigns the same tensor right after: fitting more closely
-        # there would give other values than torch gives with the same seed.
-        if M is not None and M.device.type != "meta" and self._estimate(M) != self._fitted:
+        M = self._matrix(widen(value.detach()))
+        # The site builds the module from the tensor and assigns the same tensor right after. A closer fit there
+        # would give other values than torch gives with the same seed.
+        if M.device.type != "meta" and self._estimate(M) != self._fitted:
             self._fit(M)
         return value
-
-    def extra_repr(self) -> str:
-        return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
 
     def _divided(self, W: Tensor, sigma: Tensor) -> Tensor:
         return W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)
 
     def _matrix(self, W: Tensor) -> Tensor:
-        if self.dim != 0:
-            W = W.movedim(self.dim, 0)
+        if self.outputs != 0:
+            W = W.movedim(self.outputs, 0)
         return W if W.dim() == 2 else W.flatten(1)
 
     def _advance(self, M: Tensor, steps: int) -> None:

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._orthogonal import Orthogonal
-from rewriter.parametrizations._registry import register
+from rewriter.parametrizations._orthogonal import _Orthogonal
 from rewriter.parametrizations.maths._householder import reflected
 from rewriter.parametrizations.maths._orthonormal import orthonormal, reflectors
 from rewriter.parametrizations.maths._precision import wide_dtype, widen
 
 
-@register("stiefel")
-class Stiefel(Orthogonal):
+class Stiefel(_Orthogonal, name="stiefel"):
     """Orthonormal columns (rows where the matrix is wide), without any square matrix of the longer side.
 
     >>> import torch
@@ -25,31 +23,21 @@ class Stiefel(Orthogonal):
     >>> torch.allclose(step(step.right_inverse(Q)), Q, atol=1e-5)
     True
 
-    The values are those of ``orthogonal`` with a base point; the base is kept as reflections, in a buffer ``base``
+    The values are those of ``orthogonal`` with a base point. The base is stored as reflections, in a buffer ``base``
     of the weight's own shape, so that 8000 x 50 costs milliseconds and 1.6 MB instead of 256 MB.
 
     Arguments:
         map: as of ``orthogonal``.
-        weight: real, of shape ``(..., m, n)``, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is no matrix, or complex.
     """
 
-    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
     cost = "O(n k^2) for n rows and k <= n columns"
     reference = "Edelman, Arias and Smith, https://arxiv.org/abs/physics/9806030"
-    name = "stiefel"
-
-    def __init__(self, map: Literal["matrix_exp", "cayley", "householder"] | None = None, *, weight: Tensor) -> None:
-        if weight.is_complex():
-            raise RewriterError(f"{self.name} is for real matrices; orthogonal takes complex ones")
-        super().__init__(map, True, weight=weight)
+    takes = ("no kernel", "real")
 
     def _first_base(self) -> Tensor:
-        n, k = max(self.shape[-2:]), min(self.shape[-2:])
-        eye = torch.eye(n, k, dtype=wide_dtype(self.dtype), device=self.device)
-        return -eye.repeat(*self.shape[:-2], 1, 1)
+        *lead, m, n = self.shape or ()
+        eye = torch.eye(max(m, n), min(m, n), dtype=wide_dtype(self.dtype), device=self.device)
+        return -eye.repeat(*lead, 1, 1)
 
     def _rebased(self, Q: Tensor) -> Tensor:
         base = self.base
@@ -61,8 +49,7 @@ class Stiefel(Orthogonal):
         self.base.copy_(reflectors(orthonormal(W)))
 
 
-@register("grassmann")
-class Grassmann(Stiefel):
+class Grassmann(Stiefel, name="grassmann"):
     """Orthonormal columns that move only when the subspace they span moves.
 
     >>> import torch
@@ -71,24 +58,19 @@ class Grassmann(Stiefel):
     >>> torch.allclose(step(step.right_inverse(Q)), Q, atol=1e-5)
     True
 
-    A rotation of the columns among themselves is no motion: the square block on top of the tensor is not read.
+    Columns do not rotate among themselves: forward does not read the square block on top of the tensor. The
+    weight is not square.
 
     Arguments:
         map: the exponential (along geodesics) or the Cayley map.
-        weight: real, of shape ``(..., m, n)`` with different m and n, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is square, complex or no matrix.
     """
 
-    guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
     cost = "O(n k^2) for n rows and k < n columns"
-    name = "grassmann"
 
-    def __init__(self, map: Literal["matrix_exp", "cayley"] = "matrix_exp", *, weight: Tensor) -> None:
-        super().__init__(map, weight=weight)
-        if map not in ("matrix_exp", "cayley"):
-            raise RewriterError(f"grassmann: map must be matrix_exp or cayley, not {map!r}")
+    map: Literal["matrix_exp", "cayley"] = "matrix_exp"
+
+    def build(self, weight: Tensor) -> None:
+        super().build(weight)
         if weight.size(-1) == weight.size(-2):
             raise RewriterError(f"grassmann: n vectors span all of the space, found shape {list(weight.shape)}")
 

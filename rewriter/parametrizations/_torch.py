@@ -7,18 +7,24 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.utils import parametrizations as _torch
 
+from rewriter.parametrizations._foreign import WidenedBothWays
+from rewriter.parametrizations.maths._checks import require_matrix
+from rewriter.parametrizations.maths._precision import widen
 
-class Orthogonal(_torch._Orthogonal):
-    """The class behind :func:`torch.nn.utils.parametrizations.orthogonal`, as it is.
+
+class Orthogonal(WidenedBothWays, _torch._Orthogonal):  # type: ignore[misc]
+    """The class behind :func:`torch.nn.utils.parametrizations.orthogonal`.
 
     >>> import torch
     >>> Orthogonal(torch.eye(3), "cayley").right_inverse(torch.eye(3)).shape
     torch.Size([3, 3])
 
+    Each slice along the last two dimensions is a matrix of its own.
+
     Arguments:
         weight: filled in by the site.
         orthogonal_map: without it, ``matrix_exp`` for square or complex weights, else ``householder``.
-        use_trivialization: keep a base point in the buffer ``base``.
+        use_trivialization: store a base point in the buffer ``base``.
     """
 
     guarantee = "orthonormal columns (rows where the matrix is wide)"
@@ -31,16 +37,15 @@ class Orthogonal(_torch._Orthogonal):
         orthogonal_map: Literal["matrix_exp", "cayley", "householder"] | None = None,
         use_trivialization: bool = True,
     ) -> None:
-        if weight.ndim < 2:
-            raise ValueError(f"expected a matrix or a batch of matrices, found shape {list(weight.shape)}")
+        require_matrix("torch.Orthogonal", weight)
         if orthogonal_map is None:
             square = weight.size(-2) == weight.size(-1)
             orthogonal_map = "matrix_exp" if square or weight.is_complex() else "householder"
-        super().__init__(weight, _torch._OrthMaps[orthogonal_map], use_trivialization=use_trivialization)
+        super().__init__(widen(weight), _torch._OrthMaps[orthogonal_map], use_trivialization=use_trivialization)
 
 
-class SpectralNorm(_torch._SpectralNorm):
-    """The class behind :func:`torch.nn.utils.parametrizations.spectral_norm`, as it is.
+class SpectralNorm(WidenedBothWays, _torch._SpectralNorm):
+    """The class behind :func:`torch.nn.utils.parametrizations.spectral_norm`.
 
     >>> import torch
     >>> sorted(SpectralNorm(torch.eye(3)).state_dict())
@@ -49,21 +54,29 @@ class SpectralNorm(_torch._SpectralNorm):
     Arguments:
         weight: filled in by the site.
         n_power_iterations: steps of the power method per forward in train mode.
-        dim: the dimension of the outputs.
+        dim: the dimension of the outputs; by default 1 for transposed convolutions, else 0.
         eps: added to a norm before dividing by it.
     """
 
     stateful = True
-    guarantee = "the largest singular value is about one, as far as the power method has come"
+    guarantee = "the largest singular value is about one, up to the error of the power method"
     cost = "two matrix-vector products per power iteration"
     reference = "Miyato et al., https://arxiv.org/abs/1802.05957"
 
-    def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
-        super().__init__(weight, n_power_iterations, dim, eps)
+    def __init__(
+        self,
+        weight: Tensor,
+        n_power_iterations: int = 1,
+        dim: int | None = None,
+        eps: float = 1e-12,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__(widen(weight), n_power_iterations, int(transposed) if dim is None else dim, eps)
 
 
-class WeightNorm(_torch._WeightNorm):
-    """The class behind :func:`torch.nn.utils.parametrizations.weight_norm`, as it is.
+class WeightNorm(WidenedBothWays, _torch._WeightNorm):  # type: ignore[misc]
+    """The class behind :func:`torch.nn.utils.parametrizations.weight_norm`.
 
     >>> import torch
     >>> [part.shape for part in WeightNorm().right_inverse(torch.ones(3, 2))]

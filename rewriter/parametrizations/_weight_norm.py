@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
+from rewriter.parametrizations._base import Parametrization
 from rewriter.parametrizations.maths._precision import widen
 from rewriter.parametrizations.maths._unit_slices import scaled_slices
 
 
-@register("weight_norm")
-class WeightNorm(nn.Module):
+class WeightNorm(Parametrization, name="weight_norm"):
     """Compute a tensor from the norm and the direction of each of its slices along one dimension.
 
     >>> import torch
@@ -26,11 +25,7 @@ class WeightNorm(nn.Module):
 
     Arguments:
         dim: the dimension whose slices have their own norms, from -ndim to ndim - 1; ``null`` for one norm
-            of the whole tensor.
-        weight: of any shape, filled in by the site.
-
-    Raises:
-        RewriterError: `dim` is out of range.
+            of the whole tensor. As in torch it is 0 for transposed convolutions too.
     """
 
     guarantee = "slice i of W along `dim` has norm |g_i|, and zero where v_i is zero"
@@ -38,11 +33,12 @@ class WeightNorm(nn.Module):
     reference = "Salimans and Kingma, https://arxiv.org/abs/1602.07868"
     chain_input = 1
 
-    def __init__(self, dim: int | None = 0, *, weight: Tensor | None = None) -> None:
-        super().__init__()
+    dim: int | None = 0
+
+    def build(self, weight: Tensor | None) -> None:
+        dim = self.dim
         if weight is not None and dim is not None and not -weight.ndim <= dim < weight.ndim:
             raise RewriterError(f"weight_norm: dim {dim} is out of range for shape {list(weight.shape)}")
-        self.dim = dim
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -59,9 +55,6 @@ class WeightNorm(nn.Module):
         """Return g, the norms of the slices, and v, the tensor itself (ones in slices that are zero)."""
         norm = self._norm(widen(value))
         return norm.to(value.dtype), torch.where(norm == 0, torch.ones_like(value), value)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
 
     def _value(self, G: Tensor, V: Tensor) -> Tensor:
         norm = self._norm(V)

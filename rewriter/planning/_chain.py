@@ -97,7 +97,7 @@ class Chain:
         weight = first_of(self._seen_by(index)) if weight is None else weight
         step = self.rule.chain[index]
         try:
-            return _make(step, weight, self.layout, self.extra.get(index, ()))
+            return _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
         except Exception as problem:
             raise BuildError(f"step {index + 1}, {step}: {first_line(problem)}") from problem
 
@@ -192,7 +192,15 @@ def arguments_of(step: Step) -> dict[str, Any]:
     return arguments
 
 
-def _make(step: Step, weight: Tensor, layout: Layout, extra: Sequence[Mapping[str, Any]]) -> nn.Module:
+def transposed(claim: Claim) -> bool:
+    """Say whether a claim's tensor is the kernel of a transposed convolution, whose outputs are dimension 1."""
+    owners = claim.entries[0].owners
+    return bool(owners) and isinstance(owners[0][0], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+
+
+def _make(
+    step: Step, weight: Tensor, layout: Layout, extra: Sequence[Mapping[str, Any]], transposed: bool
+) -> nn.Module:
     """Construct a step; `extra` has further arguments for each chunk."""
     arguments = arguments_of(step)
 
@@ -200,7 +208,7 @@ def _make(step: Step, weight: Tensor, layout: Layout, extra: Sequence[Mapping[st
         if step.module is not None:
             return copy.deepcopy(step.module)
         assert step.factory is not None
-        return construct(step.factory, weight, {**arguments, **further})
+        return construct(step.factory, weight, {**arguments, **further}, transposed)
 
     if not layout.chunks:
         return one(weight, extra[0] if extra else {})

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rewriter.parametrizations._chain import right_inverse as right_inverse
+
 
 class Inverse(NamedTuple):
     """What a chain maps to a value, and how its steps share it.
@@ -21,20 +23,6 @@ class Inverse(NamedTuple):
     originals: list[Tensor]
     stored: tuple[int, ...]
     carries: tuple[int, ...]
-
-
-def right_inverse(step: nn.Module, value: Any, inputs: Sequence[Tensor] = ()) -> Any:
-    """Return what `step` maps to `value`; `value` itself where the step has no right inverse.
-
-    A step may declare a right inverse and refuse it (NotImplementedError), as torch's do: that counts as none.
-    """
-    inverse = getattr(step, "right_inverse", None)
-    if inverse is None:
-        return value
-    try:
-        return inverse(value, *inputs) if inputs else inverse(value)
-    except NotImplementedError:
-        return value
 
 
 def invert_chain(

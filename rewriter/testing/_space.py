@@ -27,8 +27,9 @@ def on_space(
     >>> on_space("symmetric", torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
     False
 
-    A value that the right inverse refuses is not in the space, and neither is one with NaN. The step is copied: its
-    state and the global random state do not change.
+    A value that the right inverse refuses is not in the space, and neither is one with NaN. A step that defines
+    ``contains(tensor, tolerance)`` answers itself. The step is copied: its state and the global random state do not
+    change.
 
     Arguments:
         step: a chain (`rewriter.chain`) or another module, a class or factory, or a name that a spec could use.
@@ -41,6 +42,11 @@ def on_space(
     """
     with nothing_drawn():
         module = copy.deepcopy(instance(step, tensor, arguments or {})[0]).eval()
+        allowed = default_tolerance(tensor) if tolerance is None else tolerance
+        if not tensor.isfinite().all():
+            return False
+        if hasattr(module, "contains"):
+            return bool(module.contains(tensor, allowed))
         for part in module if isinstance(module, Chain) else [module]:
             if not hasattr(part, "right_inverse"):
                 raise RewriterError(f"on_space needs right inverses, and {type(part).__name__} has no right_inverse")
@@ -52,5 +58,4 @@ def on_space(
             return False
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
         return False
-    allowed = default_tolerance(tensor) if tolerance is None else tolerance
     return distance(value, tensor) <= allowed * size_of(tensor)

@@ -159,7 +159,7 @@ STEPS = {
     "boolean": ("orthogonal: {trivialization: ‸no}", "must be true or false, found 'no'"),
     "float for int": ("spectral_norm: {n_power_iterations: ‸1.5}", "must be a whole number, found 1.5"),
     "text for float": ("spectral_norm: {eps: ‸'1e-3'}", "must be a number, found '1e-3'"),
-    "boolean for int": ("spectral_norm: {dim: ‸true}", "must be a whole number, found true"),
+    "boolean for int": ("spectral_norm: {n_power_iterations: ‸true}", "must be a whole number, found true"),
     "none taken": ("my.Fold: {‸factor: 2}", "it takes no arguments"),
     "missing argument": ("‸my.Scale", "'my.Scale' needs the argument 'factor'"),
     "user's choice": ("my.Scale: {factor: 2, mode: ‸mull}", "did you mean 'mul'?"),

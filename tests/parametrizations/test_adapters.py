@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._lycoris import factorization
+from rewriter.parametrizations._adapters import factorization
 from rewriter.parametrizations._registry import construct, find
 
 FRESH: list[tuple[str, dict[str, Any]]] = [

@@ -127,7 +127,7 @@ def of_torch(X: Tensor) -> Tensor:
 
 
 DEGREE_EIGHT = [(torch.float32, 1.0, 1e-5), (torch.float64, 0.09, 1e-13), (torch.complex128, 0.09, 1e-13)]
-"""Types, norms for which the polynomial of degree 8 is taken, and tolerances."""
+"""Types, norms that use the polynomial of degree 8, and tolerances."""
 
 
 @pytest.mark.parametrize(("dtype", "norm", "tolerance"), DEGREE_EIGHT)

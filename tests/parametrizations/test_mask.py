@@ -93,9 +93,11 @@ def test_a_file_of_several_masks_is_read_by_key_or_by_the_names_of_the_sites(tmp
     stored = {"a.weight": torch.ones(2), "b.weight_mask": torch.zeros(2)}
     save_file(stored, path)
     assert Mask(file=path, key="b.weight_mask").mask.tolist() == [False, False]
-    plan = Mask.plan_sites([torch.ones(2)] * 3, ["b.weight", "a.weight", "c.weight"], file=path)
-    assert plan == [{"key": "b.weight_mask"}, {"key": "a.weight"}, {}]
-    with pytest.raises(RewriterError, match="say which one with `key`"):
+    plan = Mask.plan_sites([torch.ones(2)] * 2, ["b.weight", "a.weight"], file=path)
+    assert [site["chosen_mask"].tolist() for site in plan] == [[False, False], [True, True]]
+    with pytest.raises(RewriterError, match="choose one with `key`"):
+        Mask.plan_sites([torch.ones(2)], ["c.weight"], file=path)
+    with pytest.raises(RewriterError, match="choose one with `key`"):
         Mask(file=path)
     with pytest.raises(RewriterError, match=r"did you mean 'a\.weight'"):
         Mask(file=path, key="a.weigth")
@@ -104,7 +106,7 @@ def test_a_file_of_several_masks_is_read_by_key_or_by_the_names_of_the_sites(tmp
 def test_what_is_no_mask_file_is_refused(tmp_path) -> None:
     (tmp_path / "mask.txt").write_text("")
     torch.save(3, tmp_path / "mask.pt")
-    for name, message in {"none.pt": "no mask file", "mask.txt": "ends in", "mask.pt": "holds an int"}.items():
+    for name, message in {"none.pt": "no mask file", "mask.txt": "ends in", "mask.pt": "contains an int"}.items():
         with pytest.raises(RewriterError, match=message):
             Mask(file=str(tmp_path / name))
     with pytest.raises(RewriterError, match="give one"):

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
 
+from rewriter import rewrite
 from rewriter.errors import RewriterError
 from rewriter.parametrizations import ConvSpectralNorm, SpectralNorm, WeightNorm
 from rewriter.parametrizations._torch import SpectralNorm as TorchSpectralNorm
+from rewriter.state import get_value
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, None])
@@ -214,3 +217,52 @@ def test_conv_spectral_norm_refuses_what_is_no_kernel_for_the_input() -> None:
         ConvSpectralNorm([5, 5], weight=torch.ones(3, 3))
     with pytest.raises(RewriterError, match="larger than an input"):
         ConvSpectralNorm([2, 2], weight=torch.ones(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("step", ["spectral_norm", "torch.SpectralNorm", "weight_norm", "torch.WeightNorm"])
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose2d(4, 6, 3), nn.ConvTranspose1d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.Linear(4, 6)], ids=repr
+)
+def test_the_dimension_of_outputs_is_torchs(step: str, layer: nn.Module) -> None:
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": [step]}]}
+    new = rewrite(nn.Sequential(copy.deepcopy(layer)), spec).eval()
+    norm = parametrizations.spectral_norm if "pectral" in step else parametrizations.weight_norm
+    reference = nn.Sequential(norm(copy.deepcopy(layer))).eval()
+    new.load_state_dict(reference.state_dict())
+    torch.testing.assert_close(get_value(new, "0.weight"), reference[0].weight)
+
+
+def test_a_dimension_that_is_given_wins_over_the_layer() -> None:
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": [{"spectral_norm": {"dim": 0}}]}]}
+    new = rewrite(nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), spec)
+    assert new.state_dict()["0.parametrizations.weight.0._u"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [SpectralNorm(weight=torch.eye(8)), ConvSpectralNorm([5], weight=torch.eye(8)[..., None])],
+    ids=["spectral_norm", "conv_spectral_norm"],
+)
+def test_the_norms_of_averaged_singular_vectors_do_not_matter(step: SpectralNorm) -> None:
+    weight = torch.randn(step.shape)
+    step.right_inverse(weight)
+    expected = step.eval()(weight)
+    for buffer in step.buffers():
+        buffer.mul_(0.25)
+    torch.testing.assert_close(step(weight), expected)
+    assert torch.equal(step(torch.zeros(step.shape)), torch.zeros(step.shape))
+
+
+def test_averaged_models_keep_the_spectral_norm_near_one() -> None:
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "*.weight", "chain": ["spectral_norm"]}]}
+    new = rewrite(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), spec)
+    average = AveragedModel(new, use_buffers=True)
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        for _ in range(8):
+            new(torch.randn(2, 16))
+        average.update_parameters(new)
+    average.eval()
+    assert torch.linalg.matrix_norm(get_value(average.module, "0.weight"), 2) < 1.3

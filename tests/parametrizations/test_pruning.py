@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
+from rewriter import bake, rewrite
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._mask import Mask
 from rewriter.parametrizations._registry import construct, find
 
 matrices = st.lists(st.integers(1, 6), min_size=2, max_size=4)
 amounts = st.floats(0, 1) | st.integers(0, 2)
+
+
+def spec(*chain: Any, **rule: Any) -> dict[str, Any]:
+    return {"reparam": 1, "rules": [{"name": "all", "select": "*.weight", "chain": list(chain), **rule}]}
 
 
 def make(name: str, weight: torch.Tensor, **arguments: Any) -> Any:
@@ -71,9 +76,74 @@ def test_a_global_budget_takes_what_torch_takes(
     prune.global_unstructured([(m, "weight") for m in modules], getattr(prune, f"{method}Unstructured"), amount=amount)
     for module, weight, extra in zip(modules, weights, plan, strict=True):
         ours = make(name, weight, amount=amount, **extra)
-        assert (ours.mask == 0).sum() == (module.weight_mask == 0).sum()
-        if name == "global_l1":
-            assert torch.equal(ours(weight), module.weight)
+        assert torch.equal(ours(weight), module.weight)
+
+
+FIRST: list[tuple[str, dict[str, Any]]] = [
+    ("l1_unstructured", {"amount": 5}),
+    ("random_unstructured", {"amount": 0.3}),
+    ("ln_structured", {"amount": 1, "n": 2, "dim": 0}),
+    ("random_structured", {"amount": 1, "dim": 1}),
+]
+
+
+@pytest.mark.parametrize("first", FIRST, ids=lambda step: step[0])
+@pytest.mark.parametrize("second", [*FIRST, ("l1_unstructured", {"amount": 0.5})], ids=lambda step: step[0])
+def test_a_second_pruning_has_torchs_mask(
+    first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    torch.manual_seed(3)
+    new = bake(rewrite(model, spec({first[0]: first[1]}, {second[0]: second[1]})))
+    torch.manual_seed(3)
+    for name, arguments in (first, second):
+        getattr(prune, name)(model[0], "weight", **arguments)
+    assert torch.equal(new[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["global_l1", "global_random"])
+def test_a_global_pruning_after_another_has_torchs_masks(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)  # ties
+    torch.manual_seed(3)
+    new = bake(rewrite(model, spec({"l1_unstructured": {"amount": 0.25}}, {name: {"amount": 0.5}})))
+    method = {"global_l1": prune.L1Unstructured, "global_random": prune.RandomUnstructured}[name]
+    torch.manual_seed(3)
+    for layer in model:
+        prune.l1_unstructured(layer, "weight", 0.25)
+    prune.global_unstructured([(layer, "weight") for layer in model], method, amount=0.5)
+    for one, other in zip(new, model, strict=True):
+        assert torch.equal(one.weight, other.weight)
+
+
+def test_a_pruning_counts_what_a_given_mask_leaves() -> None:
+    model, mask = nn.Sequential(nn.Linear(4, 2)), torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]])
+    prune.custom_from_mask(model[0], "weight", mask)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    plain = nn.Sequential(nn.Linear(4, 2))
+    plain.load_state_dict({"0.weight": model[0].weight_orig, "0.bias": model[0].bias})
+    new = bake(rewrite(plain, spec(Mask(mask), {"l1_unstructured": {"amount": 0.5}})))
+    assert torch.equal(new[0].weight, model[0].weight)
+
+
+def test_patterns_keep_entries_that_an_earlier_mask_leaves() -> None:
+    weight = torch.tensor([[4.0, 3, 2, 1]]).repeat(2, 1)
+    model = nn.Sequential(nn.Linear(4, 2))
+    model[0].weight.data.copy_(weight)
+    largest = Mask(weight < 4)
+    new = bake(rewrite(model, spec(largest, {"n_m": {"n": 2, "m": 4}})))
+    assert torch.equal(new[0].weight, torch.tensor([[0.0, 3, 2, 0]]).repeat(2, 1))
+    block = Mask(torch.tensor([[False, False, True, True]]))
+    new = bake(rewrite(model, spec(block, {"block_sparse": {"amount": 1, "block_shape": [1, 2]}})))
+    assert new[0].weight.count_nonzero() == 2
+
+
+def test_masks_are_separate_for_each_chunk() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    step = {"l1_unstructured": {"amount": 2}}
+    new = bake(rewrite(model, spec(step, step, per={"dim": 0, "chunks": 2})))
+    assert [int(chunk.count_nonzero()) for chunk in new[0].weight.chunk(2)] == [4, 4]
 
 
 @given(groups=st.integers(1, 3), m=st.integers(1, 5), data=st.data(), half=st.booleans())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def cayley(X: Tensor) -> Tensor:
-    """Return the first k columns of ``(I + A/2)(I - A/2)^-1``, for the skew A whose lower triangle X holds.
+    """Return the first k columns of ``(I + A/2)(I - A/2)^-1``, for the skew A with the lower triangle of X.
 
     With ``A = (S, -B^H; B, 0)`` these columns are ``(2 Y - I; B Y)`` for the inverse Y of ``I - S/2 + B^H B/4``, so
     that one matrix of size k is inverted once, forward and backward.

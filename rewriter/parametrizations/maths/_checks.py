@@ -1,6 +1,8 @@
-"""What a family says about a weight that it does not fit."""
+"""Requirements on a weight, and the messages for a weight that does not meet them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -11,22 +13,33 @@ def require_matrix(name: str, weight: Tensor) -> None:
     """Raise RewriterError unless `weight` has shape ``(..., m, n)``."""
     if weight.ndim < 2:
         raise RewriterError(
-            f"{name} acts on matrices (or batches of them), this tensor has shape {list(weight.shape)}; "
-            "use `reshape: [out, -1]` to let the chain see a matrix"
+            f"{name} acts on matrices, this tensor has shape {list(weight.shape)}; leave biases and other vectors out "
+            "with `tensor: weight` in the selector, or `ndim: 2`"
         )
 
 
-def require_values(name: str, value: Tensor) -> None:
-    """Raise NotImplementedError for a meta tensor: it has no values that a right inverse could look at."""
-    if value.is_meta:
-        raise NotImplementedError(f"{name}: a tensor on the meta device has no values to start from")
+def require_no_kernel(name: str, weight: Tensor) -> None:
+    """Raise RewriterError for fewer than two dimensions, and for the kernel of a convolution."""
+    require_matrix(name, weight)
+    if weight.ndim > 3:
+        slices = ", ".join(map(str, weight.shape[-2:]))
+        raise RewriterError(
+            f"{name} acts on matrices, this tensor has shape {list(weight.shape)}; use `reshape: [out, -1]` for one "
+            f"matrix of the kernel, or `reshape: [-1, {slices}]` for each slice on its own"
+        )
 
 
 def require_square(name: str, weight: Tensor) -> None:
     """Raise RewriterError unless `weight` has shape ``(..., n, n)``."""
     require_matrix(name, weight)
-    if weight.size(-1) != weight.size(-2):
-        raise RewriterError(f"{name} acts on square matrices, this tensor has shape {list(weight.shape)}")
+    m, n = weight.shape[-2:]
+    if m == n:
+        return
+    advice = "leave it out with `except`, or use a step for any matrix, such as `orthogonal`"
+    if weight.ndim == 2 and m and n and max(m, n) % min(m, n) == 0:
+        chunks = f"{{dim: {int(m < n)}, chunks: {max(m, n) // min(m, n)}}}"
+        advice = f"use `per: {chunks}` for a chain on each {min(m, n)} x {min(m, n)} block, or " + advice
+    raise RewriterError(f"{name} acts on square matrices, this tensor has shape {list(weight.shape)}; {advice}")
 
 
 def require_real(name: str, weight: Tensor) -> None:
@@ -35,7 +48,22 @@ def require_real(name: str, weight: Tensor) -> None:
         raise RewriterError(f"{name} is defined for real tensors, this one is {weight.dtype}")
 
 
-def require_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+REQUIREMENTS: Mapping[str, Callable[[str, Tensor], None]] = {
+    "matrix": require_matrix,
+    "no kernel": require_no_kernel,
+    "square": require_square,
+    "real": require_real,
+}
+"""What a member may ask of its weight, by the word for it."""
+
+
+def require_values(name: str, value: Tensor) -> None:
+    """Raise NotImplementedError for a meta tensor: it has no values to start a right inverse from."""
+    if value.is_meta:
+        raise NotImplementedError(f"{name}: a tensor on the meta device has no values to start from")
+
+
+def require_shape(name: str, value: Tensor, shape: tuple[int, ...] | None) -> None:
     """Raise RewriterError unless `value` has the shape that the parametrization was made for."""
-    if tuple(value.shape) != shape:
+    if shape is not None and tuple(value.shape) != shape:
         raise RewriterError(f"{name} was made for shape {list(shape)}, got {list(value.shape)}")

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rewriter.parametrizations.maths._softplus import inverse_softplus
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """Return x with ``log(1 + exp(x)) = y``, for positive y, without overflow or cancellation."""
+    return y + torch.log(-torch.expm1(-y))
 
 
 def gram(F: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The polynomial of degree 8: for matrices of norm about one, as trained weights give them, so worth a way of its own.
+"""The polynomial of degree 8, for matrices of norm about one, as trained weights give them.
 
-Autograd would go through each of its sums. By hand, those of the gradient are made along with its products, of which
-one falls away for a skew matrix: a quarter less time for forward and backward of a matrix of a hundred rows.
+Autograd differentiates each of its sums. The gradient by hand fuses the sums with the products, and a skew matrix
+saves one product: forward and backward of a matrix of a hundred rows take a quarter less time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def degree_eight(A: Tensor, A2: Tensor, series: Series, skew: bool) -> Tensor:
         A: of shape ``(..., n, n)``.
         A2: its square.
         series: whose polynomial.
-        skew: A is skew-symmetric or skew-Hermitian, and so is what becomes of its gradient.
+        skew: A is skew-symmetric or skew-Hermitian, and so is the gradient that its source receives.
     """
     if skew and A.ndim == 2 and type(A) is Tensor and A.requires_grad and torch.is_grad_enabled() and executed_now():
         value: Tensor = _Skew.apply(A, A2.detach(), series)  # type: ignore[no-untyped-call]

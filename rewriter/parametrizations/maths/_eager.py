@@ -1,4 +1,4 @@
-"""Whether the values of a tensor may be looked at to choose a faster way."""
+"""Conditions under which code may read the values of a tensor to choose a faster path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def readable(X: Tensor) -> bool:
-    """Return whether ``X`` holds numbers now, rather than standing for numbers of a later run.
+    """Return whether ``X`` has values now, and is no symbol for values of a later run.
 
     A choice that depends on values must not be baked into a compiled, exported or traced program, and cannot be
     made for a fake tensor or inside ``torch.func`` transforms.
@@ -31,16 +31,16 @@ def readable(X: Tensor) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether what reaches torch's dispatcher is written down, as `make_fx` does."""
+    """Return whether a mode records the operations, as `make_fx` does."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
 
 
 def executed_now() -> bool:
-    """Return whether operations on plain tensors are executed as they are called, and by nobody else's rules.
+    """Return whether operations on plain tensors run as they are called, without tracing or transforms.
 
-    Then a number of a tensor on the CPU may be read, which waits for nothing; and no forward-mode derivative is wanted.
+    Then code may read a number of a tensor on the CPU without waiting, and no forward-mode derivative is wanted.
     """
     return not (
         is_dynamo_compiling()  # other compilers have fake tensors, or modes on
@@ -52,5 +52,5 @@ def executed_now() -> bool:
 
 
 def at_hand(X: Tensor) -> bool:
-    """Return whether the numbers of ``X`` are :func:`readable` and reading one waits for no device."""
+    """Return whether the numbers of ``X`` are :func:`readable` without waiting for a device."""
     return X.is_cpu and readable(X)

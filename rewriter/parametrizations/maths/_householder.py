@@ -38,8 +38,8 @@ def _reflect(X: Tensor, trailing: Tensor, last: bool) -> Tensor:
     n, b = X.size(-2), X.size(-1)
     eye = torch.eye(n, b, dtype=X.dtype, device=X.device)
     V = X.tril(-1) + eye
-    # solve_triangular reads the upper triangle only, so what lies below needs no clearing. This is -T, so that what
-    # comes of it is added and not subtracted, in one operation where there is one.
+    # solve_triangular reads the upper triangle only, so entries below need no clearing. This is -T, so that the result
+    # is added, by a fused operation if torch has one.
     T = (V.mT @ V) * (0.5 * eye[:b] - 1.0)
     top = V[..., :b, :].mT
     if last:
@@ -85,7 +85,7 @@ def reflected(base: Tensor, M: Tensor) -> Tensor:
 
 
 def _factors(base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return V, T and the signs of the reflections that `base` holds."""
+    """Return V, T and the signs of the reflections in `base`."""
     k = base.size(-1)
     eye = torch.eye(base.size(-2), k, dtype=base.dtype, device=base.device)
     V = base.tril(-1) + eye

@@ -1,14 +1,11 @@
-"""Making matrices orthonormal, telling whether they are, completing and drawing them."""
+"""Orthonormal matrices: the nearest ones, a test for them, completions and random ones."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rewriter.parametrizations.maths._householder import frame
-from rewriter.parametrizations.maths._precision import wide_dtype
 
 
 def is_orthonormal(W: Tensor) -> bool:
@@ -50,13 +47,13 @@ def reflectors(W: Tensor) -> Tensor:
     packed, tau = torch.geqrf(W)
     diagonal = packed.diagonal(dim1=-2, dim2=-1)
     sign = _phase(diagonal)
-    # LAPACK leaves a reflection out (tau = 0) where its column is done already; the map always reflects.
+    # LAPACK omits the reflection of a column that is done (tau = 0); the map always reflects.
     diagonal.copy_(torch.where(tau == 0, -sign, sign))
     return packed
 
 
 def rotation(W: Tensor) -> Tensor:
-    """Return W where it is a rotation, else its Q factor, the last column turned where that makes it one.
+    """Return W if it is a rotation, else its Q factor, the last column negated if that makes it one.
 
     Raises:
         ValueError: W is orthogonal and its determinant is -1.
@@ -71,12 +68,11 @@ def rotation(W: Tensor) -> Tensor:
     return Q
 
 
-def haar(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a random tensor of orthonormal columns (rows where it is wide), drawn uniformly."""
-    Z = torch.randn(*shape, dtype=wide_dtype(dtype), device=device)
+def haar(Z: Tensor) -> Tensor:
+    """Return orthonormal columns (rows where Z is wide); uniformly distributed if Z is standard normal."""
     wide = Z.size(-2) < Z.size(-1)
     Q = orthonormal(Z.mT if wide else Z)
-    return (Q.mT if wide else Q).to(dtype)
+    return Q.mT if wide else Q
 
 
 def _phase(x: Tensor) -> Tensor:

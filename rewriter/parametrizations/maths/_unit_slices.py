@@ -20,7 +20,7 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
     They exist for real tensors and have no forward-mode derivative. They are fast for the first dimension and for
     matrices; other dimensions are moved to the front.
     """
-    # The common case comes first, and every question costs: between the kernels of a training step all of this is cold.
+    # The common case comes first: between the kernels of a training step every test costs.
     if type(v) not in _KINDS or type(g) not in _KINDS or v.dtype is not g.dtype or v.dtype not in _DTYPES:
         return None
     if not (v.is_cpu and v.is_contiguous() and g.is_contiguous() and executed_now()):

@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewriter.errors import RewriterError
-from rewriter.parametrizations._registry import register
-from rewriter.parametrizations.maths._checks import require_real
-from rewriter.parametrizations.maths._precision import Precise, widen
-from rewriter.parametrizations.maths._softplus import inverse_softplus
+from rewriter.parametrizations._base import Space
+from rewriter.parametrizations.maths._cholesky import inverse_softplus
+from rewriter.parametrizations.maths._precision import widen
 
 
-@register("positive")
-class Positive(Precise):
+class Positive(Space, name="positive"):
     """Make all entries positive, by the softplus or the exponential function.
 
     >>> import torch
@@ -26,45 +24,31 @@ class Positive(Precise):
     Arguments:
         map: ``softplus``, which is linear for large entries, or ``exp``.
         eps: a least value, added to all entries.
-        weight: real, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is complex or `eps` is negative.
     """
 
-    guarantee = "entries are at least eps, and greater where floating point can tell"
+    guarantee = "entries are at least eps, and greater if floating point can represent it"
     cost = "one pass over the tensor"
-    reference = ""
+    takes = ("real",)
     batched = True
 
-    def __init__(
-        self, map: Literal["softplus", "exp"] = "softplus", eps: float = 0.0, *, weight: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        if weight is not None:
-            require_real("positive", weight)
-        if map not in ("softplus", "exp"):
-            raise RewriterError(f"positive: map must be softplus or exp, not {map!r}")
-        if eps < 0:
-            raise RewriterError(f"positive: eps must not be negative, it is {eps}")
-        self.map: str = map
-        self.eps = float(eps)
+    map: Literal["softplus", "exp"] = "softplus"
+    eps: float = 0.0
+
+    def build(self, weight: Tensor | None) -> None:
+        if self.eps < 0:
+            raise RewriterError(f"positive: eps must not be negative, it is {self.eps}")
 
     def value(self, X: Tensor) -> Tensor:
         return (X.exp() if self.map == "exp" else functional.softplus(X)) + self.eps
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the tensor that stands for `value`; entries that are not above eps move just above it."""
+        """Return the tensor for `value`; entries that are not above eps move just above it."""
         wide = widen(value)
         above = (wide - self.eps).clamp_min(torch.finfo(wide.dtype).eps)
         return (above.log() if self.map == "exp" else inverse_softplus(above)).to(value.dtype)
 
-    def extra_repr(self) -> str:
-        return f"map={self.map}, eps={self.eps}"
 
-
-@register("interval")
-class Interval(Precise):
+class Interval(Space, name="interval"):
     """Keep all entries between two bounds, or on one side of one bound.
 
     >>> import torch
@@ -76,32 +60,26 @@ class Interval(Precise):
     Arguments:
         low: the lower bound, or none.
         high: the upper bound, or none.
-        weight: real, filled in by the site.
-
-    Raises:
-        RewriterError: the weight is complex, there is no bound, or `low` is not below `high`.
     """
 
     guarantee = "low <= entry <= high"
     cost = "one pass over the tensor"
-    reference = ""
+    takes = ("real",)
     batched = True
 
-    def __init__(self, low: float | None = None, high: float | None = None, *, weight: Tensor | None = None) -> None:
-        super().__init__()
-        if weight is not None:
-            require_real("interval", weight)
-        if low is None and high is None:
+    low: float | None = None
+    high: float | None = None
+
+    def build(self, weight: Tensor | None) -> None:
+        if self.low is None and self.high is None:
             raise RewriterError("interval: give `low`, `high` or both")
-        if low is not None and high is not None and not low < high:
-            raise RewriterError(f"interval: low = {low} is not below high = {high}")
-        self.low = None if low is None else float(low)
-        self.high = None if high is None else float(high)
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise RewriterError(f"interval: low = {self.low} is not below high = {self.high}")
 
     def value(self, X: Tensor) -> Tensor:
         low, high = self.low, self.high
         if low is not None and high is not None:
-            # Two terms, so that both bounds are met exactly and neither is passed by rounding.
+            # Two terms reach both bounds exactly, and rounding passes neither.
             share = X.sigmoid()
             return torch.clamp(low * (1 - share) + high * share, low, high)
         if low is not None:
@@ -110,7 +88,7 @@ class Interval(Precise):
         return high - functional.softplus(X)
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Return the tensor that stands for `value`; entries on a bound or beyond move just inside."""
+        """Return the tensor for `value`; entries on a bound or beyond move just inside."""
         wide = widen(value)
         eps = torch.finfo(wide.dtype).eps
         if self.low is not None and self.high is not None:
@@ -118,6 +96,3 @@ class Interval(Precise):
             return share.logit().to(value.dtype)
         inside = wide - self.low if self.low is not None else (self.high or 0.0) - wide
         return inverse_softplus(inside.clamp_min(eps)).to(value.dtype)
-
-    def extra_repr(self) -> str:
-        return f"low={self.low}, high={self.high}"
