@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.utils import parametrizations as _torch
 
@@ -93,3 +94,6 @@ class WeightNorm(WidenedBothWays, _torch._WeightNorm):  # type: ignore[misc]
 
     def __init__(self, dim: int | None = 0) -> None:
         super().__init__(dim)
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:  # with names, for TorchScript
+        return torch._weight_norm(widen(weight_v), widen(weight_g), self.dim).to(weight_v.dtype)

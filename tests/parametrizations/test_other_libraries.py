@@ -72,3 +72,9 @@ def test_a_class_of_geotorch_can_be_pickled() -> None:
     again = pickle.loads(pickle.dumps(step))
     assert type(again) is factory
     torch.testing.assert_close(again(torch.ones(3, 3)), step(torch.ones(3, 3)))
+
+
+def test_torchs_weight_norm_scripts() -> None:
+    step: Any = construct(find("torch.WeightNorm"), torch.ones(3, 2), {})
+    g, v = step.right_inverse(torch.randn(3, 2))
+    torch.testing.assert_close(torch.jit.script(step)(g, v), step(g, v))
