@@ -97,7 +97,13 @@ def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool 
         written = {name: buffer.clone() for name, buffer in model.named_buffers()}
         put_back()
         captured = fx.GraphModule(model, copy.deepcopy(graph))
-        found = captured(*pytree.tree_map(_cloned, tuple(call.args)), **pytree.tree_map(_cloned, dict(call.kwargs)))
+        args, kwargs = pytree.tree_map(_cloned, (tuple(call.args), dict(call.kwargs)))
+        try:
+            found = captured.forward(*args, **kwargs)
+        except CaptureError:
+            raise
+        except Exception as problem:
+            return f"it fails: {type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
         for name, buffer in model.named_buffers():
             text = _differs(written[name], buffer)
             if text:

@@ -81,6 +81,12 @@ class MaskedLayers(One):
         return self.layer(x, self.mask.to(x.dtype), padding)
 
 
+HANDED = (
+    nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
+    nn.Transformer, nn.AdaptiveLogSoftmaxWithLoss, nn.SyncBatchNorm,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One row of the matrix."""
@@ -90,6 +96,13 @@ class Configuration:
     names: tuple[str, ...] = ("weight",)
     host: type[One] = One
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def capture(self) -> str:
+        """How the plan reaches the tensors."""
+        if self.host in (Packed, PackedUnsorted):
+            return "module"
+        return "handed" if isinstance(self.make(), HANDED) else "opened"
 
     def model(self) -> nn.Module:
         return self.host(self.make(), **self.kwargs)
