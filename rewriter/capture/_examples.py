@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from rewriter._given import kind_of
+from rewriter.capture._torch import pytree
 from rewriter.context._random import nothing_drawn
 from rewriter.errors import CaptureError
 
