@@ -54,7 +54,7 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
         if not own:
             return Capture("graph", getattr(model, "captured", model.graph))
         if mode == "graph" or hasattr(model, "captured"):
-            raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and cannot be handed tensors")
+            raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and takes no computed tensors as arguments")
         return Capture("module", why=_OWN_FORWARD.format(own[0]))
     if mode == "module":
         return Capture("module", why="asked for")

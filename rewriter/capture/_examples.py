@@ -138,9 +138,9 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
 
         @torch.no_grad()
         def put_back() -> None:
-            for buffer, kept in buffers.items():
-                if not buffer.is_meta and not torch.equal(buffer, kept):
-                    buffer.copy_(kept)
+            for buffer, former in buffers.items():
+                if not buffer.is_meta and not torch.equal(buffer, former):
+                    buffer.copy_(former)
 
         try:
             yield put_back

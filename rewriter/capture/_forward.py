@@ -38,22 +38,21 @@ _QUESTIONS = {
 
 def question(module: nn.Module) -> str:
     """Return what the module's forward asks that a graph cannot answer when it runs; empty if it asks nothing."""
-    if has_own_forward(module):
-        names = _names_in(vars(module)["forward"], plain_class(module))
-    else:
-        names = _names_in(plain_class(module).forward, plain_class(module))
+    kind: Any = plain_class(module)
+    function = _plain_function(vars(module)["forward"] if has_own_forward(module) else kind.forward)
+    names = frozenset[str]() if function is None else _names_in(function, kind)
     return next(
         (f"its forward {what}, which a graph does not show" for name, what in _QUESTIONS.items() if name in names), ""
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _names_in(forward: Any, kind: type) -> frozenset[str]:
+def _names_in(forward: types.FunctionType, kind: type) -> frozenset[str]:
     """Return the names in the code of a forward, and in what it names of its classes and their packages."""
     packages = {owner.__module__.partition(".")[0] for owner in kind.__mro__} - {"torch", "builtins", "rewriter"}
     names: set[str] = set()
     seen: set[types.CodeType] = set()
-    pending = [forward]
+    pending: list[Any] = [forward]
     while pending:
         function = _plain_function(pending.pop())
         if function is None or function.__code__ in seen:

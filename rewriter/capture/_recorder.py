@@ -37,7 +37,7 @@ class Recorder(TorchFunctionMode):
                 found.append(argument)  # type: ignore[arg-type]
             return argument
 
-        args, kwargs = fx.node.map_aggregate((tuple(args), dict(kwargs or {})), value)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((tuple(args), dict(kwargs or {})), value)
         if found:
             if getattr(func, "__name__", "") == "__get__":
                 return getattr(args[0], func.__self__.__name__)

@@ -120,7 +120,7 @@ class Flag:
     def _compare(self, other: object) -> bool:
         return bool(self)
 
-    __eq__ = __ne__ = __and__ = __or__ = __invert__ = __int__ = _compare  # type: ignore[assignment]
+    __eq__ = __ne__ = __and__ = __or__ = __invert__ = __int__ = _compare
     __hash__ = None  # type: ignore[assignment]
 
 

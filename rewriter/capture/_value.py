@@ -31,8 +31,8 @@ class Value(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        # `isinstance` and `match` read this when the type itself does not match. So does torch's parser of arguments,
-        # in the frame of whoever calls `torch.full((2,), size)`.
+        # `isinstance` and `match` read this if the type itself does not match. torch's parser of arguments reads it too,
+        # in the frame that calls `torch.full((2,), size)`.
         frame = sys._getframe(1)
         while frame.f_globals.get("__name__") in ("abc", "_py_abc") and frame.f_back is not None:
             frame = frame.f_back
