@@ -41,6 +41,8 @@ def question(module: nn.Module) -> str:
     kind: Any = plain_class(module)
     function = _plain_function(vars(module)["forward"] if has_own_forward(module) else kind.forward)
     names = frozenset[str]() if function is None else _names_in(function, kind)
+    if "training" in names and function is not None and re.search(r"\btraining\s+is\b", _source(function.__code__)):
+        return "its forward compares self.training by `is`, and a graph reads it as an argument"
     return next(
         (f"its forward {what}, which a graph does not show" for name, what in _QUESTIONS.items() if name in names), ""
     )

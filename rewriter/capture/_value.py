@@ -31,7 +31,7 @@ class Value(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        # `isinstance` and `match` read this if the type itself does not match. torch's parser of arguments reads it too,
+        # `isinstance` and `match` read this if the type itself does not match. torch parses arguments with it too,
         # in the frame that calls `torch.full((2,), size)`.
         frame = sys._getframe(1)
         while frame.f_globals.get("__name__") in ("abc", "_py_abc") and frame.f_back is not None:

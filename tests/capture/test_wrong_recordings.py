@@ -118,6 +118,10 @@ def _branch_on_training(self: Any, x: Tensor) -> Tensor:
     return self.fc(x) if self.training else x
 
 
+def _training_is_true(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) if self.training is True else x
+
+
 def _asserted(self: Any, x: Tensor) -> Tensor:
     assert x.shape[1] == 4
     return self.fc(x)
@@ -336,7 +340,7 @@ def test_arguments_in_stars(assert_same: Any, model_of: Any) -> None:
     assert_same(model_of(ignored), [lambda m: m(X), lambda m: m(X, y=Y)])
 
 
-def test_a_call_of_one_s_own(once: Any, model_of: Any) -> None:
+def test_a_class_with_its_own_call_is_called(once: Any, model_of: Any) -> None:
     class Doubling(nn.Linear):
         def __call__(self, x: Tensor) -> Tensor:
             return super().__call__(2 * x)
