@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,9 @@ class Configuration:
         """How the plan reaches the tensors."""
         if self.host in (Packed, PackedUnsorted):
             return "module"
-        return "handed" if isinstance(self.make(), HANDED) else "opened"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return "handed" if isinstance(self.make(), HANDED) else "opened"
 
     def model(self) -> nn.Module:
         return self.host(self.make(), **self.kwargs)
