@@ -1,4 +1,4 @@
-"""How the uses of the selected tensors are reached: through one graph, or through the modules that own them."""
+"""Choose how the uses of the selected tensors are reached: through one graph, or through the modules that own them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.bindings import RewrittenModule
-from rewriter.capture._leaves import has_own_forward, opener_of
+from rewriter.capture._leaves import has_own_forward
+from rewriter.capture._reason import KEPT
 from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.sites import plain_class
@@ -20,7 +20,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass
 class Capture:
-    """The way into a model.
+    """How the uses of a model's tensors are reached.
 
     Arguments:
         root: ``"graph"``, ``"module"`` or ``"export"``.
@@ -38,12 +38,12 @@ class Capture:
 
 
 def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capture:
-    """Find the way to the tensors owned by the modules at `owners`.
+    """Capture a model whose modules at `owners` have the selected tensors.
 
     Arguments:
         model: the model; unchanged afterwards.
         owners: paths of the modules whose tensors are selected.
-        mode: ``"auto"``, ``"graph"`` (an error where there is no graph) or ``"module"``.
+        mode: ``"auto"``, ``"graph"`` (an error if there is no graph) or ``"module"``.
 
     Raises:
         CaptureError: `mode` is ``"graph"`` and the root cannot be traced; or an owner is a TorchScript module.
@@ -53,21 +53,22 @@ def capture(model: nn.Module, owners: Sequence[str], mode: str = "auto") -> Capt
         own = _calls_of_own_forwards(model, owners)
         if not own:
             return Capture("graph", getattr(model, "captured", model.graph))
-        if mode == "graph" or isinstance(model, RewrittenModule):
-            raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and cannot be handed tensors")
+        if mode == "graph" or hasattr(model, "captured"):
+            raise CaptureError(f"{_OWN_FORWARD.format(own[0])}, and takes no computed tensors as arguments")
         return Capture("module", why=_OWN_FORWARD.format(own[0]))
     if mode == "module":
         return Capture("module", why="asked for")
     if isinstance(model, torch.jit.ScriptModule):
         return Capture("module", why="compiled by TorchScript")
-    if is_rewritten_in_place(model):
+    if plain_class(model) is not type(model):
         return Capture("module", why="rewritten so before")
     try:
         traced = trace(model, _inside(model, owners))
     except CaptureError as problem:
         if mode == "graph":
+            why = str(problem).removeprefix(f"{KEPT}; ")
             raise CaptureError(
-                f"{problem}; capture='auto' keeps the model's class and rewrites the modules that own the tensors"
+                f"{why}; capture='auto' keeps the model's class and rewrites the modules that own the tensors"
             ) from problem
         return Capture("module", why=str(problem))
     return Capture("graph", traced.graph, opaque=traced.opaque)
@@ -77,7 +78,7 @@ _OWN_FORWARD = "the forward of {} was replaced on the object itself"
 
 
 def _calls_of_own_forwards(model: fx.GraphModule, owners: Sequence[str]) -> list[str]:
-    """The modules on the way to an owner that the graph calls, and that run another forward than their class's."""
+    """Return the owners, and modules above them, that the graph calls and whose forward is not their class's."""
     above = {owner[:end] for owner in owners for end in range(1, len(owner) + 1) if owner[end : end + 1] in ("", ".")}
     called = {str(node.target) for node in model.graph.nodes if node.op == "call_module"}
     return [path for path in sorted(above & called) if has_own_forward(model.get_submodule(path))]
@@ -93,13 +94,8 @@ def _refuse_compiled(model: nn.Module, owners: Sequence[str]) -> None:
             )
 
 
-def is_rewritten_in_place(model: nn.Module) -> bool:
-    """Whether the root itself was opened by module mode."""
-    return plain_class(model) is not type(model) and not isinstance(model, RewrittenModule)
-
-
 def is_torch_leaf(module: nn.Module) -> bool:
-    """Whether torch wrote the module's forward: it is opened or handed its tensors, never traced through."""
+    """Say whether torch wrote the module's forward: it is never traced through."""
     kind = plain_class(module)
     if has_own_forward(module):
         return False
@@ -107,7 +103,7 @@ def is_torch_leaf(module: nn.Module) -> bool:
 
 
 def _inside(model: nn.Module, owners: Sequence[str]) -> set[str]:
-    """The modules that tracing looks into: every one on the way from the root to an owner."""
+    """Return the modules to inline: those from the root down to an owner."""
     inside = {""}
     for owner in dict.fromkeys(owners):
         module, path = model, ""
@@ -115,7 +111,7 @@ def _inside(model: nn.Module, owners: Sequence[str]) -> set[str]:
             module, path = module._modules[part], f"{path}.{part}" if path else part  # type: ignore[assignment]
             if has_own_forward(module) and has_hooks(module):
                 raise CaptureError(f"{_OWN_FORWARD.format(path)}, and it has hooks")
-            if has_hooks(module) or is_torch_leaf(module) or opener_of(module) is not None:
+            if has_hooks(module) or is_torch_leaf(module):
                 break
             inside.add(path)
     return inside

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from rewriter._given import kind_of
+from rewriter.capture._torch import pytree
 from rewriter.context._random import nothing_drawn
 from rewriter.errors import CaptureError
 
@@ -97,7 +97,13 @@ def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool 
         written = {name: buffer.clone() for name, buffer in model.named_buffers()}
         put_back()
         captured = fx.GraphModule(model, copy.deepcopy(graph))
-        found = captured(*pytree.tree_map(_cloned, tuple(call.args)), **pytree.tree_map(_cloned, dict(call.kwargs)))
+        args, kwargs = pytree.tree_map(_cloned, (tuple(call.args), dict(call.kwargs)))
+        try:
+            found = captured.forward(*args, **kwargs)
+        except CaptureError:
+            raise
+        except Exception as problem:
+            return f"it fails: {type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"
         for name, buffer in model.named_buffers():
             text = _differs(written[name], buffer)
             if text:
@@ -132,9 +138,9 @@ def _unchanged(model: nn.Module) -> Iterator[Callable[[], None]]:
 
         @torch.no_grad()
         def put_back() -> None:
-            for buffer, kept in buffers.items():
-                if not buffer.is_meta and not torch.equal(buffer, kept):
-                    buffer.copy_(kept)
+            for buffer, former in buffers.items():
+                if not buffer.is_meta and not torch.equal(buffer, former):
+                    buffer.copy_(former)
 
         try:
             yield put_back

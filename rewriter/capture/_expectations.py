@@ -1,4 +1,4 @@
-"""What an exported graph takes for granted of its inputs, said when it runs; and what train mode decides in it."""
+"""Functions of an exported graph: checks of the inputs that it was captured for, and choices by the mode."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriter._given import kind_of
+from rewriter.capture._torch import pytree, set_grad_enabled
 from rewriter.errors import CaptureError
 from rewriter.serialization import graph_function, structure_from_text
 
@@ -64,17 +65,17 @@ def add_in_training(training: bool, tensor: Tensor, amount: int) -> None:
 def begin_grad_mode(enabled: bool) -> bool:
     """Set whether gradients are recorded; return whether they were."""
     before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(enabled)
+    set_grad_enabled(enabled)
     return before
 
 
 @graph_function
 def end_grad_mode(before: bool) -> None:
     """Record gradients as before."""
-    torch._C._set_grad_enabled(before)
+    set_grad_enabled(before)
 
 
 @graph_function
 def rebuild(leaves: list[Any], structure: str) -> Any:
     """Return the model's own structure of outputs, one that torch knows by name."""
-    return torch.utils._pytree.tree_unflatten(leaves, structure_from_text(structure))
+    return pytree.tree_unflatten(leaves, structure_from_text(structure))

@@ -1,7 +1,9 @@
-"""torch.nn's own modules as functions of their tensors.
+"""The table of `torch.nn` modules that are one call of a function of their tensors.
 
-An opener says, for one module class, which function computes the module's forward and with which arguments. The
-call's own arguments come first and in the order of the module's forward, so that baking can put the call back.
+A row maps a class to the function and to its arguments after those of the module's forward. A name with ``@`` is an
+attribute that the graph reads when it runs: a tensor, or ``training``. Any other name is a setting, which is read
+when the model is captured. Modules without a row stay one node of the graph, which gets its computed tensors as an
+argument.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
+from rewriter.capture import _leaf_functions as functions
+from rewriter.capture import _recurrent as recurrent
 from rewriter.sites import plain_class, sites_of
 from rewriter.sites._places import CONTAINER
 
 
 @dataclass(frozen=True)
 class Own:
-    """An argument that is an attribute of the module, read when the graph runs: a tensor, or ``training``.
+    """An argument that is an attribute of the module, read when the graph runs.
 
     Arguments:
         name: the attribute; dotted for one of a submodule.
@@ -30,12 +35,12 @@ class Own:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A call of a module, as a function's.
+class LeafCall:
+    """The function call that a module's call becomes.
 
     Arguments:
         function: what to call.
-        arguments: of the call after the forward's own; `Own`, also inside a list, for what belongs to the module.
+        arguments: those after the forward's own; an `Own`, also inside a list, is an attribute of the module.
     """
 
     function: Callable[..., Any]
@@ -43,7 +48,7 @@ class Opened:
 
     @functools.cached_property
     def names(self) -> set[str]:
-        """The module's own attributes that the function reads."""
+        """The module's attributes that the function reads."""
         return {argument.name for argument in _flat(self.arguments) if isinstance(argument, Own)}
 
 
@@ -55,34 +60,97 @@ def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
             yield argument
 
 
-Opener = Callable[[Any], "Opened | None"]
-_openers: dict[type[nn.Module], Opener] = {}
+Row = Callable[[Any], LeafCall]
 
 
-def opens(*kinds: type[nn.Module]) -> Callable[[Opener], Opener]:
-    """Register an opener for exactly these classes; a subclass may have another forward.
+def _row(function: Callable[..., Any], names: str, *constants: Any) -> Row:
+    """Return a row: the function, the names of its further arguments, and what follows them."""
+    words = names.split()
+    if all(word.startswith("@") for word in words):
+        call = LeafCall(function, (*(Own(word[1:]) for word in words), *constants))
+        return lambda module: call
 
-    The opener returns None for a module that was built another way than its class builds it.
-    """
+    def argument(module: nn.Module, word: str) -> Any:
+        if word.startswith("@"):
+            return Own(word[1:])
+        value = getattr(module, word)
+        return list(value) if isinstance(value, tuple) else value
 
-    def bind(opener: Opener) -> Opener:
-        _openers.update(dict.fromkeys(kinds, opener))
-        return opener
-
-    return bind
-
-
-@functools.cache  # an import statement looks the module up each time
-def register_leaves() -> None:
-    """Make the openers and expanders known."""
-    from rewriter.capture import leaves as _  # noqa: F401
+    return lambda module: LeafCall(function, (*(argument(module, word) for word in words), *constants))
 
 
-def opener_of(module: nn.Module) -> Opener | None:
-    """Return the opener for a module, if there is one: the module runs the forward of its class."""
-    register_leaves()
+def _convolution(plain: Callable[..., Any]) -> Row:
+    zeros = _row(plain, "@weight @bias stride padding dilation groups")
+    padded = _row(
+        functions.padded_conv, "@weight @bias _reversed_padding_repeated_twice padding_mode stride dilation groups"
+    )
+    return lambda module: zeros(module) if module.padding_mode == "zeros" else padded(module)
 
-    return None if has_own_forward(module) else _openers.get(plain_class(module))
+
+def _elman_cell(module: nn.RNNCell) -> LeafCall:
+    return LeafCall(functions.cell, (*map(Own, _CELL), module.nonlinearity))
+
+
+def _recurrent(function: Callable[..., Any], before: str, after: str) -> Row:
+    settings = _row(
+        function, f"{before} bias num_layers dropout @training bidirectional batch_first input_size hidden_size {after}"
+    )
+
+    def row(module: nn.RNNBase) -> LeafCall:
+        weights = [Own(name) for name in module._flat_weights_names]
+        return LeafCall(function, (weights, *settings(module).arguments))
+
+    return row
+
+
+_CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_OWN_CELL = "@weight_ih @weight_hh @bias_ih @bias_hh"
+_BATCH = "@weight @bias @running_mean @running_var @num_batches_tracked @training track_running_stats momentum eps"
+_INSTANCE = "@weight @bias @running_mean @running_var @training track_running_stats momentum eps num_features"
+_TRANSPOSED = _row(functions.conv_transpose, "@weight @bias stride padding output_padding groups dilation")
+
+_TABLE: dict[type[nn.Module], Row] = {
+    nn.Linear: _row(F.linear, "@weight @bias"),
+    nn.Bilinear: _row(F.bilinear, "@weight @bias"),
+    nn.PReLU: _row(F.prelu, "@weight"),
+    nn.Conv1d: _convolution(F.conv1d),
+    nn.Conv2d: _convolution(F.conv2d),
+    nn.Conv3d: _convolution(F.conv3d),
+    nn.ConvTranspose1d: _TRANSPOSED,
+    nn.ConvTranspose2d: _TRANSPOSED,
+    nn.ConvTranspose3d: _TRANSPOSED,
+    nn.Embedding: _row(F.embedding, "@weight padding_idx max_norm norm_type scale_grad_by_freq sparse"),
+    nn.EmbeddingBag: _row(
+        functions.embedding_bag,
+        "@weight max_norm norm_type scale_grad_by_freq mode sparse include_last_offset padding_idx",
+    ),
+    nn.BatchNorm1d: _row(functions.batch_norm, _BATCH, [2, 3]),
+    nn.BatchNorm2d: _row(functions.batch_norm, _BATCH, [4]),
+    nn.BatchNorm3d: _row(functions.batch_norm, _BATCH, [5]),
+    nn.InstanceNorm1d: _row(functions.instance_norm, _INSTANCE, 2),
+    nn.InstanceNorm2d: _row(functions.instance_norm, _INSTANCE, 3),
+    nn.InstanceNorm3d: _row(functions.instance_norm, _INSTANCE, 4),
+    nn.LayerNorm: _row(F.layer_norm, "normalized_shape @weight @bias eps"),
+    nn.RMSNorm: _row(F.rms_norm, "normalized_shape @weight eps"),
+    nn.GroupNorm: _row(F.group_norm, "num_groups @weight @bias eps"),
+    nn.RNNCell: _elman_cell,
+    nn.GRUCell: _row(functions.cell, _OWN_CELL, "gru"),
+    nn.LSTMCell: _row(functions.lstm_cell, _OWN_CELL),
+    nn.RNN: _recurrent(recurrent.recurrent, "mode", ""),
+    nn.GRU: _recurrent(recurrent.recurrent, "mode", ""),
+    nn.LSTM: _recurrent(recurrent.lstm, "", "proj_size"),
+    nn.MultiheadAttention: _row(
+        functions.attention,
+        "@in_proj_weight @q_proj_weight @k_proj_weight @v_proj_weight @in_proj_bias @bias_k @bias_v @out_proj.weight "
+        "@out_proj.bias @training embed_dim num_heads add_zero_attn dropout batch_first",
+    ),
+}
+
+
+def leaf_call(module: nn.Module) -> LeafCall | None:
+    """Return the function call for a module that runs the forward of a class in the table; a subclass has no row."""
+    row = None if has_own_forward(module) else _TABLE.get(plain_class(module))
+    return None if row is None else row(module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -91,16 +159,15 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def opens_up(module: nn.Module, tensor: str) -> bool:
-    """Say whether the opened module is a function of the tensor that it, or a submodule of it, has by that name."""
-    opener = opener_of(module)
-    opened = opener(module) if opener is not None else None
-    return opened is not None and tensor in opened.names
+    """Say whether the module's call becomes a function of the tensor that it, or a submodule, has by that name."""
+    call = leaf_call(module)
+    return call is not None and tensor in call.names
 
 
-def reads_every_site(module: nn.Module, opened: Opened) -> bool:
-    """Say whether all computed tensors at and below `module`, of which there are some, are arguments of `opened`."""
+def reads_every_site(module: nn.Module, call: LeafCall) -> bool:
+    """Say whether `module` has computed tensors, itself or below, and all of them are arguments of `call`."""
     computed = set(_computed(module, ""))
-    return bool(computed) and computed <= opened.names
+    return bool(computed) and computed <= call.names
 
 
 def _computed(module: nn.Module, prefix: str) -> Iterator[str]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import traceback
 
+from rewriter.errors import CaptureError
+
 _PACKAGE = __file__.rpartition("capture")[0]
+KEPT = "data-dependent forward: kept as it is (module capture)"
+"""The reason if tracing fails before it reaches a line of the user's forward."""
 
 
 def reason(problem: BaseException) -> str:
-    """Say why tracing failed, with the line of the user's forward where it did."""
+    """Say why tracing failed, with the line of the user's forward; empty if the failure has no such line."""
+    place = _place(problem)
+    if not place and not isinstance(problem, CaptureError):
+        return ""
     lines = str(problem).strip().splitlines()
-    return (lines[0] if lines else type(problem).__name__) + _place(problem)
+    return (lines[0] if lines else type(problem).__name__) + place
 
 
 def export_reason(problem: BaseException) -> str:

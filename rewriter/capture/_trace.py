@@ -1,15 +1,18 @@
-"""Symbolic tracing that refuses rather than records something else than what the model does.
+"""Symbolic tracing that refuses a forward which its graph would not repeat.
 
-torch.fx runs a forward once and writes down what it saw. What it cannot see it bakes in: the training flag, random
-tensors, the type of a value, a grad mode, attributes that a forward sets. Here each of these is either made visible or
-makes the module a node of its own, which runs as it is.
+torch.fx runs a forward once and writes down what happens to the inputs. What it does not see becomes a constant: the
+training flag, random tensors, the type of a value, a grad mode. Here each of these is a node of the graph, or a reason
+to keep the module as one node that runs as it is. docs/capture.md lists them.
+
+Nothing outside the model is patched: the tracer, the values and a TorchFunctionMode are objects of their own. On the
+model the training flags are replaced for the time of a trace.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,24 +20,33 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
-from rewriter.capture._bytecode import asks_of_result
-from rewriter.capture._effects import Snapshot, still_alive
-from rewriter.capture._guards import Flag, guarded, refuse_unknown_call
+from rewriter.capture._effects import Snapshot
+from rewriter.capture._forward import (
+    absences,
+    check_call,
+    check_root,
+    optional_arguments,
+    outline,
+    question,
+    resolve_annotations,
+    tests_result,
+)
 from rewriter.capture._leaves import has_own_forward
-from rewriter.capture._proxy import Value, forget_kinds, remember_kind
-from rewriter.capture._reason import reason
-from rewriter.capture._signature import absences, check_root, optional_arguments, outline, resolve_annotations
+from rewriter.capture._reason import KEPT, reason
+from rewriter.capture._recorder import Recorder
+from rewriter.capture._torch import ambient_state, function_modes
+from rewriter.capture._value import Value
 from rewriter.context._tracers import own
 from rewriter.errors import CaptureError
 
 
 @dataclass
 class Trace:
-    """A captured graph and the modules that stayed nodes of their own although torch.fx was asked to look inside.
+    """A captured graph and the modules that tracing was to inline and could not.
 
     Arguments:
         graph: the graph.
-        opaque: module path → why it could not be traced.
+        opaque: module path → why it stays one node.
     """
 
     graph: fx.Graph
@@ -46,7 +58,7 @@ def trace(root: nn.Module, inside: set[str]) -> Trace:
 
     Arguments:
         root: the model; unchanged afterwards.
-        inside: paths of the modules to look inside; all others become one node each.
+        inside: paths of the modules to inline; all others become one node each.
 
     Raises:
         CaptureError: the root's own forward cannot be captured, and why.
@@ -67,31 +79,70 @@ def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> 
     before = Snapshot(root.modules())
     own.add(tracer)
     try:
-        with guarded(tracer, root):
+        if "" in tracer.opaque:
+            raise CaptureError(tracer.opaque[""])
+        with torch.enable_grad(), Recorder(tracer), _flags(tracer):  # autograd.Function turns gradients off: see _check
+            tracer.start()
             graph = tracer.trace(root, concrete_args=concrete or None)
         tracer.check_refusals()
     except Exception as problem:
         before.restore()
-        raise CaptureError(f"torch.fx cannot trace {type(root).__name__}.forward: {reason(problem)}") from problem
+        why = reason(problem)
+        text = f"torch.fx cannot trace {type(root).__name__}.forward"
+        raise CaptureError(f"{text}: {why}" if why else f"{KEPT}; {text}") from problem
     finally:
         own.discard(tracer)
     changed = before.restore()
     if changed:
         raise CaptureError(f"the forward changes {', '.join(changed)} as it runs")
-    values = tracer.values
-    tracer.proxies.clear()
-    if still_alive(values):
-        raise CaptureError("the forward keeps an intermediate value where a later call may find it")
-    _check_keywords(graph)
-    forget_kinds(graph)
+    for node in graph.find_nodes(op="placeholder"):
+        if str(node.target).startswith("**") and node.users:
+            raise CaptureError(f"the forward looks into its {node.target}, which differ from call to call")
     resolve_annotations(root, graph)
     return Trace(graph, tracer.opaque)
 
 
-def _check_keywords(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        if node.op == "placeholder" and str(node.target).startswith("**") and node.users:
-            raise CaptureError(f"the forward looks into its {node.target}, which differ from call to call")
+class Flag:
+    """Stands for ``module.training`` during a trace: an argument of an operation, never a condition.
+
+    Arguments:
+        target: the attribute that the graph reads.
+        tracer: of the trace.
+    """
+
+    def __init__(self, target: str, tracer: _Tracer) -> None:
+        self.target, self.tracer = target, tracer
+
+    def __bool__(self) -> bool:
+        self.tracer.refuse("its forward decides by self.training")
+        raise AssertionError
+
+    def _compare(self, other: object) -> bool:
+        return bool(self)
+
+    __eq__ = __ne__ = __and__ = __or__ = __invert__ = __int__ = _compare
+    __hash__ = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _flags(tracer: _Tracer) -> Iterator[None]:
+    """Put a `Flag` in place of each module's training flag, and the flags back."""
+    former: list[tuple[dict[str, Any], Any, Flag]] = []
+    try:
+        for module, path in tracer.paths.items():
+            attributes = vars(module)
+            if "training" in attributes:
+                flag = Flag(f"{path}.training" if path else "training", tracer)
+                former.append((attributes, attributes["training"], flag))
+                attributes["training"] = flag
+        yield
+    finally:
+        changed = False
+        for attributes, training, flag in former:
+            changed = changed or attributes.get("training") is not flag
+            attributes["training"] = training
+        if changed:
+            tracer.refusals.append("its forward changes a training flag")
 
 
 class _Tracer(fx.Tracer):
@@ -103,16 +154,26 @@ class _Tracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.paths: dict[nn.Module, str] = {}
         self.tensors: dict[Tensor, str] = {}
+        self.stored: dict[nn.Module, tuple[Any, ...]] = {}
         for path, module in root.named_modules():
             self.paths.setdefault(module, path)
+            self.stored[module] = _stored(module)
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     self.tensors.setdefault(tensor, f"{path}.{name}" if path else name)
+            if path in inside:
+                why = question(module)
+                if why:
+                    self.opaque[path] = why
         self.proxies: dict[str, fx.Proxy] = {}
-        self.values: list[weakref.ref[fx.Proxy]] = []
         self.refusals: list[str] = []
-        self.modes = _modes()
+        self.ambient: tuple[Any, ...] = ()
+        self.modes = 0
         self.thread = threading.get_ident()
+
+    def start(self) -> None:
+        """Remember the modes that the forward has to leave as they are."""
+        self.ambient, self.modes = ambient_state(), function_modes()
 
     def refuse(self, message: str) -> None:
         """Raise, and remember it in case the forward catches exceptions."""
@@ -120,22 +181,20 @@ class _Tracer(fx.Tracer):
         raise CaptureError(message)
 
     def check_refusals(self) -> None:
-        """Raise what a forward caught and went on from."""
+        """Raise a refusal that the forward caught."""
         if self.refusals:
             raise CaptureError(self.refusals[0])
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() > self.modes:
+        if ambient_state() != self.ambient or function_modes() > self.modes:
             self.refuse(
-                "its forward enters a mode (a default device, a TorchFunctionMode), which a graph does not show"
+                "its forward runs an operation in another mode (gradients, inference, autocast, default dtype or "
+                "device, hooks of saved tensors, autograd.Function), which a graph does not show"
             )
         return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        remember_kind(node)
-        value = Value(node, self)
-        self.values.append(weakref.ref(value))
-        return value
+        return Value(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.refuse(f"control flow depends on a value, {obj.node.name}, that is known only when the model runs")
@@ -161,7 +220,7 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self.thread:  # torch.fx records calls wherever they happen
+        if threading.get_ident() != self.thread:  # torch.fx records calls of all threads
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
@@ -186,48 +245,59 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
             self.proxies, self.refusals = known, refusals
             self.module_stack, self.num_calls = stack, calls
-            self.opaque[path] = reason(problem)
+            self.opaque[path] = reason(problem) or KEPT
         return self._called(m, forward, args, kwargs)
 
     def _called(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        refuse_unknown_call(m)
-        if has_own_forward(m) and self.paths[m] in self.inside:  # nothing takes the values it would be handed
-            path = self.paths[m]
+        check_call(m)
+        path = self.paths[m]
+        if has_own_forward(m) and path in self.inside:  # it takes no computed tensors
             self.refuse(f"the forward of {path} was replaced on the object itself: {self.opaque[path]}")
-        variable = None if type(m).__module__.startswith("torch.nn.") else asks_of_result()
-        if variable is not None:
-            self.refuse(f"whether {variable}, which {self.paths[m]} returns, is None is known only when the model runs")
+        if any(not _same(_stored(part), self.stored.get(part)) for part in m.modules()):
+            self.refuse(f"its forward calls {path} with other tensors than the model's, which a graph does not show")
+        variable = "" if type(m).__module__.startswith("torch.nn.") else tests_result()
+        if variable:
+            self.refuse(f"whether {variable}, which {path} returns, is None is known only when the model runs")
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.MultiheadAttention) and (*args[4:5], kwargs.get("need_weights"))[0] is False:
             return result[0], None
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread or not isinstance(attr_val, Tensor):
             return attr_val
-        if isinstance(attr_val, Tensor) and attr_val in self.tensors:
-            return self.read(self.tensors[attr_val])
-        return self.read(attr_val.target) if isinstance(attr_val, Flag) else attr_val
+        return self.value_of(attr_val)
+
+    def value_of(self, tensor: Tensor) -> fx.Proxy:
+        """Return the value that reads a tensor of the model; one for each trace."""
+        if tensor not in self.tensors:
+            self.refuse("its forward uses a tensor that is neither a parameter nor a buffer")
+        return self.read(self.tensors[tensor])
 
     def read(self, target: str) -> fx.Proxy:
-        """Return the value that reads `target`; one for each trace."""
+        """Return the value that reads an attribute of the model."""
         if target not in self.proxies:
             self.proxies[target] = self.create_proxy("get_attr", target, (), {})
         return self.proxies[target]
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, (Value, Attribute)):
+        kind = type(a)  # `isinstance` would ask a value for its class
+        if issubclass(kind, (Value, Attribute)):
             return a.node
+        if kind is Flag:
+            return self.read(a.target).node
         if isinstance(a, Tensor):
-            if a not in self.tensors:
-                raise CaptureError("its forward uses a tensor that is neither a parameter nor a buffer")
-            return self.read(self.tensors[a]).node
+            return self.value_of(a).node
         if isinstance(a, nn.Module):
-            raise CaptureError(f"its forward passes a module ({type(a).__name__}) as an argument")
-        if isinstance(a, (dict, list)) and type(a).__module__ != "builtins" and "torch.fx" not in type(a).__module__:
-            raise CaptureError(f"its forward makes a {type(a).__name__}, of which a graph keeps the items only")
+            self.refuse(f"its forward passes a module ({kind.__name__}) as an argument")
+        if isinstance(a, (dict, list)) and kind.__module__ != "builtins" and "torch.fx" not in kind.__module__:
+            self.refuse(f"its forward makes a {kind.__name__}, of which a graph keeps the items only")
         return super().create_arg(a)
 
 
-def _modes() -> int:
-    return torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+def _stored(module: nn.Module) -> tuple[Any, ...]:
+    return (*module._parameters.values(), *module._buffers.values())
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...] | None) -> bool:
+    return other is not None and len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

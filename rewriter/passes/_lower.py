@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from rewriter.capture import Opened, Own, bind_call, has_hooks, opener_of, reads_every_site
+from rewriter.capture import LeafCall, Own, bind_call, has_hooks, leaf_call, reads_every_site
 from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of, run_passes
 from rewriter.sites import HANDED, ParametrizedTensor
 from rewriter.sites._container import handed_sites
@@ -139,7 +139,7 @@ class Writer:
         written.meta = copy.copy(node.meta)
         return written
 
-    def _tensors_of(self, module: nn.Module, path: str, opened: Opened) -> Any:
+    def _tensors_of(self, module: nn.Module, path: str, opened: LeafCall) -> Any:
         def tensor(argument: Any) -> Any:
             if not isinstance(argument, Own):
                 return argument
@@ -151,13 +151,10 @@ class Writer:
         return map_aggregate(opened.arguments, tensor)
 
 
-def opened_leaf(module: nn.Module) -> Opened | None:
-    """Return a torch.nn leaf as a function of its tensors, if it is one of all those that are computed."""
-    opener = opener_of(module)
-    if opener is None or has_hooks(module):
-        return None
-    opened = opener(module)
-    return opened if opened is not None and reads_every_site(module, opened) else None
+def opened_leaf(module: nn.Module) -> LeafCall | None:
+    """Return the function call that reads all of the module's computed tensors; None if there is none."""
+    call = None if has_hooks(module) else leaf_call(module)
+    return call if call is not None and reads_every_site(module, call) else None
 
 
 def _is_there(module: nn.Module, name: str) -> bool:

@@ -15,7 +15,6 @@ from rewriter.capture import (
     has_hooks,
     is_torch_leaf,
     opens_up,
-    part_with,
 )
 from rewriter.errors import CaptureError
 from rewriter.planning._problems import Problems
@@ -130,8 +129,7 @@ def _ways(model: nn.Module, way: Capture, uses: Uses, name: str, path: str) -> I
             if prefix in way.opaque:
                 yield "handed", f"{prefix or 'the root'} stays one node: {way.opaque[prefix]}"
             else:
-                inner = part_with(model.get_submodule(prefix), name.removeprefix(f"{prefix}."))
-                yield _how_called(model, f"{prefix}.{inner}" if inner else prefix, name)
+                yield _how_called(model, prefix, name)
         if not prefix:
             return
         prefix = prefix.rpartition(".")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,12 @@ class MaskedLayers(One):
         return self.layer(x, self.mask.to(x.dtype), padding)
 
 
+HANDED = (
+    nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
+    nn.Transformer, nn.AdaptiveLogSoftmaxWithLoss, nn.SyncBatchNorm,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One row of the matrix."""
@@ -90,6 +97,15 @@ class Configuration:
     names: tuple[str, ...] = ("weight",)
     host: type[One] = One
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def capture(self) -> str:
+        """How the plan reaches the tensors."""
+        if self.host in (Packed, PackedUnsorted):
+            return "module"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return "handed" if isinstance(self.make(), HANDED) else "opened"
 
     def model(self) -> nn.Module:
         return self.host(self.make(), **self.kwargs)

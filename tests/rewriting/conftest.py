@@ -33,7 +33,7 @@ class Unrolled(nn.Module):
         self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.zeros(x.size(0), self.hidden, dtype=x.dtype)
+        h = x.new_zeros(x.size(0), self.hidden)
         for t in range(self.steps):
             h = self.cell(x[:, t], h)
         return self.head(h)

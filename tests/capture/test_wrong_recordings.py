@@ -1,6 +1,6 @@
-"""What a graph would not show is not traced: the module runs as it is.
+"""What torch.fx would record wrongly: each row of the table in docs/capture.md.
 
-Every model here is rewritten with a chain that keeps its weights, so that the plain model is the reference.
+Each model is rewritten with a chain that does not change its weights, so that the plain model is the reference.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn, rand
 from torch.utils.checkpoint import checkpoint
 
 from rewriter import plan, rewrite
+from rewriter.errors import CaptureError
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 Y = torch.linspace(2, -1, 12).reshape(3, 4)
-KEPT: list[Any] = []
 
 
 @dataclass
@@ -39,6 +39,16 @@ class Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 5 * grad
+
+
+class GradAsked:
+    def factor(self: Any) -> int:
+        return 2 if torch.is_grad_enabled() else 3
+
+
+def without_gradients(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(x)
 
 
 class Cache:
@@ -108,6 +118,10 @@ def _branch_on_training(self: Any, x: Tensor) -> Tensor:
     return self.fc(x) if self.training else x
 
 
+def _training_is_true(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) if self.training is True else x
+
+
 def _asserted(self: Any, x: Tensor) -> Tensor:
     assert x.shape[1] == 4
     return self.fc(x)
@@ -148,9 +162,45 @@ def _appends_deeper(self: Any, x: Tensor) -> Tensor:
     return self.fc(x) * len(self.cache.seen)
 
 
-def _keeps(self: Any, x: Tensor) -> Tensor:
-    KEPT.append(self.fc(x))
-    return KEPT[-1]
+def _changes_flag(self: Any, x: Tensor) -> Tensor:
+    self.fc.eval()
+    return self.fc(x)
+
+
+def _set_grad_in_helper(self: Any, x: Tensor) -> Tensor:
+    return without_gradients(self.fc, x)
+
+
+def _grad_asked_in_helper(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) * GradAsked.factor(self)
+
+
+def _default_dtype(self: Any, x: Tensor) -> Tensor:
+    torch.set_default_dtype(torch.float64)
+    try:
+        return self.fc(x) * torch.ones(4).to(x.dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _saved_tensor_hooks(self: Any, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return self.fc(x)
+
+
+def _matched(self: Any, x: Any) -> Tensor:
+    match x:
+        case Tensor():
+            return self.fc(x)
+    return self.fc(x[0]) + 1
+
+
+def _first_size_of_a_factory(self: Any, x: Tensor) -> Tensor:
+    return self.fc(x) + torch.zeros(x.size(0), 4)
+
+
+def _tested_deep_copy(self: Any, x: Tensor) -> Tensor:
+    return self.fc(copy.deepcopy(x))
 
 
 def _checkpointed(self: Any, x: Tensor) -> Tensor:
@@ -220,7 +270,6 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def refused(name: str, model_of: Any) -> nn.Module:
     """A model whose forward does what a graph does not show."""
-    KEPT.clear()
     constant = {"constant": torch.arange(4.0)}
     attributes: dict[str, dict[str, Any]] = {
         "appends": {"seen": []},
@@ -231,15 +280,15 @@ def refused(name: str, model_of: Any) -> nn.Module:
     return model_of(REFUSED[name], **attributes.get(name, {}))
 
 
-def test_what_a_graph_does_not_show_is_not_traced(refused: nn.Module, once: Any) -> None:
+def test_a_forward_that_a_graph_cannot_repeat_is_kept(refused: nn.Module, once: Any) -> None:
     once(refused, "module")
 
 
-def test_such_a_submodule_is_one_node_of_the_graph(name: str, refused: nn.Module, once: Any, model_of: Any) -> None:
+def test_such_a_submodule_is_one_node(name: str, refused: nn.Module, once: Any, model_of: Any) -> None:
     def forward(self: Any, x: Tensor) -> Any:
         return self.inner(x), self.fc(x)
 
-    once(model_of(forward, inner=refused), None if name in ("keeps", "dict_subclass") else "graph")
+    once(model_of(forward, inner=refused), None if name in ("dict_subclass", "changes_flag") else "graph")
 
 
 def test_dataclass_outputs_keep_their_class(model_of: Any, spec: Any) -> None:
@@ -291,7 +340,7 @@ def test_arguments_in_stars(assert_same: Any, model_of: Any) -> None:
     assert_same(model_of(ignored), [lambda m: m(X), lambda m: m(X, y=Y)])
 
 
-def test_a_call_of_one_s_own(once: Any, model_of: Any) -> None:
+def test_a_class_with_its_own_call_is_called(once: Any, model_of: Any) -> None:
     class Doubling(nn.Linear):
         def __call__(self, x: Tensor) -> Tensor:
             return super().__call__(2 * x)
@@ -352,6 +401,58 @@ def test_an_argument_compared_with_none(assert_same: Any, model_of: Any) -> None
     assert_same(model_of(forward), [lambda m: m(X, None), lambda m: m(X, Y)], "module")
 
 
+def test_a_custom_gradient_is_noticed_without_gradients_too(model_of: Any, spec: Any) -> None:
+    with torch.no_grad():
+        assert plan(model_of(_own_gradient), spec).root == "module"
+
+
+def test_gradients_that_a_forward_turns_on(model_of: Any, spec: Any) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.fc(x)
+
+    new = rewrite(model_of(forward), spec)
+    with torch.no_grad():
+        assert new(X).requires_grad
+
+
+def test_an_untested_none_is_noticed_with_example_inputs(model_of: Any, spec: Any) -> None:
+    space: dict[str, Any] = {}
+    exec("def forward(self, x, m): return self.fc(x) if m is None else self.fc(x) * m", space)  # it has no source
+    model = model_of(space["forward"])
+    assert plan(model, spec).root == "graph"
+    found = plan(model, spec, example_inputs=(X, None), capture="auto")
+    assert found.root == "module"
+
+
+def test_the_reason_of_a_decorated_forward(model_of: Any, spec: Any) -> None:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return function(self, *args, **kwargs)
+
+    def function(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.fc(x)
+
+    model = model_of(functools.wraps(function)(wrapper))
+    assert plan(model, spec).why.startswith("data-dependent forward: kept as it is (module capture)")
+    with pytest.raises(CaptureError, match=r"Model.forward is wrapped by a decorator"):
+        plan(model, spec, capture="graph")
+
+
+def test_tracing_restores_flags_and_patches_nothing_else(model_of: Any, spec: Any) -> None:
+    seen: list[Any] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append((torch.zeros, nn.Module.__setattr__, isinstance, globals().get("isinstance")))
+        return self.fc(x) if self.training else x
+
+    model = model_of(forward)
+    model.fc.eval()
+    expected = (torch.zeros, nn.Module.__setattr__, isinstance, None)
+    plan(model, spec)
+    assert seen and all(one == expected for one in seen)
+    assert model.training is True and model.fc.training is False
+
+
 def test_tracing_draws_no_random_numbers_and_leaves_the_model_alone(model_of: Any, spec: Any) -> None:
     model = model_of(_python_random, seen=[1])
     state, python, attributes = torch.get_rng_state(), random.getstate(), dict(vars(model))
@@ -364,4 +465,4 @@ def test_a_refusal_names_the_module_the_line_and_the_reason(model_of: Any, spec:
     inner = model_of(_branch)
     found = plan(model_of(lambda self, x: self.inner(self.fc(x)), inner=inner), spec)
     why = found.by_name["inner.fc.weight"].why
-    assert "inner stays one node" in why and "test_refused_forwards.py" in why and "if x.sum() > 0" in why
+    assert "inner stays one node" in why and "test_wrong_recordings.py" in why and "if x.sum() > 0" in why

@@ -1,7 +1,7 @@
-"""RNN, GRU and LSTM: whole sequences, unbatched and packed ones included.
+"""RNN, GRU and LSTM over whole sequences, also unbatched and packed ones.
 
-A packed sequence is told from a tensor when the graph runs, by its type. TorchScript has no such test for a function
-that takes both, so a scripted graph takes tensors only.
+The graph recognizes a packed sequence by its type when it runs. TorchScript cannot test a type, so a scripted graph
+takes tensors only.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import _VF, Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rewriter.capture._leaves import Opened, Own, opens
+from rewriter.capture._torch import _VF
 from rewriter.serialization._functions import graph_function
 
 
@@ -36,7 +36,7 @@ def recurrent(
     Arguments:
         input: (L, N, H_in), (N, L, H_in) with `batch_first`, (L, H_in), or outside TorchScript a PackedSequence.
         hx: (D * layers, N, H) or (D * layers, H); None is zeros.
-        weights: as the module's own list has them.
+        weights: in the order of the module's own list.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         pass
@@ -140,7 +140,7 @@ def _packed(
                 raise RuntimeError(f"Expected a hidden state for {int(sizes[0])} sequences, got {h.size(1)}")
     else:
         rows = layers * (2 if bidirectional else 1)
-        # The hidden state is as wide as the weights that it meets; a projected LSTM has a wider cell state.
+        # A projected LSTM has a cell state that is wider than its hidden state.
         gates = {"LSTM": 4, "GRU": 3}.get(mode, 1)
         widths = [weights[1].size(1)] if single else [weights[1].size(1), weights[1].size(0) // gates]
         states = [torch.zeros(rows, int(sizes[0]), width, dtype=data.dtype, device=data.device) for width in widths]
@@ -152,20 +152,3 @@ def _packed(
 
 def _rows(hidden: Any, order: Any) -> Any:
     return hidden if order is None else hidden.index_select(1, order)
-
-
-def _settings(module: nn.RNNBase) -> tuple[Any, ...]:
-    flags = (module.bidirectional, module.batch_first, module.input_size, module.hidden_size)
-    return (module.bias, module.num_layers, module.dropout, Own("training"), *flags)
-
-
-@opens(nn.RNN, nn.GRU)
-def sequence(module: nn.RNN | nn.GRU) -> Opened:
-    weights = [Own(name) for name in module._flat_weights_names]
-    return Opened(recurrent, (weights, module.mode, *_settings(module)))
-
-
-@opens(nn.LSTM)
-def long_sequence(module: nn.LSTM) -> Opened:
-    weights = [Own(name) for name in module._flat_weights_names]
-    return Opened(lstm, (weights, *_settings(module), module.proj_size))
