@@ -1,4 +1,4 @@
-"""Reading, setting and holding the values of a rewritten model, and moving an optimizer over to it."""
+"""Values of computed tensors: read, set, frozen, invalidated."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from torch import Tensor, nn
 
 from rewriter._bake import _chosen, _present
 from rewriter._given import check_model
-from rewriter._remap import remap_optimizer
 from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
 from rewriter.sites import ParametrizedTensor, assign_value, check_shape
-
-__all__ = ["freeze", "get_value", "invalidate", "remap_optimizer", "set_value", "unfreeze"]
 
 
 def get_value(model: nn.Module, name: str) -> Tensor:
