@@ -164,7 +164,7 @@ def watch_optimizers(model: nn.Module, before: Iterable[Tensor]) -> None:
         _hook = register_optimizer_step_post_hook(_after_step)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for watched in [*_watched]:
         if watched.is_done(optimizer):
