@@ -65,7 +65,8 @@ def converting_owner(load: Callable[..., Any]) -> Callable[..., Any]:
             for place in places:
                 _convert_nested(place, state_dict, assign, error_msgs)
             if not error_msgs:
-                _warn_of_missing(places, state_dict)
+                untied = [place for place in places if len(place.site.record.members[0].names) == 1]
+                _warn_of_missing(untied, state_dict)
         load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     return _load_from_state_dict
@@ -88,9 +89,15 @@ def _convert_nested(place: Place, state: dict[str, Any], assign: bool, errors: l
 
 
 def _warn_of_missing(places: list[Place], state: Mapping[str, Any]) -> None:
-    """Name the computed tensors for which a partial state has no original: torch skips them in silence."""
+    """Name the computed tensors for which a partial state has no original: torch skips them in silence.
+
+    A tied tensor may be saved under one of its names.
+    """
     lacking = []
+    filled = {place.site for place in places if all(key in state for key in place.originals)}
     for place in places:
+        if place.site in filled:
+            continue
         names = zip(place.site.original_names, place.originals, strict=True)
         missing = [name for name, key in names if key not in state]
         if missing:

@@ -188,6 +188,12 @@ def test_tied_tensors_are_bridged_under_each_name(capture: str, spec: Callable[.
     new.load_state_dict(source.state_dict())
     x = torch.arange(5)
     torch.testing.assert_close(new(x), source(x))
+    for target in (new, nn.Sequential(new)):
+        other, prefix = Tied(), "" if target is new else "0."
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            target.load_state_dict({prefix + "head.weight": other.head.weight}, strict=False)
+        torch.testing.assert_close(new(x), other(x))
 
 
 def test_a_joint_site_takes_its_tensors_together(capture: str, spec: Callable[..., Any]) -> None:
