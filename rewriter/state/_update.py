@@ -54,7 +54,7 @@ class _Change:
         chain = (*record.chain[:index], self.shown, *record.chain[index + 1 :])
         self.site.record = replace(record, chain=chain)
         self.site.hoisted, self.site.fused = 0, ()
-        self.site.holding.drop()
+        self.site.policy.invalidate()
 
 
 def update(model: nn.Module, site_or_rule: str, **arguments: Any) -> None:
