@@ -108,7 +108,7 @@ def test_the_state_of_an_old_hook_fills_another_chain(
     torch.testing.assert_close(new(X), source(X))
 
 
-def test_a_spectral_norm_of_the_second_dimension_is_found_by_its_vectors(rewritten: Callable[..., nn.Module]) -> None:
+def test_the_dimension_of_a_spectral_norm_is_found_by_its_vectors(rewritten: Callable[..., nn.Module]) -> None:
     source, new = Net().double(), rewritten("identity")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -253,7 +253,7 @@ def test_a_computed_tensor_that_is_not_in_the_state_is_named(rewritten: Callable
     assert new.get_submodule("second").bias.sum() == 4
 
 
-def test_a_state_of_single_precision_fills_a_model_of_double_precision(rewritten: Callable[..., nn.Module]) -> None:
+def test_a_single_precision_state_fills_a_double_precision_model(rewritten: Callable[..., nn.Module]) -> None:
     source, new = Net(), rewritten("weight_norm")
     new.load_state_dict(source.state_dict())
     assert get_value(new, "first.weight").dtype == torch.float64

@@ -138,7 +138,7 @@ def test_copies_and_files_know_nothing_of_it(rewritten: Callable[..., nn.Module]
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_check_lists_what_an_optimizer_lacks_and_what_it_has_beside(
+def test_check_lists_lacking_parameters_and_foreign_ones(
     capture: str, spec: Callable[..., Any], named: bool
 ) -> None:
     model = Net().double()

@@ -41,7 +41,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("by", ["rule", "first.weight", "first.*"])
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_changed_argument_is_that_of_a_new_chain_over_the_same_tensors(
+def test_a_changed_argument_equals_a_new_chain_of_the_same_state(
     rewritten: Callable[..., nn.Module], case: str, by: str
 ) -> None:
     before, arguments, after = CHANGES[case]
