@@ -74,12 +74,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RewriterError(f"check_optimizer takes a torch optimizer first, not {kind_of(optimizer)}")
     check_model(model, "check_optimizer", programs=False)
-    held = _held(optimizer)
+    grouped = _grouped(optimizer)
     own = {id(parameter) for parameter in model.parameters()}
     problems = [
         f"{name}: a trained parameter that no group of the optimizer has"
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in held
+        if parameter.requires_grad and id(parameter) not in grouped
     ]
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names")
@@ -114,21 +114,21 @@ class _Watched:
             return True
         if optimizer in self.unrelated:
             return False
-        held, own = _held(optimizer), {id(parameter) for parameter in model.parameters()}
+        grouped, own = _grouped(optimizer), {id(parameter) for parameter in model.parameters()}
         before = {id(parameter) for reference in self.before if (parameter := reference()) is not None} - own
-        if not held & (own | before):
+        if not grouped & (own | before):
             self.unrelated.add(optimizer)
             return False
         self.looks += 1
-        lacking = [(name, parameter) for name, parameter in _trained(model) if id(parameter) not in held]
+        lacking = [(name, parameter) for name, parameter in _trained(model) if id(parameter) not in grouped]
         used = {name: parameter for name, parameter in lacking if parameter.grad is not None}
         if lacking and not used:
             return self.looks >= _LOOKS
         if used:
-            elsewhere = set().union(*map(_held, _optimizers()))
+            elsewhere = set().union(*map(_grouped, _optimizers()))
             names = [name for name, parameter in used.items() if id(parameter) not in elsewhere]
             if names:
-                _warn(type(optimizer).__name__, names, stale=bool(held & before))
+                _warn(type(optimizer).__name__, names, stale=bool(grouped & before))
         return True
 
 
@@ -185,7 +185,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield from ((name, parameter) for name, parameter in parameters.items() if parameter.requires_grad)
 
 
-def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+def _grouped(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 

@@ -125,9 +125,9 @@ def unchanged_on_error(model: nn.Module, assign: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for slot, held in zip(slots, before, strict=True):
+        for slot, content in zip(slots, before, strict=True):
             slot.clear()
-            slot.update(held)
+            slot.update(content)
         _copy_back(copies)
         for site in model.modules():
             if isinstance(site, ParametrizedTensor):

@@ -140,7 +140,9 @@ def invalidate(model: nn.Module) -> None:
 def _sites(model: nn.Module, only: Sequence[str] | None) -> list[ParametrizedTensor]:
     steps, sites = _chosen(_present(model), only)
     if steps:
-        raise PlanError(f"{steps[0][1]!r} is the label of a step of {steps[0][0].record.name}; a site is frozen as a whole")
+        raise PlanError(
+            f"{steps[0][1]!r} is the label of a step of {steps[0][0].record.name}; a site is frozen as a whole"
+        )
     return list(sites)
 
 

@@ -138,9 +138,7 @@ def test_copies_and_files_know_nothing_of_it(rewritten: Callable[..., nn.Module]
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_check_lists_lacking_parameters_and_foreign_ones(
-    capture: str, spec: Callable[..., Any], named: bool
-) -> None:
+def test_check_lists_lacking_parameters_and_foreign_ones(capture: str, spec: Callable[..., Any], named: bool) -> None:
     model = Net().double()
     optimizer = torch.optim.SGD(model.named_parameters() if named else model.parameters(), lr=0.1)
     assert check_optimizer(optimizer, model) == []
