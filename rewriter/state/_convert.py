@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from rewriter._given import check_model, kind_of
+from rewriter._rewrite import rewrite
 from rewriter.errors import RewriterError
 from rewriter.planning import Plan, survey
 from rewriter.sites._identity import KEY, note_identity
@@ -17,7 +18,7 @@ from rewriter.sites._translation import Translation
 Form = Literal["plain", "rewritten", "torch"]
 
 
-def convert_state_dict(state: Mapping[str, Any], model: nn.Module, to: Form) -> OrderedDict[str, Any]:
+def convert_state_dict(state: Mapping[str, Any], model: nn.Module | Plan, to: Form) -> OrderedDict[str, Any]:
     """Return a state dict with the keys and values of another form of the same model.
 
     >>> import torch, rewriter
@@ -31,8 +32,8 @@ def convert_state_dict(state: Mapping[str, Any], model: nn.Module, to: Form) -> 
 
     Arguments:
         state: the state dict.
-        model: a rewritten model, or one that contains rewritten models. Its chains are used, and its tensors where a
-            chain reads one that the state lacks.
+        model: a rewritten model, one that contains rewritten models, or the plan of one, which is executed on a copy
+            of its model. Its chains are used, and its tensors where a chain reads one that the state lacks.
         to: ``"plain"`` for the model before it was rewritten, or baked; ``"rewritten"`` for the rewritten model;
             ``"torch"`` for the same keys without the names of the chains, as torch's own parametrizations save them.
 
@@ -40,9 +41,7 @@ def convert_state_dict(state: Mapping[str, Any], model: nn.Module, to: Form) -> 
         RewriterError: a tensor cannot be converted, or the state was saved from other chains; names each tensor.
     """
     if isinstance(model, Plan):
-        raise RewriterError(
-            "a plan has no modules that could be evaluated: give convert_state_dict the model, rewrite(model, spec)"
-        )
+        model = rewrite(model.model, model)
     check_model(model, "convert_state_dict", programs=False)
     if to not in ("plain", "rewritten", "torch"):
         raise RewriterError(f"to is 'plain', 'rewritten' or 'torch', not {to!r}")

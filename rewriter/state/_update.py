@@ -231,8 +231,10 @@ def _change(site: ParametrizedTensor, index: int, arguments: Mapping[str, Any]) 
             f"{where} was given as a module from Python: set its attribute, then call rewriter.state.invalidate(model)"
         )
     old, new = _read(site, index, {}), _read(site, index, arguments)
-    if new.factory is None or hasattr(new.factory, "plan_sites"):
-        raise RewriterError(f"{where}: its arguments are decided over all tensors of the rule: bake it, and rewrite it")
+    if new.factory is None or _is_planned(site, index, new.factory):
+        raise RewriterError(
+            f"{where}: its arguments are decided with all tensors and masks of the rule: bake it, and rewrite it"
+        )
     change = _Change(site, index, str(new))
     parts = list(step) if isinstance(step, Chunked) else [step]
     values = _given_by(site, index)
@@ -249,6 +251,14 @@ def _change(site: ParametrizedTensor, index: int, arguments: Mapping[str, Any]) 
             "with rewriter.state.set_value"
         )
     return change
+
+
+def _is_planned(site: ParametrizedTensor, index: int, factory: Any) -> bool:
+    """Whether the rule decided the arguments of a step for all its sites, or after the masks beside it."""
+    if not hasattr(factory, "plan_sites"):
+        return False
+    neighbours = [step for near, step in enumerate(site.steps) if abs(near - index) == 1]
+    return getattr(factory, "plans_alone", True) or any(getattr(_part(step), "masks", False) for step in neighbours)
 
 
 def _given_by(site: ParametrizedTensor, index: int) -> Tensor:
@@ -268,8 +278,8 @@ def _made(step: Step, value: Tensor) -> nn.Module:
 
 def _compare(change: _Change, where: str, step: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Note in which attributes and buffers two steps differ; refuse ones that store other tensors."""
-    stored = [{name: tensor.shape for name, tensor in _tensors(one)} for one in (step, new)]
-    kinds = [{name: type(module) for name, module in one.named_modules()} for one in (step, new)]
+    stored = [{name: tensor.shape for name, tensor in _tensors(one)} for one in (old, new)]
+    kinds = [{name: type(module) for name, module in one.named_modules()} for one in (old, new)]
     if stored[0] != stored[1] or kinds[0] != kinds[1]:
         differing = [name for name in {**stored[0], **stored[1]} if stored[0].get(name) != stored[1].get(name)]
         shapes = [f"{name} of shape {[list(one.get(name, ())) for one in stored]}" for name in differing]

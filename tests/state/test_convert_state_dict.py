@@ -157,6 +157,11 @@ def test_wrong_calls_are_refused(
         convert_state_dict(state(new.state_dict()), model(new), to)
 
 
-def test_a_plan_is_refused_with_what_to_give(spec: Callable[..., Any]) -> None:
-    with pytest.raises(RewriterError, match=r"rewrite\(model, spec\)"):
-        convert_state_dict({}, plan(Net(), spec("first.weight", "weight_norm")), to="plain")
+def test_a_plan_serves_as_its_model(rewritten: Callable[..., nn.Module], spec: Callable[..., Any]) -> None:
+    donor, model = moved(rewritten("weight_norm")), Net().double()
+    before = snapshot(model)
+    given = plan(model, spec("first.weight", "weight_norm"))
+    plain = convert_state_dict(donor.state_dict(), given, to="plain")
+    torch.testing.assert_close(plain["first.weight"], get_value(donor, "first.weight"))
+    assert list(convert_state_dict(plain, given, to="torch")) == list(donor.state_dict())
+    assert_same(model, before)

@@ -182,6 +182,12 @@ REFUSED: dict[str, tuple[list[Any], str, dict[str, Any], str]] = {
     "a module": ([Power(1.0)], "rule", {"exponent": 2.0}, r"Power.*from Python.*invalidate"),
     "a start": ([{"t.Temperature": {"start": 2.0}}], "rule", {"start": 3.0}, r"start.*trained"),
     "a budget": ([{"global_l1": {"amount": 3}}], "rule", {"amount": 4}, "global_l1.*all tensors"),
+    "masks in a row": (
+        [{"l1_unstructured": {"amount": 2, "label": "a"}}, "n_m"],
+        "a",
+        {"amount": 4},
+        "all tensors and masks",
+    ),
 }
 
 
