@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter._undo import undone_on_failure
 from rewriter.sites._bridge import REMEDY, StateError
 from rewriter.sites._site import ParametrizedTensor
 from rewriter.sites._translation import Place, Translation, bridge, needs_bridge, places_in
@@ -118,21 +119,17 @@ def unchanged_on_error(model: nn.Module, assign: bool) -> Iterator[None]:
         assign: whether parameters are replaced rather than written to, so that no copies are needed.
     """
     swaps = torch.__future__.get_swap_module_params_on_conversion()
-    slots = [slot for module in model.modules() for slot in (module._parameters, module._buffers)]
-    before: list[dict[str, Any]] = [dict(slot) for slot in slots]
-    tensors = {id(tensor): tensor for slot in before for tensor in slot.values() if tensor is not None}
-    copies = [] if assign and not swaps else [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
-    try:
-        yield
-    except BaseException:
-        for slot, content in zip(slots, before, strict=True):
-            slot.clear()
-            slot.update(content)
-        _copy_back(copies)
-        for site in model.modules():
-            if isinstance(site, ParametrizedTensor):
-                site.policy.invalidate()
-        raise
+    tensors = () if assign and not swaps else {*model.parameters(), *model.buffers()}
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    with undone_on_failure(model):
+        try:
+            yield
+        except BaseException:
+            _copy_back(copies)
+            for site in model.modules():
+                if isinstance(site, ParametrizedTensor):
+                    site.policy.invalidate()
+            raise
 
 
 @torch.no_grad()
