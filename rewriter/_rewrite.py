@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from rewriter._attach import attach_sites, keep_parameters
 from rewriter._copy import copied
 from rewriter._given import check_model
+from rewriter._optimizers import watch_optimizers
 from rewriter._pause import collector_paused
 from rewriter._plan import plan_module
 from rewriter._undo import undone_on_failure
@@ -121,24 +122,25 @@ def rewrite(
     for module in modules:
         if isinstance(module, RewrittenModule):
             refuse_replaced(module)
+    before = list(model.parameters())
     with torch.inference_mode(False), collector_paused():
         guard = undone_on_failure(model) if inplace else contextlib.nullcontext()
         if given is not None and tuple(without) == tuple(given.without) and not given.change(model):
             if not inplace:
-                return _execute(spec.copy(), without)
+                return _execute(spec.copy(), without, before)
             if spec.model is model:
                 with guard:
-                    return _execute(spec, without)
+                    return _execute(spec, without, before)
         target = model if inplace else copied(model)
         with guard:
             made = plan_module(target, read, capture, call, without)
             if given is not None:
                 made.require_same(spec, given.change(model))
-            return _execute(made, without)
+            return _execute(made, without, before)
 
 
-def _execute(plan: Plan, without: Collection[str]) -> nn.Module:
-    """Put the sites of a plan into its model."""
+def _execute(plan: Plan, without: Collection[str], before: Sequence[nn.Parameter]) -> nn.Module:
+    """Put the sites of a plan into its model; `before` are the parameters that an optimizer may have."""
     model: nn.Module = plan.model
     if not plan.new and not plan.absorbed:
         return model
@@ -151,6 +153,7 @@ def _execute(plan: Plan, without: Collection[str]) -> nn.Module:
     if not in_place:
         model = _rewrite_graph(model, plan, without)
     keep_parameters(plan)
+    watch_optimizers(model, before)
     return model
 
 

@@ -23,9 +23,9 @@ from rewriter.serialization._graph_data import graph_from_data, graph_to_data
 from rewriter.serialization._names import loadable
 from rewriter.serialization._vet import when_vetted
 from rewriter.sites._container import computed_slots, plain_class, refuse_override, sites_of
+from rewriter.sites._loading import converting, converting_owner
 from rewriter.sites._mixed import refuse_mixed
 from rewriter.sites._places import BATCHES, CAPTURED, CONTAINER, GRAPH_OF, SESSION
-from rewriter.sites._plain_state import explained
 from rewriter.sites._site import ParametrizedTensor
 
 _MARKS = "_reparam_marks"
@@ -204,7 +204,8 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
                 ) from None
             raise
 
-    load_state_dict = explained(fx.GraphModule.load_state_dict)
+    load_state_dict = converting(fx.GraphModule.load_state_dict)
+    _load_from_state_dict = converting_owner(fx.GraphModule._load_from_state_dict)
 
     def __prepare_scriptable__(self) -> fx.GraphModule:
         from rewriter.passes import scriptable

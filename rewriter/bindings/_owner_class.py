@@ -25,9 +25,9 @@ from rewriter.context._forward import Frame, Session
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._names import loadable
 from rewriter.sites._container import handed_sites, refuse_override, sites_of
+from rewriter.sites._loading import converting, converting_owner
 from rewriter.sites._mixed import refuse_mixed
 from rewriter.sites._places import CONTAINER, HANDED, SESSION
-from rewriter.sites._plain_state import explained
 from rewriter.sites._site import ParametrizedTensor
 
 
@@ -92,7 +92,8 @@ def _owner_body(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
         "_reparam_plain": plain,
-        "load_state_dict": explained(plain.load_state_dict),
+        "load_state_dict": converting(plain.load_state_dict),
+        "_load_from_state_dict": converting_owner(plain._load_from_state_dict),
         **guarded_methods(plain),
         **_methods(plain, tensors),
         "forward": functools.wraps(plain.forward)(_forward_of(plain, tensors)),

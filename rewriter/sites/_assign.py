@@ -71,7 +71,7 @@ def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
         for target, source in zip(site.originals, invert(site, value, inputs), strict=True):
             target.copy_(source)
         site.policy.invalidate()
-        _check_reached(site, value, site.read(*inputs))
+        check_reached(site, value, site.read(*inputs))
     except Exception as problem:
         for tensor, content in zip(tensors, before, strict=True):
             tensor.copy_(content)
@@ -81,14 +81,23 @@ def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
         raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem
 
 
-def _check_reached(site: ParametrizedTensor, wanted: Tensor, reached: Tensor) -> None:
+def check_reached(site: ParametrizedTensor, wanted: Tensor, reached: Tensor) -> None:
+    """Refuse a value that the chain of `site` does not give, up to rounding in the coarser precision of the two.
+
+    Raises:
+        PlanError: says how far off it is.
+    """
+    if wanted.is_meta or reached.is_meta:
+        return
     kind = torch.complex128 if reached.is_complex() else torch.float64
-    precision = torch.finfo(reached.dtype).eps if reached.is_floating_point() or reached.is_complex() else 0.0
-    distance = float((reached.to(kind) - wanted.to(kind)).norm())
+    floating = [one.dtype for one in (wanted, reached) if one.is_floating_point() or one.is_complex()]
+    precision = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
+    distance = float((reached.to(kind) - wanted.to(reached.device, kind)).norm())
     norm = float(wanted.to(kind).norm())
     if not distance <= precision**0.5 * max(norm, precision):  # a NaN compares as false
+        lacking = [type(step).__name__ for step in site.steps if not hasattr(step, "right_inverse")]
+        why = f"{lacking[0]} has no right inverse" if lacking else "the value has to be in the chain's image"
         raise PlanError(
             f"{site.record.name} cannot be set to this value: {' >> '.join(site.record.chain)} gives one that is "
-            f"{distance / norm if norm else distance:.1e} of its norm away; the value has to be in the chain's image, "
-            "and every step needs a right inverse"
+            f"{distance / norm if norm else distance:.1e} of its norm away; {why}"
         )

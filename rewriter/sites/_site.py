@@ -18,6 +18,7 @@ from rewriter.context._replay import evaluated_again, note_state, settled_copy, 
 from rewriter.context._tracers import ordinary, others_trace
 from rewriter.context._writes import watch_writes
 from rewriter.errors import CaptureError
+from rewriter.sites._identity import difference, note_identity
 from rewriter.sites._reference import Reference
 from rewriter.sites._spec import Member, Record
 from rewriter.sites._steps import apply_chain, apply_steps
@@ -229,9 +230,18 @@ class ParametrizedTensor(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_identity(self.record, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         self.policy.invalidate()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        problem = difference(self.record.name, self.record, metadata)
+        if problem:
+            args[-1].append(problem)
+            state_dict.clear()  # the part for this site: its steps do not load either
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
         if any(prefix + name in state_dict for name in self.original_names):
             self._refit({name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
 

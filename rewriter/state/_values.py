@@ -1,4 +1,4 @@
-"""Reading, setting and holding the values of a rewritten model, and moving an optimizer over to it."""
+"""Values of computed tensors: read, set, frozen, invalidated."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from torch import Tensor, nn
 
 from rewriter._bake import _chosen, _present
 from rewriter._given import check_model
-from rewriter._remap import remap_optimizer
 from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
 from rewriter.sites import ParametrizedTensor, assign_value, check_shape
-
-__all__ = ["freeze", "get_value", "invalidate", "remap_optimizer", "set_value", "unfreeze"]
 
 
 def get_value(model: nn.Module, name: str) -> Tensor:
@@ -44,7 +41,7 @@ def get_value(model: nn.Module, name: str) -> Tensor:
     member: Tensor = value
     if len(entry.site.record.members) > 1:
         member = value[entry.site.position(entry.owners[0][1])]
-    # A chain may give the stored tensor itself, and a frozen site its held value: neither is to be written into.
+    # A chain may return the stored tensor itself, and a frozen site its cached value: callers must not write into them.
     return member.detach().clone()
 
 
@@ -78,7 +75,7 @@ def set_value(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
-    """Hold the values of parametrized tensors as they are now: no chain is evaluated, nothing of it is trained.
+    """Cache the values of computed tensors as they are now: no chain is evaluated, and none of its tensors is trained.
 
     >>> import torch, rewriter
     >>> spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
@@ -87,9 +84,9 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     >>> [parameter.requires_grad for parameter in model.parameters()]
     [True, False]
 
-    A held value follows `.to()`, `load_state_dict`, `set_value` and `invalidate`; writes into the stored tensors show
-    after `unfreeze`, and other tensors in their place are evaluated at once. A frozen site that was frozen before stays
-    as it is. Copies of the model are frozen too, with the values that their own tensors give.
+    The cached value follows `.to()`, `load_state_dict`, `set_value` and `invalidate`. Writes into the stored tensors
+    show after `unfreeze`; other tensors in their place are evaluated at once. A second `freeze` changes nothing. Copies
+    of the model are frozen too, with the values that their own tensors give.
 
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
@@ -109,10 +106,10 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
 
 
 def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
-    """Undo `freeze`: chains are evaluated again, and what was trained before is trained again.
+    """Undo `freeze`: chains are evaluated again, and the parameters that were trained before are trained again.
 
     Arguments:
-        model: a model of which sites are frozen.
+        model: a model with frozen sites.
         only: rule names and globs of tensor names.
 
     Raises:
@@ -128,11 +125,11 @@ def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
 
 
 def invalidate(model: nn.Module) -> None:
-    """Forget every value that is held across forwards, after a change that torch does not count.
+    """Drop every value that is cached across forwards, after a change that torch does not count.
 
-    Values of rules with ``cache: version`` and of frozen sites follow every in-place change of the tensors that they
-    are computed from, every swap, conversion and load. A write through ``.data`` or through NumPy, and a list or dict
-    of a parametrization that is changed in place, leave no trace: call this after them.
+    Cached values of rules with ``cache: version`` and of frozen sites follow in-place changes, swaps, conversions and
+    loads of the tensors that they are computed from. Call this after a write through ``.data`` or through NumPy, and
+    after a change inside a list or dict of a step: torch does not count those.
     """
     check_model(model, "invalidate", programs=False)
     for site in model.modules():
@@ -143,7 +140,9 @@ def invalidate(model: nn.Module) -> None:
 def _sites(model: nn.Module, only: Sequence[str] | None) -> list[ParametrizedTensor]:
     steps, sites = _chosen(_present(model), only)
     if steps:
-        raise PlanError(f"{steps[0][1]!r} is the label of a step of {steps[0][0].record.name}; a value is held whole")
+        raise PlanError(
+            f"{steps[0][1]!r} is the label of a step of {steps[0][0].record.name}; a site is frozen as a whole"
+        )
     return list(sites)
 
 

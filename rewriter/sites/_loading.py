@@ -1,0 +1,139 @@
+"""`load_state_dict` of rewritten models: other forms of a checkpoint are converted, and a wrong one changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriter._undo import undone_on_failure
+from rewriter.sites._bridge import REMEDY, StateError
+from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._translation import Place, Translation, bridge, needs_bridge, places_in
+
+CONVERTED = "reparam_converted"
+"""Marks the metadata of an owner whose part of a state dict was converted together with the whole."""
+
+
+def converting(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `load_state_dict` that takes states of other forms, and leaves the model as it was if it fails.
+
+    The model's tensors are copied meanwhile, unless ``assign=True``.
+    """
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(state_dict, Mapping):
+            return load(self, state_dict, *args, **kwargs)
+        strict = args[0] if args else kwargs.get("strict", True)
+        assign = args[1] if len(args) > 1 else kwargs.get("assign", False)
+        translation = Translation(self, state_dict, assign)
+        translation.check_identity()
+        state = translation.to_rewritten()
+        for place in translation.places:
+            state._metadata.setdefault(place.path[:-1], {})[CONVERTED] = True  # type: ignore[attr-defined]
+        with unchanged_on_error(self, assign):
+            result = load(self, state, *args, **kwargs)
+        if not strict:
+            _warn_of_missing(translation.places, state)
+        return result
+
+    return load_state_dict
+
+
+def converting_owner(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `_load_from_state_dict` for an owner inside a model whose `load_state_dict` is torch's."""
+
+    @functools.wraps(load)
+    def _load_from_state_dict(
+        self: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if CONVERTED not in local_metadata:
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            places = places_in(self, prefix)
+            for place in places:
+                _convert_nested(place, state_dict, assign, error_msgs)
+            if not error_msgs:
+                untied = [place for place in places if len(place.site.record.members[0].names) == 1]
+                _warn_of_missing(untied, state_dict)
+        load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    return _load_from_state_dict
+
+
+def _convert_nested(place: Place, state: dict[str, Any], assign: bool, errors: list[str]) -> None:
+    if not needs_bridge(place, state):
+        return
+    try:
+        if place.site.record.reads:
+            for name in place.names:
+                state.pop(name, None)
+            raise StateError(
+                f"{place.names[0]}: it is computed from {', '.join(place.site.record.reads)}, which may come later: "
+                f"call load_state_dict of the rewritten module itself. {REMEDY}"
+            )
+        bridge(place, state, [], assign)
+    except StateError as problem:
+        errors.append(str(problem))
+
+
+def _warn_of_missing(places: list[Place], state: Mapping[str, Any]) -> None:
+    """Name the computed tensors for which a partial state has no original: torch skips them in silence.
+
+    A tied tensor may be saved under one of its names.
+    """
+    lacking = []
+    filled = {place.site for place in places if all(key in state for key in place.originals)}
+    for place in places:
+        if place.site in filled:
+            continue
+        names = zip(place.site.original_names, place.originals, strict=True)
+        missing = [name for name, key in names if key not in state]
+        if missing:
+            lacking.append(f"{place.names[0]} ({', '.join(missing)})")
+    if lacking:
+        warnings.warn(
+            f"the state dict has no value for computed tensors, which stay as they are: {'; '.join(lacking)}",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module, assign: bool) -> Iterator[None]:
+    """Put the parameters and buffers of `model` back if what runs inside raises.
+
+    Arguments:
+        model: the model.
+        assign: whether parameters are replaced rather than written to, so that no copies are needed.
+    """
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    tensors = () if assign and not swaps else {*model.parameters(), *model.buffers()}
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    with undone_on_failure(model):
+        try:
+            yield
+        except BaseException:
+            _copy_back(copies)
+            for site in model.modules():
+                if isinstance(site, ParametrizedTensor):
+                    site.policy.invalidate()
+            raise
+
+
+@torch.no_grad()
+def _copy_back(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, content in copies:
+        if not tensor.is_meta and not torch.equal(tensor, content):
+            tensor.copy_(content)
