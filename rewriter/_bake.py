@@ -95,8 +95,8 @@ def bake(
 
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
     every = _present(target)
-    opened = (isinstance(module, RewrittenModule) or SESSION in module.__dict__ for module in target.modules())
-    if not every and not any(opened):
+    rewritten = (isinstance(module, RewrittenModule) or SESSION in module.__dict__ for module in target.modules())
+    if not every and not any(rewritten):
         warnings.warn("bake found no computed tensor: the model was not rewritten, or is baked already", stacklevel=5)
     labels, chosen = _chosen(every, only)
     shorter = [without_step(site, label, keep) for site, label in labels]

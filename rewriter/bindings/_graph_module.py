@@ -72,7 +72,9 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
     def __new__(cls, root: nn.Module, *_: Any) -> RewrittenModule:
         return _blank(_origin_of(root))
 
-    def __init__(self, root: nn.Module, captured: fx.Graph, graph: fx.Graph, without: Collection[str] = ()) -> None:
+    def __init__(
+        self, root: nn.Module, captured: fx.Graph, graph: fx.Graph, without: Collection[str] | None = ()
+    ) -> None:
         self.__dict__.update({GRAPH_OF: _origin_of(root), "_reparam_name": plain_class(root).__name__})
         super().__init__(nn.Module(), fx.Graph())
         added = set(self.__dict__) - set(root.__dict__)

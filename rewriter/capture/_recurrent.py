@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
 from rewriter.capture._torch import _VF
@@ -89,11 +90,37 @@ def lstm(
         c0 = h0  # zeros as well, and nothing writes to them
     else:
         c0 = _state(None if hx is None else hx[1], x, [rows, x.size(batch_dim), hidden_size], batched)
-    found = _VF.lstm(x, [h0, c0], weights, bias, layers, dropout, training, bidirectional, batch_first)
+    found = _lstm(x, [h0, c0], weights, bias, layers, dropout, training, bidirectional, batch_first)
     output, h, c = found[0], found[1], found[2]
     if batched:
         return output, (h, c)
     return output.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1))
+
+
+def _lstm(
+    x: Tensor,
+    hx: list[Tensor],
+    weights: list[Tensor],
+    bias: bool,
+    layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_dynamo_compiling() and not is_exporting() and torch.is_grad_enabled():
+            settings = (bias, layers, dropout, training, bidirectional, batch_first)
+            compiled: tuple[Tensor, Tensor, Tensor] = _uncompiled_lstm(x, hx, weights, settings)
+            return compiled
+    found = _VF.lstm(x, hx, weights, bias, layers, dropout, training, bidirectional, batch_first)
+    return found[0], found[1], found[2]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled_lstm(x: Tensor, hx: list[Tensor], weights: list[Tensor], settings: tuple[Any, ...]) -> Any:
+    """Call the LSTM outside the compiled graph: AOTAutograd fails on its derivative on a CPU (torch 2.13)."""
+    return _VF.lstm(x, hx, weights, *settings)
 
 
 def _is_batched(input: Tensor, kind: str) -> bool:

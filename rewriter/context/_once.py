@@ -181,7 +181,8 @@ class Once:
         originals = entry.trained
         if all(part.requires_grad for part in parts) and not self.distributed and not any(map(_has_hooks, originals)):
             with torch.enable_grad(), unnoticed():
-                given = tuple(_Gathered.apply(entry, part, index, *originals) for index, part in enumerate(parts))
+                apply: Any = _Gathered.apply
+                given = tuple(apply(entry, part, index, *originals) for index, part in enumerate(parts))
             entry.given = given if isinstance(leaf, tuple) else given[0]
         return entry
 
@@ -199,7 +200,7 @@ class _Gathered(torch.autograd.Function):
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         entry: Evaluated | None = ctx.entry()
         if entry is None:
             raise RewriterError("a backward after its evaluate_once block has ended: run it inside the block")

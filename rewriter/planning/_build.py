@@ -117,8 +117,7 @@ def build(
         memory=rule.memory,
     )
     site = ParametrizedTensor(steps, _stored_tensors(claim, steps, originals), record, session)
-    if not claim.entries[0].owners[0][0].training:
-        site.eval()
+    site.train(claim.entries[0].owners[0][0].training)
     if chain is not None and chain.refits:
         chain.refit(site)
     return site

@@ -12,6 +12,7 @@ from rewriter.errors import PlanError
 from rewriter.language import Spec
 from rewriter.planning import Origin, Plan, make_plan
 from rewriter.program._insert import Edited, insert_site
+from rewriter.program._skeleton import is_training
 from rewriter.program._table import ProgramTable, values_of
 from rewriter.sites import site_path
 
@@ -44,7 +45,7 @@ def rewrite_program(program: ExportedProgram, spec: Spec | Plan, *, inplace: boo
     try:
         for _, site in reversed(plan.new):  # a site comes after those that it reads
             with nothing_drawn(tensors):
-                insert_site(edited, site, site_path(site), values_of(edited), plan.table.training)
+                insert_site(edited, site, site_path(site), values_of(edited), is_training(program))
     except BaseException:
         for tensor, data, content, trained in before:
             tensor.data, tensor.requires_grad = data.copy_(content), trained

@@ -20,6 +20,7 @@ from rewriter.context._writes import watch_writes
 from rewriter.errors import CaptureError
 from rewriter.sites._identity import difference, note_identity
 from rewriter.sites._reference import Reference
+from rewriter.sites._refit import refit
 from rewriter.sites._spec import Member, Record
 from rewriter.sites._steps import apply_chain, apply_steps
 
@@ -223,7 +224,7 @@ class ParametrizedTensor(nn.Module):
             return getattr(self, name).device.type  # type: ignore[no-any-return]
         return next((tensor.device.type for tensor in _tensors_of(self)), None)
 
-    # Held values belong to this object and this moment: copies start without, conversions and loading drop them.
+    # Cached values belong to this object: copies start without, conversions and loading drop them.
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParametrizedTensor:
         self.policy.invalidate()
@@ -243,21 +244,7 @@ class ParametrizedTensor(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
         if any(prefix + name in state_dict for name in self.original_names):
-            self._refit({name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
-
-    @torch.no_grad()
-    def _refit(self, loaded: set[str]) -> None:
-        """Fit the steps whose state was not loaded with the tensors to the tensors that were."""
-        if self.record.reads:
-            return
-        layout = self.record.layout
-        for index, step in enumerate(self.steps):
-            state = {f"{index}.{name}" for name, _ in step.named_buffers()}
-            fit: Any = getattr(step, "right_inverse", None)
-            if getattr(step, "stateful", False) and fit is not None and state and not state & loaded:
-                before = self.settled()
-                first = layout.inward(before.originals[0]) if self.record.outer else before.originals[0]
-                fit(apply_steps(self.record, before.steps[:index], before.originals, ()) if index else first)
+            refit(self, {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)})
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

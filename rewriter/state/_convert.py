@@ -41,7 +41,7 @@ def convert_state_dict(state: Mapping[str, Any], model: nn.Module | Plan, to: Fo
         RewriterError: a tensor cannot be converted, or the state was saved from other chains; names each tensor.
     """
     if isinstance(model, Plan):
-        model = rewrite(model.model, model)
+        return convert_state_dict(state, rewrite(model.model, model), to=to)
     check_model(model, "convert_state_dict", programs=False)
     if to not in ("plain", "rewritten", "torch"):
         raise RewriterError(f"to is 'plain', 'rewritten' or 'torch', not {to!r}")

@@ -45,8 +45,9 @@ def on_space(
         allowed = default_tolerance(tensor) if tolerance is None else tolerance
         if not tensor.isfinite().all():
             return False
-        if hasattr(module, "contains"):
-            return bool(module.contains(tensor, allowed))
+        contains: Any = getattr(module, "contains", None)
+        if contains is not None:
+            return bool(contains(tensor, allowed))
         for part in module if isinstance(module, Chain) else [module]:
             if not hasattr(part, "right_inverse"):
                 raise RewriterError(f"on_space needs right inverses, and {type(part).__name__} has no right_inverse")

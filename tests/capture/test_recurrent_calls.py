@@ -106,3 +106,24 @@ def test_settings_of_an_lstm_that_change_later_count() -> None:
     for layer in (plain.layer, model.layer):
         layer.dropout = 1.0
     torch.testing.assert_close(model(x)[0], copy.deepcopy(plain)(x)[0])
+
+
+def test_a_compiled_lstm_trains() -> None:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.lstm(x)[0]
+            return y
+
+    rule = {"name": "w", "select": "lstm.weight_hh_l0", "chain": ["weight_norm"]}
+    new = rewrite(Net(), {"reparam": 1, "rules": [rule]}, capture="graph")
+    x = torch.randn(5, 2, 8)
+    compiled = torch.compile(new, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), new(x))
+    expected = torch.autograd.grad(new(x).sum(), list(new.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), list(new.parameters())), expected)
