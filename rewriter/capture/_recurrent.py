@@ -108,7 +108,7 @@ def _lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102  (TorchScript compiles no `and` away)
         if is_dynamo_compiling() and not is_exporting() and torch.is_grad_enabled():
             settings = (bias, layers, dropout, training, bidirectional, batch_first)
             compiled: tuple[Tensor, Tensor, Tensor] = _uncompiled_lstm(x, hx, weights, settings)
