@@ -108,11 +108,12 @@ def _lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102  (TorchScript compiles no `and` away)
-        if is_dynamo_compiling() and not is_exporting() and torch.is_grad_enabled():
-            settings = (bias, layers, dropout, training, bidirectional, batch_first)
-            compiled: tuple[Tensor, Tensor, Tensor] = _uncompiled_lstm(x, hx, weights, settings)
-            return compiled
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        pass
+    elif is_dynamo_compiling() and not is_exporting() and torch.is_grad_enabled():
+        settings = (bias, layers, dropout, training, bidirectional, batch_first)
+        uncompiled: tuple[Tensor, Tensor, Tensor] = _uncompiled_lstm(x, hx, weights, settings)
+        return uncompiled
     found = _VF.lstm(x, hx, weights, bias, layers, dropout, training, bidirectional, batch_first)
     return found[0], found[1], found[2]
 

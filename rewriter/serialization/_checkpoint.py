@@ -53,7 +53,8 @@ def weights_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
 def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
     """Return the weights under the model's names, without the prefixes of wrappers; warn if there were any.
 
-    >>> with warnings.catch_warnings(record=True) as seen:
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
     ...     list(without_prefixes({"module.fc.weight": torch.ones(1)}, ["fc.weight"]))
     ['fc.weight']
 

@@ -240,4 +240,7 @@ def _own(name: str) -> Callable[..., Any] | None:
 
 def is_own_module(name: str) -> bool:
     """Return whether `name` is the dotted name of a module of this package that a file may import."""
-    return re.fullmatch(r"rewriter(\.(?!__|cli\b|demo\b)[A-Za-z_][A-Za-z0-9_]*)*", name, re.ASCII) is not None
+    return (
+        re.fullmatch(r"rewriter(\.(?!__|cli\b|demo\b(?!\._network$))[A-Za-z_][A-Za-z0-9_]*)*", name, re.ASCII)
+        is not None
+    )

@@ -45,7 +45,7 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Any], Callable[[nn.Module, str], Any]
     "weight_norm": (lambda w: "weight_norm", parametrizations.weight_norm, lambda w: True),
     "spectral_norm": (
         lambda w: "spectral_norm",
-        lambda m, n: parametrizations.spectral_norm(m, n, dim=0),
+        parametrizations.spectral_norm,  # dimension 1 for transposed convolutions
         lambda w: w.dim() > 1,
     ),
     "symmetric": (
