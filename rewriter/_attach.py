@@ -16,7 +16,7 @@ from rewriter.sites._memory import refill, shared_storages
 
 def attach_sites(plan: Plan) -> Session:
     """Put the sites of a plan into the model's modules; they have tensors of their own."""
-    session = plan.standing[0].session if plan.standing else Session()
+    session = plan.existing[0].session if plan.existing else Session()
     order = {id(entry): index for index, entry in enumerate(plan.entries)}
     made = [*((claim.entries, site) for claim, site in plan.new)]
     made += [([entry], site) for entry, site in plan.absorbed]

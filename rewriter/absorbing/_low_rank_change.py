@@ -19,7 +19,7 @@ class LowRankChange(nn.Module):
             ``"experts"`` (``(experts, out, in)``) or ``"experts_transposed"``.
         experts: how many.
         dropout: while training, an input feature is left out of the change with this probability, the same ones for
-            a whole forward. PEFT draws anew for each sample, which no weight can do.
+            a whole forward. PEFT draws again for each sample; a weight cannot.
         magnitude: of DoRA: the lengths of the outputs' rows.
     """
 
@@ -64,8 +64,8 @@ class LowRankChange(nn.Module):
         A: Tensor = self.lora_A
         B: Tensor = self.lora_B
         if self.training and self.dropout > 0.0:
-            kept = F.dropout(torch.ones_like(A.flatten(2)[0, :, :1] if A.dim() > 2 else A[0]), self.dropout)
-            A = A * (kept.reshape([1, -1] + [1] * (A.dim() - 2)))
+            mask = F.dropout(torch.ones_like(A.flatten(2)[0, :, :1] if A.dim() > 2 else A[0]), self.dropout)
+            A = A * (mask.reshape([1, -1] + [1] * (A.dim() - 2)))
         if self.layout.startswith("experts"):
             A = A.reshape(self.experts, -1, A.shape[-1])
             B = B.reshape(B.shape[0], -1, self.experts)

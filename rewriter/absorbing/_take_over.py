@@ -34,7 +34,7 @@ _ORDER = (
 
 @dataclass
 class Taken:
-    """One tensor that was taken over; its place in the model holds the value, as a plain tensor.
+    """One absorbed tensor. The model has its value as a plain tensor.
 
     Arguments:
         steps: the parametrizations.
@@ -141,7 +141,7 @@ def _steps(holder: Holder, model: nn.Module) -> list[nn.Module]:
 
 
 def absorbed_sites(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tuple[Entry, ParametrizedTensor]]:
-    """Return the sites of the tensors that were taken over, in the model's order."""
+    """Return the sites of the absorbed tensors, in the model's order."""
     if not taken:
         return []
     by_place = {(id(owner), tensor): entry for entry in entries for owner, tensor in entry.owners}
@@ -187,9 +187,9 @@ def foreign_entries(model: nn.Module) -> list[tuple[Entry, str]]:
 
 @torch.no_grad()
 def _take(holder: Holder, steps: list[nn.Module], taken: dict[tuple[int, str], Taken]) -> None:
-    held = [taken.pop((id(module), name), None) for module, name in holder.stored]
+    before = [taken.pop((id(module), name), None) for module, name in holder.stored]
     inputs = [getattr(module, name) for module, name in holder.stored]
-    inner = [index for index, one in enumerate(held) if one is not None]
+    inner = [index for index, one in enumerate(before) if one is not None]
     if len(inner) > 1:
         raise PlanError(f"{holder.tensor} is computed from several tensors that are computed themselves")
     if not steps:
@@ -200,7 +200,7 @@ def _take(holder: Holder, steps: list[nn.Module], taken: dict[tuple[int, str], T
         step.train(holder.owner.training)
     plain = Taken(holder.place, steps, inputs, [len(inputs)] + [0] * (len(steps) - 1), [0] * len(steps), [])
     if inner:
-        first = held[inner[0]]
+        first = before[inner[0]]
         assert first is not None
         plain.steps = first.steps + steps
         plain.originals = first.originals + [tensor for index, tensor in enumerate(inputs) if index != inner[0]]

@@ -74,7 +74,7 @@ class ModuleTable:
             raise CaptureError(f"{type(model).__name__}: {why}; use capture='module'")
         return Capture("module", why=why)
 
-    def reached(self, way: Capture, site: ParametrizedTensor, present: bool) -> tuple[str, str]:
+    def reached(self, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
         """Return how the graph, or the module itself, reads a site's tensor."""
         if way.root in ("module", "export"):
             return way.root, way.why or "the graph that torch.export made"
@@ -86,8 +86,6 @@ class ModuleTable:
         if found:
             first = next(iter(found))
             return first if len(found) == 1 else (first[0], "; ".join(dict.fromkeys(why for _, why in found if why)))
-        if present and is_rewritten_graph(self.model):
-            return "graph", "as it was rewritten before"
         return "unused", "no forward of the model reads it"
 
 

@@ -127,11 +127,11 @@ class Plan:
 
     @property
     def absorbed(self) -> Sequence[tuple[Entry, ParametrizedTensor]]:
-        """Sites taken over from other tools."""
+        """Sites of tensors that other tools computed."""
         return self.table.absorbed
 
     @property
-    def standing(self) -> list[ParametrizedTensor]:
+    def existing(self) -> list[ParametrizedTensor]:
         """The sites that the model has already, whether or not a rule of this spec owns them."""
         fresh = {id(site) for _, site in self.absorbed}
         sites = dict.fromkeys(entry.site for entry in self.entries if entry.site is not None)
@@ -147,7 +147,7 @@ class Plan:
         for entry in self.entries:
             if id(entry) in built:
                 site, present = built[id(entry)]
-                how, why = self.table.reached(self.capture, site, present)
+                how, why = self.table.reached(self.capture, site)
                 fused = tuple((start + 1, stop) for start, stop in getattr(site, "fused", ()))
                 sites.append(Site(site.record, how, why, self.moved.get(site, 0.0), present, fused))
         return tuple(sites)

@@ -94,8 +94,8 @@ def _proven(
     rules = {rule.name: rule for rule in spec.rules}
     fresh = [site for _, site in (*reversed(new), *table.absorbed)]
     problems = prove(fresh, rules, lambda site: [values[name] for name in site.record.reads], without)
-    standing = [site for _, site in present]
-    return problems + prove_batches([*standing, *fresh] if fresh else [], rules, way, without)
+    old = [site for _, site in present]
+    return problems + prove_batches([*old, *fresh] if fresh else [], rules, way, without)
 
 
 def _split_present(claims: Iterable[Claim], problems: Problems) -> tuple[list[Pair], list[Claim]]:

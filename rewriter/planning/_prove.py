@@ -1,7 +1,7 @@
-"""What the passes are about to assume of chains, proven on the sites before they are in the model.
+"""Prove on the new sites what the passes will assume of their chains, before the model changes.
 
-A step says of itself that it merges with its neighbour, or that it is for several tensors at once. Where that is not
-so the model must not have been touched when it shows.
+A step declares that it merges with its neighbour, or that it takes several tensors at once. A wrong declaration is
+an error of the plan.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prove(
 
     Arguments:
         sites: that were built.
-        rules: by name; a site that was taken over from elsewhere has none.
+        rules: by name; an absorbed site has none.
         inputs: a site → the tensors that it reads.
         without: passes that are left out.
     """

@@ -47,8 +47,8 @@ def resolve(spec: Spec, entries: Sequence[Entry]) -> tuple[list[Claim], list[Dia
                 )
             )
     order = {id(entry): index for index, entry in enumerate(entries)}
-    kept = [claim for claim in claims if claim.rule.chain or claim.rule.source]
-    return sorted(kept, key=lambda claim: order[id(claim.entries[0])]), problems
+    owning = [claim for claim in claims if claim.rule.chain or claim.rule.source]
+    return sorted(owning, key=lambda claim: order[id(claim.entries[0])]), problems
 
 
 def _matched(rule: Rule, entries: Sequence[Entry], problems: list[Diagnostic]) -> list[Entry]:

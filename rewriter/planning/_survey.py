@@ -48,7 +48,7 @@ class Entry:
 
 
 def survey(model: nn.Module) -> list[Entry]:
-    """List the tensors of `model` in its own order; those that chains compute stand where they always stood."""
+    """List the tensors of `model` in its own order; a computed tensor stays in its place."""
     entries: dict[tuple[int, str], Entry] = {}
     for path, module in _modules(model, ""):
         for name, tensor, site in _tensors(module):
@@ -76,7 +76,7 @@ def refuse_strays(model: nn.Module, known: Container[ParametrizedTensor | None])
         if isinstance(module, ParametrizedTensor) and module not in known:
             raise PlanError(
                 f"{path} computes {module.record.name} in a graph that torch.fx made of a rewritten model, which no "
-                "longer says where the value came from: rewrite and bake the model itself, and make its graph anew "
+                "longer says where the value came from: rewrite and bake the model itself, and trace it again "
                 "afterwards"
             )
 

@@ -19,7 +19,7 @@ class TensorTable(Protocol):
         model: the module or program.
         entries: every tensor once, in the model's order.
         foreign: tensors that another tool computes, each with the tool's name. No rule can own them.
-        absorbed: entries whose sites were taken over from another tool.
+        absorbed: entries that another tool computed, with the sites that replace the tool.
     """
 
     model: Any
@@ -33,5 +33,5 @@ class TensorTable(Protocol):
     def capture(self, owners: Sequence[str]) -> Capture:
         """Capture the model; `owners` are the paths of the modules that own claimed tensors."""
 
-    def reached(self, way: Capture, site: ParametrizedTensor, present: bool) -> tuple[str, str]:
+    def reached(self, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
         """Return how the uses of a site's tensor are reached, and the reason."""

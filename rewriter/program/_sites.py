@@ -130,10 +130,10 @@ def _read(data: Any) -> ProgramSite:
 
 def placeholder_values(program: ExportedProgram) -> dict[str, Tensor]:
     """Return the tensors that the program holds, by their placeholders' names."""
-    held: dict[str, Any] = {**program.constants, **program.state_dict}
+    tensors: dict[str, Any] = {**program.constants, **program.state_dict}
     found: dict[str, Tensor] = {}
     for spec in program.graph_signature.input_specs:
-        value = held.get(spec.target) if spec.target is not None else None
+        value = tensors.get(spec.target) if spec.target is not None else None
         if isinstance(value, Tensor):
             found[spec.arg.name] = value
     return found

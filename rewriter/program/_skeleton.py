@@ -31,7 +31,7 @@ def skeleton(program: ExportedProgram, values: dict[str, Tensor], training: bool
 
 
 def put(root: nn.Module, name: str, value: Tensor, kind: InputKind, persistent: bool, classes: dict[str, str]) -> None:
-    """Put one tensor at its place, making the modules on the way."""
+    """Put one tensor at its place, and make the modules above it."""
     *path, last = name.split(".")
     module = root
     for index, part in enumerate(path):
@@ -60,11 +60,11 @@ def put_in_order(root: nn.Module, names: Sequence[str]) -> None:
     rank = {name: index for index, name in enumerate(names)}
     for path, module in root.named_modules():
         prefix = f"{path}." if path else ""
-        held: Any
-        for held in (module._parameters, module._buffers):
-            ordered = sorted(held.items(), key=lambda item: rank.get(f"{prefix}{item[0]}", len(rank)))
-            held.clear()
-            held.update(ordered)
+        tensors: Any
+        for tensors in (module._parameters, module._buffers):
+            ordered = sorted(tensors.items(), key=lambda item: rank.get(f"{prefix}{item[0]}", len(rank)))
+            tensors.clear()
+            tensors.update(ordered)
 
 
 def is_training(program: ExportedProgram) -> bool:

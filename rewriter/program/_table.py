@@ -51,7 +51,7 @@ class ProgramTable:
         """A program is captured already."""
         return Capture("export", why=_WHY)
 
-    def reached(self, way: Capture, site: ParametrizedTensor, present: bool) -> tuple[str, str]:
+    def reached(self, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
         """Every read is a placeholder of the graph."""
         return "export", _WHY
 
