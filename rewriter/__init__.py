@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from rewriter.language import Spec, load_spec
     from rewriter.parametrizations._chain import chain
     from rewriter.parametrizations._registry import register
-    from rewriter.planning import Plan, Site
+    from rewriter.planning import Plan, PlannedSite
 
 _HOMES = {
     "Plan": "rewriter.planning",
-    "Site": "rewriter.planning",
+    "PlannedSite": "rewriter.planning",
     "Spec": "rewriter.language",
     "absorb": "rewriter._absorb",
     "bake": "rewriter._bake",
@@ -51,8 +51,8 @@ __all__ = [
     "NumericError",
     "Plan",
     "PlanError",
+    "PlannedSite",
     "RewriterError",
-    "Site",
     "Spec",
     "SpecError",
     "absorb",

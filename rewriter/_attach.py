@@ -8,26 +8,26 @@ from typing import Any
 from torch import nn
 
 from rewriter.bindings import attach
-from rewriter.context import Session
+from rewriter.context import Contexts
 from rewriter.planning import Entry, Plan
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.sites._memory import refill, shared_storages
 
 
-def attach_sites(plan: Plan) -> Session:
+def attach_sites(plan: Plan) -> Contexts:
     """Put the sites of a plan into the model's modules; they have tensors of their own."""
-    session = plan.existing[0].session if plan.existing else Session()
+    contexts = plan.existing[0].contexts if plan.existing else Contexts()
     order = {id(entry): index for index, entry in enumerate(plan.entries)}
     made = [*((claim.entries, site) for claim, site in plan.new)]
     made += [([entry], site) for entry, site in plan.absorbed]
     for entries, site in sorted(made, key=lambda pair: order[id(pair[0][0])]):
-        _attach(entries, site, session)
+        _attach(entries, site, contexts)
     _connect(plan)
-    return session
+    return contexts
 
 
-def _attach(entries: Sequence[Entry], site: ParametrizedTensor, session: Session) -> None:
-    site.__dict__["session"] = session
+def _attach(entries: Sequence[Entry], site: Site, contexts: Contexts) -> None:
+    site.__dict__["contexts"] = contexts
     for owner, tensors in _places(entries):
         attach(owner, list(tensors), site)
 
@@ -50,7 +50,7 @@ def keep_parameters(plan: Plan) -> None:
         _keep(claim.entries, site, shared)
 
 
-def _keep(entries: Sequence[Entry], site: ParametrizedTensor, shared: frozenset[int]) -> None:
+def _keep(entries: Sequence[Entry], site: Site, shared: frozenset[int]) -> None:
     free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
     for name, original in zip(site.original_names, site.originals, strict=True):
         for index, parameter in enumerate(free):
@@ -71,8 +71,8 @@ def _connect(plan: Plan) -> None:
     """Tell each site that reads other tensors where they are."""
     entries = {name: entry for entry in plan.entries for name in entry.names}
     for _, site in plan.new:
-        if site.record.reads:
-            site.place_inputs([_place(entries[name]) for name in site.record.reads])
+        if site.spec.reads:
+            site.place_inputs([_place(entries[name]) for name in site.spec.reads])
 
 
 def _place(entry: Entry) -> tuple[nn.Module, str]:

@@ -23,8 +23,8 @@ from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, refuse_strays, survey
-from rewriter.sites import ParametrizedTensor, refuse_mixed
-from rewriter.sites._places import SESSION
+from rewriter.sites import Site, refuse_mixed
+from rewriter.sites._places import CONTEXTS
 
 Keep = Literal["value", "original"]
 
@@ -33,7 +33,7 @@ Keep = Literal["value", "original"]
 class Baked:
     """One site on its way back: where it is, and the values that replace it."""
 
-    site: ParametrizedTensor
+    site: Site
     entries: list[Entry]
     values: list[Tensor]
 
@@ -95,7 +95,7 @@ def bake(
 
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
     every = _present(target)
-    rewritten = (isinstance(module, RewrittenModule) or SESSION in module.__dict__ for module in target.modules())
+    rewritten = (isinstance(module, RewrittenModule) or CONTEXTS in module.__dict__ for module in target.modules())
     if not every and not any(rewritten):
         warnings.warn("bake found no computed tensor: the model was not rewritten, or is baked already", stacklevel=5)
     labels, chosen = _chosen(every, only)
@@ -112,15 +112,15 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
     for site in shorter:
         site.apply()
     for opened in list(target.modules()):
-        if SESSION in opened.__dict__ and not any(isinstance(child, ParametrizedTensor) for child in opened.modules()):
+        if CONTEXTS in opened.__dict__ and not any(isinstance(child, Site) for child in opened.modules()):
             release(opened)
     plain = _plain_roots(target, graphs)
     refuse_saving(plain, [name for one in baked for entry in one.entries for name in entry.names])
     return plain
 
 
-def _present(target: nn.Module) -> dict[ParametrizedTensor, list[Entry]]:
-    sites: dict[ParametrizedTensor, list[Entry]] = {}
+def _present(target: nn.Module) -> dict[Site, list[Entry]]:
+    sites: dict[Site, list[Entry]] = {}
     for entry in survey(target):
         if entry.site is not None:
             sites.setdefault(entry.site, []).append(entry)
@@ -129,32 +129,32 @@ def _present(target: nn.Module) -> dict[ParametrizedTensor, list[Entry]]:
 
 
 def _chosen(
-    every: Mapping[ParametrizedTensor, list[Entry]], only: Sequence[str] | None
-) -> tuple[list[tuple[ParametrizedTensor, str]], dict[ParametrizedTensor, list[Entry]]]:
+    every: Mapping[Site, list[Entry]], only: Sequence[str] | None
+) -> tuple[list[tuple[Site, str]], dict[Site, list[Entry]]]:
     """Return the labelled steps and the whole sites that `only` names; all sites where it names none."""
     if only is None:
         return [], dict(every)
-    chosen: dict[ParametrizedTensor, list[Entry]] = {}
-    labelled: dict[ParametrizedTensor, str] = {}
+    chosen: dict[Site, list[Entry]] = {}
+    labelled: dict[Site, str] = {}
     for pattern in [only] if isinstance(only, str) else only:
         matches = Glob(pattern).matches
         found = {
             site: entries
             for site, entries in every.items()
-            if site.record.rule == pattern or any(matches(name) for entry in entries for name in entry.names)
+            if site.spec.rule == pattern or any(matches(name) for entry in entries for name in entry.names)
         }
-        steps = [site for site in every if pattern in site.record.labels and site not in found]
+        steps = [site for site in every if pattern in site.spec.labels and site not in found]
         for site in steps:
-            if len(site.record.chain) == 1:
+            if len(site.spec.chain) == 1:
                 found[site] = every[site]
             elif site in labelled:
-                raise PlanError(f"{site.record.name}: take out one labelled step at a time")
+                raise PlanError(f"{site.spec.name}: take out one labelled step at a time")
             else:
                 labelled[site] = pattern
         if not found and not steps:
-            rules = sorted({site.record.rule for site in every})
+            rules = sorted({site.spec.rule for site in every})
             names = [name for entries in every.values() for entry in entries for name in entry.names]
-            labels = [label for site in every for label in site.record.labels if label]
+            labels = [label for site in every for label in site.spec.labels if label]
             raise PlanError(
                 f"only={pattern!r} is neither a rule or label of the model nor matches a parametrized tensor; "
                 f"its rules are {', '.join(map(repr, rules)) or 'none'}"
@@ -164,22 +164,22 @@ def _chosen(
     return [(site, label) for site, label in labelled.items() if site not in chosen], chosen
 
 
-def _values(site: ParametrizedTensor, keep: Keep) -> list[Tensor]:
+def _values(site: Site, keep: Keep) -> list[Tensor]:
     """The values for the site's members, which may be the stored tensors themselves."""
     if keep == "original":
         return _originals(site)
     value, drawn = site.read_and_drawn(*site.read_inputs())
     if drawn:
         warnings.warn(
-            f"{site.record.name}: {' >> '.join(site.record.chain)} draws random numbers in evaluation mode, and the "
+            f"{site.spec.name}: {' >> '.join(site.spec.chain)} draws random numbers in evaluation mode, and the "
             "baked tensor is one draw",
             stacklevel=7,
         )
-    return [value] if len(site.record.members) == 1 else list(value)
+    return [value] if len(site.spec.members) == 1 else list(value)
 
 
-def _originals(site: ParametrizedTensor) -> list[Tensor]:
-    check_originals(site.record.name, site.record.chain, site.originals, site.record.members)
+def _originals(site: Site) -> list[Tensor]:
+    check_originals(site.spec.name, site.spec.chain, site.originals, site.spec.members)
     return site.originals
 
 
@@ -196,7 +196,7 @@ def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:
         and (uses[id(original)] == 1 or any(original is value for value in baked.values))
     ]
     plain: list[Tensor] = []
-    for member, value in zip(site.record.members, (value.detach() for value in baked.values), strict=True):
+    for member, value in zip(site.spec.members, (value.detach() for value in baked.values), strict=True):
         if member.kind == "buffer":
             plain.append(value.clone(memory_format=torch.contiguous_format))
             continue
@@ -216,7 +216,7 @@ def _same_form(original: Tensor, value: Tensor) -> bool:
     return same and (original.is_contiguous() or original.is_contiguous(memory_format=torch.channels_last))
 
 
-def _trained(site: ParametrizedTensor, before: bool) -> bool:
+def _trained(site: Site, before: bool) -> bool:
     frozen = any(getattr(step, "freezes_original", False) for step in site.steps)
     if frozen or not site.originals:
         return before

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.errors import PlanError
-from rewriter.sites import ParametrizedTensor, invert_chain
+from rewriter.sites import Site, invert_chain
 from rewriter.sites._steps import apply_chain
 
 
@@ -26,7 +26,7 @@ class Shorter:
         carries: which of its arguments each step gets from the one before.
     """
 
-    site: ParametrizedTensor
+    site: Site
     kept: list[int]
     originals: list[Tensor]
     stored: tuple[int, ...]
@@ -34,7 +34,7 @@ class Shorter:
 
     def apply(self) -> None:
         """Take the step out of the site."""
-        site, record = self.site, self.site.record
+        site, record = self.site, self.site.spec
         steps = [site.steps[index] for index in self.kept]
         trained = any(original.requires_grad for original in site.originals)
         free = [original for original in site.originals if isinstance(original, nn.Parameter)]
@@ -49,7 +49,7 @@ class Shorter:
         site.hoisted = 0
         site.fused = ()
         site.policy.invalidate()
-        site.record = replace(
+        site.spec = replace(
             record,
             chain=tuple(record.chain[index] for index in self.kept),
             labels=tuple(record.labels[index] for index in self.kept),
@@ -69,7 +69,7 @@ def _parameter(original: Tensor, free: list[nn.Parameter], trained: bool) -> nn.
     return nn.Parameter(original, requires_grad=trained)
 
 
-def without_step(site: ParametrizedTensor, label: str, keep: Literal["value", "original"]) -> Shorter:
+def without_step(site: Site, label: str, keep: Literal["value", "original"]) -> Shorter:
     """Work out the site without its step called `label`.
 
     Arguments:
@@ -80,7 +80,7 @@ def without_step(site: ParametrizedTensor, label: str, keep: Literal["value", "o
     Raises:
         PlanError: the step takes or stores several tensors, or the other steps cannot give the value.
     """
-    record = site.record
+    record = site.spec
     drop = record.labels.index(label)
     kept = [index for index in range(len(record.chain)) if index != drop]
     name = f"{record.name}: {' >> '.join(record.chain)}"
@@ -104,8 +104,8 @@ def without_step(site: ParametrizedTensor, label: str, keep: Literal["value", "o
     return shorter
 
 
-def _skipping(settled: ParametrizedTensor, drop: int, name: str) -> Tensor:
-    record = settled.record
+def _skipping(settled: Site, drop: int, name: str) -> Tensor:
+    record = settled.spec
     if (drop == 0 and record.stored[0] != 1) or (drop and record.stored[drop]):
         raise PlanError(f"{name}: the step stores tensors of its own, without which there is no value; keep='value'")
     step = settled.steps[drop]
@@ -116,7 +116,7 @@ def _skipping(settled: ParametrizedTensor, drop: int, name: str) -> Tensor:
 
 
 def _check(shorter: Shorter, steps: Sequence[nn.Module], value: Tensor, name: str, label: str) -> None:
-    record = replace(shorter.site.record, stored=shorter.stored, carries=shorter.carries, inputs=((),) * len(steps))
+    record = replace(shorter.site.spec, stored=shorter.stored, carries=shorter.carries, inputs=((),) * len(steps))
     after = apply_chain(record, steps, shorter.originals, ())
     tolerance = 1e-4 if value.dtype in (torch.float32, torch.complex64) else 1e-8
     if value.dtype in (torch.float16, torch.bfloat16):

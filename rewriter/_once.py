@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rewriter._given import check_model
 from rewriter.context._once import Once
 from rewriter.errors import RewriterError
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 
 
 @contextlib.contextmanager
@@ -53,10 +53,10 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     check_model(model, "evaluate_once", programs=False)
     _refuse(model)
     once = Once(distributed=any(isinstance(module, DistributedDataParallel) for module in model.modules()))
-    added: list[ParametrizedTensor] = []
+    added: list[Site] = []
     try:
         for site in model.modules():
-            if isinstance(site, ParametrizedTensor) and site.policy.once is None:
+            if isinstance(site, Site) and site.policy.once is None:
                 once.add(site)
                 site.policy.begin(once)
                 added.append(site)

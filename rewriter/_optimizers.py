@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rewriter._given import check_model, kind_of
 from rewriter.errors import RewriterError
-from rewriter.sites import CONTAINER, ParametrizedTensor
+from rewriter.sites import CONTAINER, Site
 
 _ADVICE = (
     "Use rewriter.state.remap_optimizer(optimizer, before, after), or optimizer.add_param_group; freeze what is not to "
@@ -42,7 +42,7 @@ def named_sites(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     check_model(model, "named_sites", programs=False)
     sites: dict[str, dict[str, nn.Parameter]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, ParametrizedTensor):
+        if isinstance(module, Site):
             container, _, tensor = path.rpartition(".")
             parameters = {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
             sites[container.removesuffix(CONTAINER) + tensor] = parameters

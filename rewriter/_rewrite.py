@@ -144,12 +144,12 @@ def _execute(plan: Plan, without: Collection[str], before: Sequence[nn.Parameter
     model: nn.Module = plan.model
     if not plan.new and not plan.absorbed:
         return model
-    session = attach_sites(plan)
+    contexts = attach_sites(plan)
     fresh = [site for _, site in (*plan.new, *plan.absorbed)]
     in_place = plan.capture.root == "module"
     if in_place:
         model = open_graph_owners(model)
-    open_path(model, (name for site in fresh for name in site.record.names), session, itself=in_place)
+    open_path(model, (name for site in fresh for name in site.spec.names), contexts, itself=in_place)
     if not in_place:
         model = _rewrite_graph(model, plan, without)
     keep_parameters(plan)

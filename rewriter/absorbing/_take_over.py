@@ -17,7 +17,7 @@ from rewriter.context._random import nothing_drawn
 from rewriter.errors import PlanError
 from rewriter.language import Spec, TensorInfo, class_names
 from rewriter.planning import Entry, dtype_name, resolve, survey
-from rewriter.sites import Member, ParametrizedTensor, Record, layout_of, plain_class
+from rewriter.sites import Member, Site, SiteSpec, layout_of, plain_class
 
 _SOURCES: tuple[Callable[[nn.Module], Iterator[Holder]], ...] = (
     _prune.holders,
@@ -140,7 +140,7 @@ def _steps(holder: Holder, model: nn.Module) -> list[nn.Module]:
         raise PlanError(f"{name}: {problem}") from problem
 
 
-def absorbed_sites(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tuple[Entry, ParametrizedTensor]]:
+def absorbed_sites(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tuple[Entry, Site]]:
     """Return the sites of the absorbed tensors, in the model's order."""
     if not taken:
         return []
@@ -239,10 +239,10 @@ def _put(holder: Holder, value: Tensor, trained: bool) -> None:
         owner._init_flat_weights()
 
 
-def _site(one: Taken, entry: Entry) -> ParametrizedTensor:
+def _site(one: Taken, entry: Entry) -> Site:
     info = entry.infos[0]
     trained = any(original.requires_grad for original in one.originals)
-    record = Record(
+    record = SiteSpec(
         members=(Member(entry.names, info.kind, info.shape, info.dtype, entry.persistent, trained),),
         rule="absorbed:" + "+".join(dict.fromkeys(one.sources)),
         chain=tuple(type(step).__name__ for step in one.steps),
@@ -257,7 +257,7 @@ def _site(one: Taken, entry: Entry) -> ParametrizedTensor:
         outer=False,
         batch="never",
     )
-    site = ParametrizedTensor(one.steps, one.originals, record)
+    site = Site(one.steps, one.originals, record)
     site.training = one.place[0].training
     return site
 

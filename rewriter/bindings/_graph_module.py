@@ -25,8 +25,8 @@ from rewriter.serialization._vet import when_vetted
 from rewriter.sites._container import computed_slots, plain_class, refuse_override, sites_of
 from rewriter.sites._loading import converting, converting_owner
 from rewriter.sites._mixed import refuse_mixed
-from rewriter.sites._places import BATCHES, CAPTURED, CONTAINER, GRAPH_OF, SESSION
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._places import BATCHES, CAPTURED, CONTAINER, CONTEXTS, GRAPH_OF
+from rewriter.sites._site import Site
 
 _MARKS = "_reparam_marks"
 _VALIDATED = "_reparam_validated"
@@ -163,9 +163,9 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         return marks is None or not marks.same(_Marks(self.graph))
 
     @property
-    def sites(self) -> list[ParametrizedTensor]:
+    def sites(self) -> list[Site]:
         """The model's sites, in the order of the module tree."""
-        return [module for module in self.modules() if isinstance(module, ParametrizedTensor)]
+        return [module for module in self.modules() if isinstance(module, Site)]
 
     @property
     def was_graph(self) -> bool:
@@ -179,7 +179,7 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
             module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
         else:
             module = origin.__new__(origin)
-        added = {*self._reparam_added, *_NOT_COPIED, *_OWN, SESSION, GRAPH_OF, "forward"}
+        added = {*self._reparam_added, *_NOT_COPIED, *_OWN, CONTEXTS, GRAPH_OF, "forward"}
         module.__dict__.update({name: value for name, value in self.__dict__.items() if name not in added})
         for name in [name for name in module._buffers if name.startswith("reparam_constant_")]:
             del module._buffers[name]
@@ -343,7 +343,7 @@ class _Marks:
 
 
 def _join(model: RewrittenModule) -> None:
-    """Make the model known to the session of its sites."""
+    """Make the model known to the contexts of its sites."""
     for site in model.sites:
-        site.session.graphs.add(model)
+        site.contexts.graphs.add(model)
         return

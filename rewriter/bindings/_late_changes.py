@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from rewriter.context._fingerprint import same_setting
 from rewriter.errors import RewriterError
-from rewriter.sites._places import CONTAINER, GRAPH_OF, SESSION
+from rewriter.sites._places import CONTAINER, CONTEXTS, GRAPH_OF
 
 _REGISTER = (
     "register_forward_pre_hook",
@@ -167,8 +167,8 @@ def inlined_as(module: nn.Module) -> str | None:
     """Return the path of a module in the model whose graph has its forward inlined, ``""`` for the root; else None."""
     if GRAPH_OF in module.__dict__:
         return ""
-    session = module.__dict__.get(SESSION)
-    for model in session.graphs if session is not None else ():
+    contexts = module.__dict__.get(CONTEXTS)
+    for model in contexts.graphs if contexts is not None else ():
         path = _paths(model).get(module)
         if path is not None:
             return path

@@ -16,9 +16,9 @@ from torch.compiler import is_compiling
 from torch.nn import functional
 
 from rewriter.context._checkpoint import saving_hooks
-from rewriter.context._forward import Session
+from rewriter.context._forward import Contexts
 from rewriter.sites._container import refuse_override
-from rewriter.sites._places import CONTAINER, SESSION
+from rewriter.sites._places import CONTAINER, CONTEXTS
 
 
 def _times_transposed(x: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,9 +36,9 @@ def linear_forward(forward: Callable[..., Any], bias_is_stored: bool) -> Callabl
     """
 
     def linear(self: Any, *args: Any, **kwargs: Any) -> Any:
-        session: Session | None = self.__dict__.get(SESSION)
-        frame = None if session is None else session.running.frame
-        if frame is None or kwargs or len(args) != 1 or is_compiling() or saving_hooks(True) is not None:
+        contexts: Contexts | None = self.__dict__.get(CONTEXTS)
+        context = None if contexts is None else contexts.running.context
+        if context is None or kwargs or len(args) != 1 or is_compiling() or saving_hooks(True) is not None:
             return forward(self, *args, **kwargs)
         site = self._modules[CONTAINER]._modules.get("weight")
         slots = self._parameters
@@ -46,15 +46,15 @@ def linear_forward(forward: Callable[..., Any], bias_is_stored: bool) -> Callabl
             refuse_override("weight")
         # A replica's parameters are attributes. Everybody else's are found without nn.Module.__getattr__.
         bias = slots["bias"] if bias_is_stored and "bias" in slots else self.bias
-        transposed = frame.transposed.get(site)
+        transposed = context.transposed.get(site)
         if transposed is not None:
             return _times_transposed(args[0], transposed, bias)
-        weight = frame.first_value(site)
+        weight = context.first_value(site)
         if weight is None:
-            again = site in frame.values
+            again = site in context.values
             weight = self.weight
             if again:
-                frame.transpose(site)  # for the next time
+                context.transpose(site)  # for the next time
         return functional.linear(*args, weight, bias)
 
     return linear

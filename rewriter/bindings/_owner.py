@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from torch.jit import ScriptModule
 
 from rewriter.bindings._owner_class import owner_class
-from rewriter.context._forward import Session
+from rewriter.context._forward import Contexts
 from rewriter.sites._container import Sites, plain_class, sites_of, ways_to
-from rewriter.sites._places import CONTAINER, SESSION
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._places import CONTAINER, CONTEXTS
+from rewriter.sites._site import Site
 
 
-def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -> None:
+def attach(owner: nn.Module, tensors: Sequence[str], site: Site) -> None:
     """Put `site` in the place of the tensors it computes; their slots stay, empty."""
     for tensor in tensors:
         _slots(owner, tensor)[tensor] = None
@@ -33,7 +33,7 @@ def attach(owner: nn.Module, tensors: Sequence[str], site: ParametrizedTensor) -
         site.__dict__["renormed"] = True
     if isinstance(owner, nn.RNNBase):
         owner.__dict__.pop("_flat_weights", None)
-    _adopt(owner, tuple(sites_of(owner)), site.session)
+    _adopt(owner, tuple(sites_of(owner)), site.contexts)
 
 
 def detach(owner: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -45,32 +45,32 @@ def detach(owner: nn.Module, values: Mapping[str, Tensor]) -> None:
         del owner._modules[CONTAINER]
         release(owner)
     else:
-        _adopt(owner, tuple(sites_of(owner)), next(iter(sites_of(owner).values())).session)
+        _adopt(owner, tuple(sites_of(owner)), next(iter(sites_of(owner).values())).contexts)
     for tensor, value in values.items():
         _slots(owner, tensor)[tensor] = value
     if isinstance(owner, nn.RNNBase) and CONTAINER not in owner._modules:
         owner._init_flat_weights()
 
 
-def open_root(root: nn.Module, session: Session) -> None:
+def open_root(root: nn.Module, contexts: Contexts) -> None:
     """Make a call of `root` one forward: every site below it is evaluated once in it."""
-    _adopt(root, tuple(sites_of(root)), session)
+    _adopt(root, tuple(sites_of(root)), contexts)
 
 
-def open_path(root: nn.Module, names: Iterable[str], session: Session, itself: bool) -> None:
+def open_path(root: nn.Module, names: Iterable[str], contexts: Contexts, itself: bool) -> None:
     """Open every module above the owners of the tensors called `names`: each can be called on its own.
 
     Arguments:
         root: the model.
         names: of tensors of the model.
-        session: of the model.
+        contexts: of the model.
         itself: open `root` too.
     """
     paths = ways_to({name.rpartition(".")[0] for name in names} - {""})
     for path in paths if itself else paths - {""}:
         module = root.get_submodule(path)
-        if SESSION not in module.__dict__ and _is_callable(module):
-            open_root(module, session)
+        if CONTEXTS not in module.__dict__ and _is_callable(module):
+            open_root(module, contexts)
 
 
 def release(module: nn.Module) -> None:
@@ -78,20 +78,20 @@ def release(module: nn.Module) -> None:
     if isinstance(module, fx.GraphModule):
         return
     object.__setattr__(module, "__class__", plain_class(module))
-    module.__dict__.pop(SESSION, None)
+    module.__dict__.pop(CONTEXTS, None)
 
 
 def _slots(owner: nn.Module, tensor: str) -> dict[str, Any]:
     return owner._parameters if tensor in owner._parameters else owner._buffers
 
 
-def _adopt(owner: nn.Module, tensors: tuple[str, ...], session: Session) -> None:
+def _adopt(owner: nn.Module, tensors: tuple[str, ...], contexts: Contexts) -> None:
     if isinstance(owner, fx.GraphModule):
         return
     plain: Any = plain_class(owner)
     # A class may guard its attributes with a __setattr__ of its own.
     object.__setattr__(owner, "__class__", owner_class(plain, tensors))
-    owner.__dict__[SESSION] = session
+    owner.__dict__[CONTEXTS] = contexts
 
 
 def _is_callable(module: nn.Module) -> bool:

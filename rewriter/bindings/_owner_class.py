@@ -21,14 +21,14 @@ from rewriter.bindings._pretrained import is_pretrained, methods_of
 from rewriter.bindings._recurrent import LIST_OF_WEIGHTS, one_list_a_call
 from rewriter.bindings._shell import Shell
 from rewriter.context._checkpoint import graph_task, saving_hooks
-from rewriter.context._forward import Frame, Session
+from rewriter.context._forward import Contexts, ForwardContext
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._names import loadable
 from rewriter.sites._container import handed_sites, refuse_override, sites_of
 from rewriter.sites._loading import converting, converting_owner
 from rewriter.sites._mixed import refuse_mixed
-from rewriter.sites._places import CONTAINER, HANDED, SESSION
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._places import CONTAINER, CONTEXTS, HANDED
+from rewriter.sites._site import Site
 
 
 @loadable(builds=[Shell])
@@ -114,36 +114,36 @@ def _forward_of(plain: Any, tensors: tuple[str, ...]) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.
-        session: Session | None = self.__dict__.get(SESSION)
-        if session is not None and HANDED not in kwargs and (is_compiling() or not saving_hooks(True)):
-            running = session.running
-            if running.frame is not None:
+        contexts: Contexts | None = self.__dict__.get(CONTEXTS)
+        if contexts is not None and HANDED not in kwargs and (is_compiling() or not saving_hooks(True)):
+            running = contexts.running
+            if running.context is not None:
                 return run(self, *args, **kwargs) if kwargs else run(self, *args)
             if not is_compiling() and graph_task() is None:  # a forward of which no region runs again
-                running.frame = begun = Frame()
+                running.context = begun = ForwardContext()
                 try:
                     result = run(self, *args, **kwargs)
                 finally:
-                    running.frame = None
+                    running.context = None
                 if begun.versions:
                     begun.check_writes()
                 return result
         handed = kwargs.pop(HANDED, None)
-        if session is None:  # a copy made by the class's own means
-            session = _shared_session(self)
+        if contexts is None:  # a copy made by the class's own means
+            contexts = _shared_contexts(self)
         if handed is None:
-            frame = session.frame
-            if frame is not None and session.running.frame is frame:
+            context = contexts.context
+            if context is not None and contexts.running.context is context:
                 return run(self, *args, **kwargs)
-            if frame is None:
-                frame = Frame()
+            if context is None:
+                context = ForwardContext()
         else:
-            frame = Frame()
-            frame.values.update(zip(handed_sites(self), handed, strict=True))
-        with session.begin(frame):
+            context = ForwardContext()
+            context.values.update(zip(handed_sites(self), handed, strict=True))
+        with contexts.begin(context):
             result = run(self, *args, **kwargs)
-        if frame.versions:
-            frame.check_writes()
+        if context.versions:
+            context.check_writes()
         return result
 
     if plain.forward is nn.Linear.forward and "weight" in tensors:
@@ -166,7 +166,7 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
             site = sites_of(self)[name]
             if not has_value(site, name, value):  # tying weights that are tied already comes to that
                 assign_value(site, name, value)
-                running = site.session.running.frame
+                running = site.contexts.running.context
                 if running is not None:
                     running.forget(site)
         else:
@@ -212,11 +212,11 @@ def _refuse(tensors: tuple[str, ...], name: str, what: str) -> None:
         raise RewriterError(f"{name} is computed by parametrizations and cannot be {what}; bake it first")
 
 
-def _shared_session(module: nn.Module) -> Session:
-    sites = (site for site in module.modules() if isinstance(site, ParametrizedTensor))
-    session = next((site.session for site in sites), None) or Session()
-    module.__dict__[SESSION] = session
-    return session
+def _shared_contexts(module: nn.Module) -> Contexts:
+    sites = (site for site in module.modules() if isinstance(site, Site))
+    contexts = next((site.contexts for site in sites), None) or Contexts()
+    module.__dict__[CONTEXTS] = contexts
+    return contexts
 
 
 def child_property(name: str) -> property:
@@ -239,16 +239,16 @@ def _value_property(tensor: str) -> property:
         site = self._modules[CONTAINER]._modules.get(tensor)
         try:
             if site is not None:
-                frame = site.session.running.frame
-                if frame is not None:
-                    value = frame.known.get(site)
+                context = site.contexts.running.context
+                if context is not None:
+                    value = context.known.get(site)
                     if value is None:
                         if is_compiling():
-                            value = frame.passing.get(site)
+                            value = context.passing.get(site)
                         elif not saving_hooks(True):
-                            value = frame.passing.get(site)
+                            value = context.passing.get(site)
                             if value is None:
-                                value = frame.first_value(site)
+                                value = context.first_value(site)
                     if value is not None:
                         return value
             else:  # one site computes several tensors and has the name of another

@@ -157,6 +157,6 @@ def _refuse_other_size(model: Any, tokens: int | None, multiple: int | None) -> 
         wanted = math.ceil((tokens or size) / (multiple or 1)) * (multiple or 1)
         if wanted != size:
             raise RewriterError(
-                f"{site.record.name} is computed by {' >> '.join(site.record.chain)} for {size} tokens and cannot be "
+                f"{site.spec.name} is computed by {' >> '.join(site.spec.chain)} for {size} tokens and cannot be "
                 f"resized to {wanted}: resize what bake(model) gives, then rewrite it again"
             )

@@ -9,46 +9,46 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from rewriter.context._checkpoint import saving_hooks
-from rewriter.context._forward import Frame, Session
-from rewriter.sites._places import CONTAINER, SESSION
+from rewriter.context._forward import Contexts, ForwardContext
+from rewriter.sites._places import CONTAINER, CONTEXTS
 
 
 def one_list_a_call(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of an RNNBase, which asks for its list of weights more than once, as one use of them."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        frame = None if is_compiling() else self.__dict__[SESSION].running.frame
-        if frame is None:
+        context = None if is_compiling() else self.__dict__[CONTEXTS].running.context
+        if context is None:
             return forward(self, *args, **kwargs)
-        frame.uses[self] = None
+        context.uses[self] = None
         try:
             return forward(self, *args, **kwargs)
         finally:
-            frame.uses.pop(self, None)
+            context.uses.pop(self, None)
 
     return call
 
 
 def _read(self: Any) -> list[Tensor | None]:
-    session: Session | None = self.__dict__.get(SESSION)
-    frame = None if session is None or is_compiling() or saving_hooks(True) else session.running.frame
-    if frame is None:
+    contexts: Contexts | None = self.__dict__.get(CONTEXTS)
+    context = None if contexts is None or is_compiling() or saving_hooks(True) else contexts.running.context
+    if context is None:
         return [getattr(self, name, None) for name in self._flat_weights_names]
-    return _weights(self, frame)
+    return _weights(self, context)
 
 
-def _weights(owner: Any, frame: Frame) -> list[Tensor | None]:
+def _weights(owner: Any, context: ForwardContext) -> list[Tensor | None]:
     """Return the weights of `owner` for the rest of the forward, or of the call."""
-    weights = frame.lists.get(owner) or frame.uses.get(owner)
+    weights = context.lists.get(owner) or context.uses.get(owner)
     if weights is None:
         stored = owner._parameters
         names = owner._flat_weights_names
         weights = [getattr(owner, name, None) if stored.get(name) is None else stored[name] for name in names]
         # What is assigned to a tensor is written to the list.
-        if frame.values.keys() >= set(owner._modules[CONTAINER]._modules.values()):  # none has the policy never
-            frame.lists[owner] = weights
-        elif owner in frame.uses:
-            frame.uses[owner] = weights
+        if context.values.keys() >= set(owner._modules[CONTAINER]._modules.values()):  # none has the policy never
+            context.lists[owner] = weights
+        elif owner in context.uses:
+            context.uses[owner] = weights
     return weights
 
 

@@ -18,7 +18,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from rewriter.bindings._late_changes import refuse_replaced
 from rewriter.context._tracers import ordinary
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._site import Site
 
 
 def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,7 +64,7 @@ class _Copy(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         module = self.fetch_attr(target)
-        if not isinstance(module, ParametrizedTensor):
+        if not isinstance(module, Site):
             return module(*args, **kwargs)
         return self.tracer.create_proxy("call_module", self.tracer.path_of_module(module), args, dict(kwargs))
 

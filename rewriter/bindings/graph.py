@@ -9,7 +9,7 @@ from torch import fx, nn
 from rewriter.bindings import RewrittenModule
 from rewriter.errors import PlanError
 from rewriter.passes import OPTIONAL, chosen, lower
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.sites._places import BATCHES
 
 
@@ -24,7 +24,7 @@ def lowered_model(root: nn.Module, captured: fx.Graph, without: Collection[str])
     if isinstance(root, RewrittenModule):
         refuse_edited(root)
     root._modules.pop(BATCHES, None)
-    sites = [module for module in root.modules() if isinstance(module, ParametrizedTensor)]
+    sites = [module for module in root.modules() if isinstance(module, Site)]
     graph = lower(root, captured, sites, chosen(OPTIONAL, without))
     if not isinstance(root, RewrittenModule):
         return RewrittenModule(root, captured, graph, without)

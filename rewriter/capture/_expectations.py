@@ -71,7 +71,7 @@ def begin_grad_mode(enabled: bool) -> bool:
 
 @graph_function
 def end_grad_mode(before: bool) -> None:
-    """Record gradients as before."""
+    """SiteSpec gradients as before."""
     set_grad_enabled(before)
 
 

@@ -71,7 +71,7 @@ def _form(tensor: Tensor) -> str:
 
 def _compare_chains(*models: nn.Module | ExportedProgram) -> list[dict[str, Any]]:
     old, new = (
-        {entry.name: " >> ".join(entry.site.record.chain) for entry in entries_of(model) if entry.site}
+        {entry.name: " >> ".join(entry.site.spec.chain) for entry in entries_of(model) if entry.site}
         for model in models
     )
     details = {name: (old.get(name, "plain"), new.get(name, "plain")) for name in {**old, **new}}

@@ -42,7 +42,7 @@ def inspect(
 
 
 def _described(entry: Entry) -> dict[str, Any]:
-    info, record = entry.infos[0], entry.site.record if entry.site else None
+    info, record = entry.infos[0], entry.site.spec if entry.site else None
     return {
         "names": list(entry.names),
         "kind": info.kind,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rewriter.context._forward import Session
+from rewriter.context._forward import Contexts
 
-__all__ = ["Session"]
+__all__ = ["Contexts"]

@@ -27,14 +27,14 @@ class Region:
     """What one checkpointed region needs to run again.
 
     Arguments:
-        frames: session → the frame in which the region ran.
-        repeated: session and number of a backward → the frame in which it runs again there.
+        contexts: the model's contexts → the forward context in which the region ran.
+        repeated: the model's contexts and a backward's number → the context of the replay.
         states: site → what it had for a state before each of its evaluations in the region.
         replayed: site and number of a backward → how many of them have been repeated there.
     """
 
     def __init__(self) -> None:
-        self.frames: dict[Any, Any] = {}
+        self.contexts: dict[Any, Any] = {}
         self.repeated: dict[Any, Any] = {}
         self.states: dict[Any, list[Any]] = {}
         self.replayed: dict[Any, int] = {}

@@ -33,12 +33,12 @@ from rewriter.errors import RewriterError
 from rewriter.serialization._names import loadable
 
 if TYPE_CHECKING:
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
 
 
-class Frame:
+class ForwardContext:
     """One running forward: the values evaluated in it, and the modes that were on when it began.
 
     `passing` has the values that are read more than once; a region that may run again notes in which context it found
@@ -60,7 +60,7 @@ class Frame:
         # torch.compile supports neither the question for inference mode nor the mode.
         self.inference = False if is_compiling() else torch.is_inference_mode_enabled()
 
-    def value(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
+    def value(self, site: Site, evaluate: Callable[[], Any]) -> Any:
         """Return the value of `site`, evaluated under the context's own modes at the first read.
 
         The first read may be in a region under no_grad, inference mode or activation checkpointing. The value serves
@@ -78,12 +78,12 @@ class Frame:
             self.versions[site] = _version(value)
         return value
 
-    def first_value(self, site: ParametrizedTensor) -> Tensor | None:
+    def first_value(self, site: Site) -> Tensor | None:
         """Return what `value` does, for a first read under the context's modes outside checkpointed regions.
 
         Nearly all reads are of this kind. None if this read is another, or if `site` computes several tensors.
         """
-        if site in self.values or site.record.cache == "never" or len(site.record.members) > 1:
+        if site in self.values or site.spec.cache == "never" or len(site.spec.members) > 1:
             return None
         if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
             return None
@@ -97,7 +97,7 @@ class Frame:
             self.versions[site] = value._version
         return value  # type: ignore[no-any-return]
 
-    def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
+    def _evaluate(self, site: Site, evaluate: Callable[[], Any]) -> Any:
         if hooks_are_on() or (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) != (
             self.grad,
             self.inference,
@@ -105,7 +105,7 @@ class Frame:
             return self._evaluate_apart(site, evaluate)
         return evaluate()
 
-    def _evaluate_apart(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
+    def _evaluate_apart(self, site: Site, evaluate: Callable[[], Any]) -> Any:
         region = region_of_forward()
         devices = [] if region is None else devices_in_use()
         before = [] if region is None else random_states(devices)
@@ -121,7 +121,7 @@ class Frame:
                 self.drawn[site] = Drawn(region, devices, before, after)
         return value
 
-    def transpose(self, site: ParametrizedTensor) -> None:
+    def transpose(self, site: Site) -> None:
         """Keep the transpose of a value that is read more than once, if later reads can use it."""
         value = self.known.get(site, self.passing.get(site))
         if type(value) is not Tensor or value.dim() != 2 or is_compiling() or _interpreter() is not None:
@@ -129,7 +129,7 @@ class Frame:
         if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (self.grad, self.inference):
             self.transposed[site] = value.t()
 
-    def forget(self, site: ParametrizedTensor) -> None:
+    def forget(self, site: Site) -> None:
         """Evaluate `site` again at its next read."""
         for values in (self.values, self.known, self.passing, self.transposed, self.versions):
             values.pop(site, None)
@@ -142,7 +142,7 @@ class Frame:
             value = self.values[site]
             if (value._version if type(value) is Tensor else _version(value)) == version:
                 continue
-            record = site.record
+            record = site.spec
             if site.stands_for_buffer:
                 raise RewriterError(
                     f"the forward changed {record.name} in place; it is computed by {' >> '.join(record.chain)} and "
@@ -151,7 +151,7 @@ class Frame:
             if not site.renormed:
                 warn_of_write(record.name, record.chain, "lasts for this forward only")
 
-    def again(self, region: Region) -> Frame:
+    def again(self, region: Region) -> ForwardContext:
         """Return the context for the replay of a checkpointed region of this forward.
 
         The region gets the same values. Where an evaluation drew random numbers in it, the replay skips as many, so
@@ -160,10 +160,10 @@ class Frame:
         return _Again(self, region) if any(drawn.region is region for drawn in self.drawn.values()) else self
 
 
-class _Second(Frame):
+class _Second(ForwardContext):
     """The context of a replay, in which no read is a first one."""
 
-    def first_value(self, site: ParametrizedTensor) -> None:
+    def first_value(self, site: Site) -> None:
         return None
 
 
@@ -190,23 +190,23 @@ class Drawn:
 
 
 class _Again(_Second):
-    def __init__(self, frame: Frame, region: Region) -> None:
-        drawn = {site: drawn for site, drawn in frame.drawn.items() if drawn.region is region}
-        super().__init__({site: value for site, value in frame.values.items() if site not in drawn})
-        self.frame = frame
+    def __init__(self, context: ForwardContext, region: Region) -> None:
+        drawn = {site: drawn for site, drawn in context.drawn.items() if drawn.region is region}
+        super().__init__({site: value for site, value in context.values.items() if site not in drawn})
+        self.context = context
         self.skipped = drawn
 
-    def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
-        if site not in self.skipped or site not in self.frame.values:
+    def _evaluate(self, site: Site, evaluate: Callable[[], Any]) -> Any:
+        if site not in self.skipped or site not in self.context.values:
             return super()._evaluate(site, evaluate)
         self.skipped[site].skip()
-        return self.frame.values[site]
+        return self.context.values[site]
 
 
 class _Repeated(_Second):
     """The context of a replay of which torch does not say to which forward it belongs."""
 
-    def _evaluate(self, site: ParametrizedTensor, evaluate: Callable[[], Any]) -> Any:
+    def _evaluate(self, site: Site, evaluate: Callable[[], Any]) -> Any:
         value = super()._evaluate(site, evaluate)
         for tensor in value if isinstance(value, tuple) else (value,):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
@@ -218,13 +218,13 @@ class _Repeated(_Second):
 class _Running(threading.local):
     def __init__(self) -> None:
         # Set from the start: a new attribute makes torch.compile compile again.
-        self.frame: Frame | None = None
+        self.context: ForwardContext | None = None
         self.valid: dict[Any, Any] = {}
         """Site → its cached value, found valid when the running forward of a graph started."""
 
 
 @loadable()
-class Session:
+class Contexts:
     """The forward contexts that are running in one model, one for each thread.
 
     A copied or unpickled model gets an object of its own, with nothing running.
@@ -233,46 +233,46 @@ class Session:
     def __init__(self) -> None:
         self.running = _Running()
         self.graphs: weakref.WeakSet[Any] = weakref.WeakSet()
-        """The models of this session that run a graph."""
-        self._repeated: dict[tuple[int, bool], Frame] = {}
+        """The models of this contexts that run a graph."""
+        self._repeated: dict[tuple[int, bool], ForwardContext] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return Session()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Contexts:
+        return Contexts()
 
-    def __copy__(self) -> Session:
-        return Session()
+    def __copy__(self) -> Contexts:
+        return Contexts()
 
-    def __reduce__(self) -> tuple[type[Session], tuple[()]]:
-        return (Session, ())
+    def __reduce__(self) -> tuple[type[Contexts], tuple[()]]:
+        return (Contexts, ())
 
     @property
-    def frame(self) -> Frame | None:
+    def context(self) -> ForwardContext | None:
         """The context of this thread's innermost forward; in a backward, the one whose region is replayed."""
-        frame = self.running.frame
+        context = self.running.context
         if is_compiling():
-            return frame
-        if frame is None:
+            return context
+        if context is None:
             task = graph_task()
-            return None if task is None else self._frame_again(task)
+            return None if task is None else self._replayed(task)
         region = region_of_forward()
         if region is not None:
-            region.frames[self] = frame
-        return frame
+            region.contexts[self] = context
+        return context
 
-    def begin(self, frame: Frame) -> Extent:
-        """Return a `with` block in which `frame` is the running context."""
+    def begin(self, context: ForwardContext) -> Extent:
+        """Return a `with` block in which `context` is the running context."""
         if not is_compiling():
             region = region_of_forward()
             if region is not None:
-                region.frames[self] = frame
-        return Extent(self.running, frame)
+                region.contexts[self] = context
+        return Extent(self.running, context)
 
-    def _frame_again(self, task: int) -> Frame:
+    def _replayed(self, task: int) -> ForwardContext:
         region = region_of_backward()
-        if region is not None and self in region.frames:
+        if region is not None and self in region.contexts:
             if (self, task) not in region.repeated:
-                region.repeated[self, task] = region.frames[self].again(region)
-            former: Frame = region.repeated[self, task]
+                region.repeated[self, task] = region.contexts[self].again(region)
+            former: ForwardContext = region.repeated[self, task]
             return former
         key = (task, torch.is_grad_enabled())
         if key not in self._repeated:
@@ -285,20 +285,20 @@ class Session:
 class Extent:
     """A `with` block that makes a context the running one, and puts the former back."""
 
-    def __init__(self, running: _Running, frame: Frame) -> None:
+    def __init__(self, running: _Running, context: ForwardContext) -> None:
         self.running = running
-        self.entered = frame
-        self.former: Frame | None = None
+        self.entered = context
+        self.former: ForwardContext | None = None
 
-    def __enter__(self) -> Frame:
-        self.former = self.running.frame
-        self.running.frame = self.entered
+    def __enter__(self) -> ForwardContext:
+        self.former = self.running.context
+        self.running.context = self.entered
         return self.entered
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.running.frame = self.former
+        self.running.context = self.former
 
 
 def _version(value: Any) -> int:

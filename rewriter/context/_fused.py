@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewriter.context._fingerprint import Fingerprint, transformed
 
 if TYPE_CHECKING:
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 Group = tuple[int, int]
 """The first step of a group, and the one after its last."""
@@ -37,13 +37,13 @@ class Run:
     module: nn.Module | None
 
 
-def groups_of(site: ParametrizedTensor) -> tuple[Group, ...]:
+def groups_of(site: Site) -> tuple[Group, ...]:
     """Return the groups of two and more steps of `site` that can be evaluated as one.
 
     A step takes part if it is a function of one tensor that trains nothing, draws nothing and advances no state, and
     merges with its neighbour (``fuse``) or undoes it (``cancels``).
     """
-    record = site.record
+    record = site.spec
     if len(record.chain) == 1:
         return ()
     alone = [
@@ -89,7 +89,7 @@ def merged_runs(steps: Sequence[nn.Module], plain: Sequence[bool], barrier: int 
     return runs
 
 
-def evaluated_steps(site: ParametrizedTensor) -> Sequence[Callable[..., Any]]:
+def evaluated_steps(site: Site) -> Sequence[Callable[..., Any]]:
     """Return what is called for each step of `site`: itself; or for a group, one module and then nothing.
 
     Where the program is recorded rather than run (torch.compile, torch.export, transforms, CUDA graphs) the chain is
@@ -119,7 +119,7 @@ class Merged:
     fingerprint: Fingerprint
 
 
-def _merged(site: ParametrizedTensor, start: int, steps: Sequence[nn.Module]) -> Merged | None:
+def _merged(site: Site, start: int, steps: Sequence[nn.Module]) -> Merged | None:
     known: Merged | None = site.policy.merged.get(start)
     if known is not None and known.fingerprint.unchanged():
         return known
@@ -135,7 +135,7 @@ def _merged(site: ParametrizedTensor, start: int, steps: Sequence[nn.Module]) ->
     return made
 
 
-def _recorded_on_gpu(site: ParametrizedTensor) -> bool:
+def _recorded_on_gpu(site: Site) -> bool:
     return any(tensor.is_cuda for tensor in site.originals) and torch.cuda.is_current_stream_capturing()
 
 

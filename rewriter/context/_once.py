@@ -21,13 +21,13 @@ from rewriter.context._gradients import WatchedGradient, is_still, is_watchable
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 
 class Evaluated:
     """One evaluation of a site: its value with the chain behind it, and what stands for it in the forwards."""
 
-    def __init__(self, site: ParametrizedTensor, inputs: Sequence[Tensor], value: Any, leaf: Any) -> None:
+    def __init__(self, site: Site, inputs: Sequence[Tensor], value: Any, leaf: Any) -> None:
         self.site = site
         self.inputs = tuple(inputs)
         self.fingerprint = _fingerprint(site, inputs)  # after a state has advanced
@@ -58,7 +58,7 @@ class Evaluated:
         reset = any(not is_still(tensor.grad, before) for tensor, before in self.arrived)
         if reset or any(gradient.touched for gradient in self.watched):
             raise RewriterError(
-                f"{self.site.record.name}: the gradient of a tensor that it is computed from was "
+                f"{self.site.spec.name}: the gradient of a tensor that it is computed from was "
                 f"{'reset' if reset else 'changed'} inside evaluate_once, after a backward whose gradient only arrives "
                 "at the end. Call zero_grad() before the block; clip and unscale gradients after it"
             )
@@ -77,7 +77,7 @@ class Evaluated:
         same = self.fingerprint.same_content()
         if self.trained and not same:
             raise RewriterError(
-                f"{self.site.record.name}: a tensor that it is computed from changed inside evaluate_once; the one "
+                f"{self.site.spec.name}: a tensor that it is computed from changed inside evaluate_once; the one "
                 "evaluation would no longer be true. Step the optimizer, load and convert after the block has ended"
             )
         return same
@@ -107,22 +107,22 @@ class Once:
 
     def __init__(self, distributed: bool = False) -> None:
         self.distributed = distributed
-        self.own: dict[ParametrizedTensor, list[Tensor]] = {}
+        self.own: dict[Site, list[Tensor]] = {}
         self.evaluated: list[Evaluated] = []
-        self.at: dict[ParametrizedTensor, list[Evaluated]] = {}
+        self.at: dict[Site, list[Evaluated]] = {}
 
-    def add(self, site: ParametrizedTensor) -> None:
+    def add(self, site: Site) -> None:
         """Evaluate `site` once from now on, as long as its tensors are the ones it has now."""
         self.own[site] = list(site.parameters())
         self.at[site] = []
 
-    def value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+    def value(self, site: Site, inputs: Sequence[Tensor]) -> Any:
         """Return the leaf that stands for the site's value.
 
         A chain over tensors that are not the model's own (`functional_call`), or that are themselves computed, is
         evaluated as outside: its gradient has to flow on. The same holds for ``cache: never``.
         """
-        if transformed() or site.record.cache == "never" or not all(tensor.is_leaf for tensor in inputs):
+        if transformed() or site.spec.cache == "never" or not all(tensor.is_leaf for tensor in inputs):
             return site.advance(*inputs)
         if not same_objects(list(site.parameters()), self.own[site]):
             return site.advance(*inputs)
@@ -156,7 +156,7 @@ class Once:
         for entry in self.evaluated:
             entry.leave()
 
-    def _evaluate(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Evaluated:
+    def _evaluate(self, site: Site, inputs: Sequence[Tensor]) -> Evaluated:
         # Whatever mode the first use is in, later ones may need the gradient; and a checkpointed region must not
         # count the chain's intermediates among its own.
         with (
@@ -225,7 +225,7 @@ def _accumulates(nodes: Sequence[Any]) -> bool:
     return True
 
 
-def _fingerprint(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Fingerprint:
+def _fingerprint(site: Site, inputs: Sequence[Tensor]) -> Fingerprint:
     return Fingerprint(site.steps, [*site.originals, *inputs], owners=[site])
 
 

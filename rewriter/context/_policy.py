@@ -20,7 +20,7 @@ from rewriter.context._writes import ReadOutside, read_outside, warn_of_write
 if TYPE_CHECKING:
     from rewriter.context._fused import Merged
     from rewriter.context._once import Once
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 
 class Policy:
@@ -41,7 +41,7 @@ class Policy:
         self.cached: dict[str, CachedValue] = {}
         self.merged: dict[int, Merged] = {}
         """The module that is evaluated in place of neighbouring steps, by the first one's index."""
-        self.contexts: dict[int, Once] = {}
+        self.once_by_thread: dict[int, Once] = {}
         """The `evaluate_once` of each thread, by the thread's number: a thread ends no context but its own."""
         self.outside: ReadOutside | None = None
         """The last value that was read outside a forward."""
@@ -62,21 +62,23 @@ class Policy:
     def begin(self, once: Once) -> None:
         """Let `once` answer for this thread."""
         with self._lock:
-            self.contexts = {**self.contexts, threading.get_ident(): once}
+            self.once_by_thread = {**self.once_by_thread, threading.get_ident(): once}
             self._update()
 
     def end(self) -> None:
         """End this thread's context."""
         with self._lock:
-            self.contexts = {key: once for key, once in self.contexts.items() if key != threading.get_ident()}
+            self.once_by_thread = {
+                key: once for key, once in self.once_by_thread.items() if key != threading.get_ident()
+            }
             self._update()
 
     @property
     def once(self) -> Once | None:
         """The `evaluate_once` that this thread is in."""
-        return self.contexts.get(threading.get_ident())
+        return self.once_by_thread.get(threading.get_ident())
 
-    def value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+    def value(self, site: Site, inputs: Sequence[Tensor]) -> Any:
         """Return the site's value: a valid one if there is one, else a new one."""
         if self.outside is not None:
             self._check_outside(site)
@@ -88,7 +90,7 @@ class Policy:
         if once is not None:
             return once.value(site, inputs)
         if self.versioned:
-            return self.cache("value", site, len(site.record.chain), inputs, site.advance)
+            return self.cache("value", site, len(site.spec.chain), inputs, site.advance)
         return site.advance(*inputs)
 
     def valid_value(self, inputs: Sequence[Tensor]) -> Any:
@@ -102,11 +104,11 @@ class Policy:
 
     def across_forwards(self) -> CachedValue | None:
         """Return the value that is cached across forwards, if this thread may use it; it may not be valid."""
-        if self.frozen or self.contexts or self.outside is not None:
+        if self.frozen or self.once_by_thread or self.outside is not None:
             return None
         return self.cached.get("value")
 
-    def frozen_value(self, site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+    def frozen_value(self, site: Site, inputs: Sequence[Tensor]) -> Any:
         """Return the value that the site had when it was frozen; other originals in its place are evaluated."""
         own = site.originals
         if self.frozen_at is not None and same_objects(own, self.frozen_at[1]):
@@ -118,20 +120,18 @@ class Policy:
         self.frozen_at = (value, own)
         return value
 
-    def read(self, site: ParametrizedTensor, value: Any) -> None:
+    def read(self, site: Site, value: Any) -> None:
         """Remember a value that was read outside a forward, to warn of a write that is lost."""
         self.outside = read_outside(value, site.originals)
         self._update()
 
-    def _check_outside(self, site: ParametrizedTensor) -> None:
+    def _check_outside(self, site: Site) -> None:
         outside, self.outside = self.outside, None
         self._update()
         if outside is not None and outside.changed():
-            warn_of_write(site.record.name, site.record.chain, "is lost", stacklevel=6)
+            warn_of_write(site.spec.name, site.spec.chain, "is lost", stacklevel=6)
 
-    def cache(
-        self, key: str, site: ParametrizedTensor, count: int, inputs: Sequence[Tensor], evaluate: Callable[..., Any]
-    ) -> Any:
+    def cache(self, key: str, site: Site, count: int, inputs: Sequence[Tensor], evaluate: Callable[..., Any]) -> Any:
         """Return the value cached under `key` if it is valid, else evaluate and cache.
 
         A value is not cached if gradients flow through it, if it was drawn or advanced a state, or under a transform
@@ -149,7 +149,7 @@ class Policy:
         cached = self.cached.get(key)
         if cached is not None and cached.is_valid(inputs):
             return cached.value
-        tensors = [*site.originals[: sum(site.record.stored[:count])], *inputs]
+        tensors = [*site.originals[: sum(site.spec.stored[:count])], *inputs]
         if _capturing(tensors):
             return evaluate(*inputs)
         self.cached.pop(key, None)
@@ -171,7 +171,7 @@ class Policy:
         return value
 
     def _update(self) -> None:
-        self.busy = self.versioned or self.frozen or bool(self.contexts) or self.outside is not None
+        self.busy = self.versioned or self.frozen or bool(self.once_by_thread) or self.outside is not None
 
 
 class CachedValue:

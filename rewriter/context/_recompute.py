@@ -13,10 +13,10 @@ from rewriter.context._fingerprint import mark, transformed, version_of
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 
-def recomputed(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+def recomputed(site: Site, inputs: Sequence[Tensor]) -> Any:
     """Return the site's value; its backward runs the chain again, with the tensors and random numbers of now.
 
     A state that the chain advances is put back for the second run, on a copy. Under torch.compile and the transforms
@@ -44,7 +44,7 @@ def recomputed(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
             return site.compose(*given)
         if [mark(source) for source in sources] != marks:
             raise RewriterError(
-                f"{site.record.name}: a tensor that it is computed from was modified between forward and backward, "
+                f"{site.spec.name}: a tensor that it is computed from was modified between forward and backward, "
                 "and `memory: recompute` evaluates it again in backward"
             )
         return _bound(snapshot).compose(*given)
@@ -53,7 +53,7 @@ def recomputed(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
     for buffer, version in zip(buffers, versions, strict=True):
         if id(buffer) not in declared and version_of(buffer) != version:
             raise RewriterError(
-                f"{site.record.name}: a step changes its buffers as it runs and does not say so, so that `memory: "
+                f"{site.spec.name}: a step changes its buffers as it runs and does not say so, so that `memory: "
                 "recompute` would not repeat it; set `stateful = True` on its class"
             )
     return value

@@ -17,7 +17,7 @@ from rewriter.context._random import devices_of, random_states, set_random_state
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 
 def settled_copy(module: Any, trains: Callable[[str], bool] = lambda path: False, path: str = "") -> Any:
@@ -50,7 +50,7 @@ def varies(step: nn.Module) -> bool:
     )
 
 
-def note_state(site: ParametrizedTensor) -> None:
+def note_state(site: Site) -> None:
     """Let the region that is running know that the site is evaluated in it, and with which state."""
     if not any(map(varies, site.steps)):
         return
@@ -65,7 +65,7 @@ def note_state(site: ParametrizedTensor) -> None:
     region.states.setdefault(site, []).append(found)
 
 
-def _noted_state(site: ParametrizedTensor) -> Mapping[str, Mapping[str, Tensor]] | None:
+def _noted_state(site: Site) -> Mapping[str, Mapping[str, Tensor]] | None:
     """Return the state that the evaluation had which is repeated now, if it was noted.
 
     Raises:
@@ -84,13 +84,13 @@ def _noted_state(site: ParametrizedTensor) -> Mapping[str, Mapping[str, Tensor]]
         return noted
     if reentrant is not None and any(part.training and declares(part, "random") for part in site.modules()):
         raise RewriterError(
-            f"{site.record.name}: its chain drew random numbers before a checkpointed region that used the value and "
+            f"{site.spec.name}: its chain drew random numbers before a checkpointed region that used the value and "
             "runs again now, and a reentrant one cannot find the value; give checkpoint use_reentrant=False"
         )
     return None
 
 
-def evaluated_again(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
+def evaluated_again(site: Site, inputs: Sequence[Tensor]) -> Any:
     """Evaluate for a region that runs again: as it did before, random numbers included, and no state advances.
 
     Where torch says which region it is, with the state that the evaluation had then. Elsewhere a step that advances a
@@ -115,16 +115,14 @@ def evaluated_again(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> Any:
 
 
 @torch.no_grad()  # so that the region does not count what is saved for a backward
-def _advancing(
-    site: ParametrizedTensor, inputs: Sequence[Tensor], settled: set[str], doubtful: Collection[str]
-) -> set[str]:
+def _advancing(site: Site, inputs: Sequence[Tensor], settled: set[str], doubtful: Collection[str]) -> set[str]:
     """Evaluate in vain, and return which of the doubtful modules change buffers as they run."""
     devices = devices_of([*site.originals, *inputs])
     states = random_states(devices)
     advancing = _advanced(site, inputs, settled, doubtful)
     if advancing and _advanced(site, inputs, settled | advancing, doubtful):
         raise RewriterError(
-            f"{site.record.name}: a step changes its buffers as it runs, in evaluation mode too, and a checkpointed "
+            f"{site.spec.name}: a step changes its buffers as it runs, in evaluation mode too, and a checkpointed "
             "region cannot run again with the value that it had; let it change them in train mode only, and say "
             "`stateful = True` on its class"
         )
@@ -132,9 +130,7 @@ def _advancing(
     return advancing
 
 
-def _advanced(
-    site: ParametrizedTensor, inputs: Sequence[Tensor], settled: set[str], doubtful: Collection[str]
-) -> set[str]:
+def _advanced(site: Site, inputs: Sequence[Tensor], settled: set[str], doubtful: Collection[str]) -> set[str]:
     clone = site.settled(lambda path: path not in settled)
     watched = {path: clone.get_submodule(path) for path in doubtful}
     before = {path: buffer_marks(part) for path, part in watched.items()}

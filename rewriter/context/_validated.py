@@ -12,7 +12,7 @@ from rewriter.context._fingerprint import Fingerprint, same_objects
 
 if TYPE_CHECKING:
     from rewriter.context._policy import CachedValue
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 
 class Validated:
@@ -22,7 +22,7 @@ class Validated:
         sites: those with ``cache: version`` that read nothing but their own originals count.
     """
 
-    def __init__(self, sites: Sequence[ParametrizedTensor]) -> None:
+    def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = [site for site in sites if site.policy.versioned and site.lasting]
         self.cached: list[CachedValue] = []
         self.values: dict[Any, Any] = {}
@@ -45,7 +45,7 @@ class Validated:
         valid = self.find()
         if valid is None:
             return forward(*args, **kwargs)
-        running = self.sites[0].session.running
+        running = self.sites[0].contexts.running
         before, running.valid = running.valid, valid
         try:
             return forward(*args, **kwargs)

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from rewriter.capture import has_hooks, is_torch_leaf
 from rewriter.passes._infra import Lowering
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 
 _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in vars(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")
@@ -36,7 +36,7 @@ def may_write(lowering: Lowering, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
     module = lowering.module(node.target)
-    if isinstance(module, ParametrizedTensor):
+    if isinstance(module, Site):
         return False
     quiet = is_torch_leaf(module) and not has_hooks(module) and not getattr(module, "inplace", False)
     # A recurrent or composite layer calls others; an embedding with max_norm writes to its weight.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from rewriter.sites import ParametrizedTensor, site_path
+from rewriter.sites import Site, site_path
 from rewriter.sites._container import ways_to
 
 
@@ -28,10 +28,10 @@ class Lowering:
 
     root: nn.Module
     graph: fx.Graph
-    order: Sequence[ParametrizedTensor]
-    paths: dict[ParametrizedTensor, str] = field(init=False)
+    order: Sequence[Site]
+    paths: dict[Site, str] = field(init=False)
     """Site → its path in the module tree."""
-    sites: dict[str, ParametrizedTensor] = field(init=False)
+    sites: dict[str, Site] = field(init=False)
     """Tensor name → the site that computes it, for every tied name."""
     owners: frozenset[str] = field(init=False)
     """Paths of the modules at and above the owners of computed tensors."""
@@ -39,7 +39,7 @@ class Lowering:
 
     def __post_init__(self) -> None:
         self.paths = {site: site_path(site) for site in self.order}
-        self.sites = {name: site for site in self.order for name in site.record.names}
+        self.sites = {name: site for site in self.order for name in site.spec.names}
         self.owners = frozenset(ways_to(self.sites))
 
     def module(self, path: object) -> nn.Module:
@@ -82,10 +82,10 @@ def run_passes(lowering: Lowering, passes: Sequence[Pass]) -> None:
         done.append(step.name)
 
 
-def evaluations_of(lowering: Lowering) -> dict[ParametrizedTensor, list[fx.Node]]:
+def evaluations_of(lowering: Lowering) -> dict[Site, list[fx.Node]]:
     """Return the nodes that evaluate each site, in the graph's order."""
     site_at = {path: site for site, path in lowering.paths.items()}
-    found: dict[ParametrizedTensor, list[fx.Node]] = {site: [] for site in lowering.paths}
+    found: dict[Site, list[fx.Node]] = {site: [] for site in lowering.paths}
     for node in lowering.graph.nodes:
         if node.op == "call_module" and node.target in site_at:
             found[site_at[node.target]].append(node)

@@ -24,13 +24,11 @@ from torch.fx.node import map_aggregate, map_arg
 
 from rewriter.capture import LeafCall, Own, bind_call, has_hooks, leaf_call, reads_every_site
 from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of, run_passes
-from rewriter.sites import HANDED, ParametrizedTensor
+from rewriter.sites import HANDED, Site
 from rewriter.sites._container import handed_sites
 
 
-def lower(
-    root: nn.Module, captured: fx.Graph, sites: Sequence[ParametrizedTensor], optional: Sequence[Pass] = ()
-) -> fx.Graph:
+def lower(root: nn.Module, captured: fx.Graph, sites: Sequence[Site], optional: Sequence[Pass] = ()) -> fx.Graph:
     """Return the graph that evaluates `sites` and otherwise does what `captured` does.
 
     Arguments:
@@ -61,7 +59,7 @@ class Writer:
         self.graph = lowering.graph
         self.captured = captured
         self.written: dict[fx.Node, Any] = {}
-        self.values: dict[ParametrizedTensor, Any] = {}
+        self.values: dict[Site, Any] = {}
         self.reads: dict[str, fx.Node] = {}
 
     def write(self) -> None:
@@ -70,7 +68,7 @@ class Writer:
         for node in self.captured.nodes:
             site = self.lowering.sites.get(node.target) if node.op == "get_attr" else None
             if site is not None:
-                if node.users and site.record.cache != "never":
+                if node.users and site.spec.cache != "never":
                     self.written[node] = self.value(node.target)
             elif node.op == "call_module" and node.target in self.lowering.owners:
                 self.written[node] = self._call(node)
@@ -94,27 +92,27 @@ class Writer:
         """Return the value of the computed tensor called `name`."""
         site = self.lowering.sites[name]
         value = self.evaluation(site)
-        members = site.record.members
+        members = site.spec.members
         if len(members) == 1:
             return value
         index = next(index for index, member in enumerate(members) if name in member.names)
         return self._member(site, value, index)
 
-    def _member(self, site: ParametrizedTensor, value: Any, index: int) -> Any:
+    def _member(self, site: Site, value: Any, index: int) -> Any:
         return self.graph.create_node("call_function", operator.getitem, (value, index))
 
-    def evaluation(self, site: ParametrizedTensor) -> Any:
+    def evaluation(self, site: Site) -> Any:
         """Return the node that evaluates `site`, the one that is there if the policy allows."""
         if site in self.values:
             return self.values[site]
         sites = self.lowering.sites
-        inputs = [self.value(name) if name in sites else self.read(name) for name in site.record.reads]
+        inputs = [self.value(name) if name in sites else self.read(name) for name in site.spec.reads]
         value = self.evaluate(site, inputs)
-        if site.record.cache != "never":
+        if site.spec.cache != "never":
             self.values[site] = value
         return value
 
-    def evaluate(self, site: ParametrizedTensor, inputs: Sequence[Any]) -> Any:
+    def evaluate(self, site: Site, inputs: Sequence[Any]) -> Any:
         """Write one evaluation of `site`."""
         return self.graph.create_node("call_module", self.lowering.paths[site], tuple(inputs))
 
@@ -171,8 +169,8 @@ def _verify(lowering: Lowering) -> None:
         if node.op == "get_attr" and node.target in lowering.sites:
             raise PassError(f"{node.target} is still read from its old place")
     for site, nodes in evaluations_of(lowering).items():
-        if site.record.cache != "never" and len(nodes) > 1:
-            raise PassError(f"{site.record.name} is evaluated {len(nodes)} times")
+        if site.spec.cache != "never" and len(nodes) > 1:
+            raise PassError(f"{site.spec.name} is evaluated {len(nodes)} times")
 
 
 verify_pass = Pass("verify", lambda lowering: None, ensures=_verify)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.sites._batch import BatchedEvaluation
 
 
@@ -51,20 +51,20 @@ def _operation(model: nn.Module, node: fx.Node, numbers: dict[fx.Node, str]) -> 
     call = f"({', '.join(arguments)})"
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        if isinstance(module, ParametrizedTensor):
+        if isinstance(module, Site):
             return _evaluation(module, node, numbers)
         if isinstance(module, BatchedEvaluation):
-            return f"evaluate together {', '.join(site.record.name for site in module.sites)}"
+            return f"evaluate together {', '.join(site.spec.name for site in module.sites)}"
         return f"{node.target}{call}"
     if node.op == "call_method":
         return f".{node.target}{call}"
     return f"{getattr(node.target, '__name__', node.target)}{call}"
 
 
-def _evaluation(site: ParametrizedTensor, node: fx.Node, numbers: dict[fx.Node, str]) -> str:
+def _evaluation(site: Site, node: fx.Node, numbers: dict[fx.Node, str]) -> str:
     start = [*site.original_names, *(_value(argument, numbers) for argument in node.args)]
-    policies = [site.record.cache] if site.record.cache != "forward" else []
-    policies += ["recompute"] if site.record.memory == "recompute" else []
+    policies = [site.spec.cache] if site.spec.cache != "forward" else []
+    policies += ["recompute"] if site.spec.memory == "recompute" else []
     policies += ["cast once"] if node.kwargs.get("cast") else []
     policies += [f"first {site.hoisted} hoisted"] if site.hoisted else []
     if "batch" not in node.kwargs:  # a batch evaluates its chains as they are written
@@ -72,8 +72,8 @@ def _evaluation(site: ParametrizedTensor, node: fx.Node, numbers: dict[fx.Node, 
     else:
         policies.append(f"from {_value(node.kwargs['batch'], numbers)}")
     shown = f" [{', '.join(policies)}]" if policies else ""
-    names = " & ".join(" = ".join(member.names) for member in site.record.members)
-    return f"evaluate {names}{shown}: {', '.join(start)} >> {' >> '.join(site.record.chain)}"
+    names = " & ".join(" = ".join(member.names) for member in site.spec.members)
+    return f"evaluate {names}{shown}: {', '.join(start)} >> {' >> '.join(site.spec.chain)}"
 
 
 def _value(value: Any, numbers: dict[fx.Node, str]) -> str:

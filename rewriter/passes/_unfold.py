@@ -11,7 +11,7 @@ from torch import fx, nn
 from rewriter.errors import CaptureError
 from rewriter.passes._infra import Lowering
 from rewriter.passes._lower import Writer
-from rewriter.sites import HANDED, Chunked, ParametrizedTensor
+from rewriter.sites import HANDED, Chunked, Site
 from rewriter.sites._steps import apply_chain
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def scriptable(model: RewrittenModule) -> fx.GraphModule:
 
 
 class _Unfolder(Writer):
-    def evaluate(self, site: ParametrizedTensor, inputs: Sequence[Any]) -> Any:
+    def evaluate(self, site: Site, inputs: Sequence[Any]) -> Any:
         tracer = fx.proxy.GraphAppendingTracer(self.graph)
         path = self.lowering.paths[site]
         originals: list[Any] = [
@@ -55,10 +55,10 @@ class _Unfolder(Writer):
         ]
         given: list[Any] = [fx.Proxy(read, tracer) for read in inputs]
         steps = [_recorded(tracer, step, f"{path}.{index}") for index, step in enumerate(site.steps)]
-        value = apply_chain(site.record, steps, originals, given)
+        value = apply_chain(site.spec, steps, originals, given)
         return tuple(member.node for member in value) if isinstance(value, tuple) else value.node
 
-    def _member(self, site: ParametrizedTensor, value: Any, index: int) -> Any:
+    def _member(self, site: Site, value: Any, index: int) -> Any:
         return value[index]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rewriter.planning._module_table import ModuleTable
 from rewriter.planning._origin import Origin
-from rewriter.planning._plan import Plan, Site
+from rewriter.planning._plan import Plan, PlannedSite
 from rewriter.planning._prepare import make_plan, prepare
 from rewriter.planning._resolve import resolve
 from rewriter.planning._survey import Entry, dtype_name, refuse_strays, survey
@@ -14,7 +14,7 @@ __all__ = [
     "ModuleTable",
     "Origin",
     "Plan",
-    "Site",
+    "PlannedSite",
     "dtype_name",
     "make_plan",
     "prepare",

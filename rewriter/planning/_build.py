@@ -1,4 +1,4 @@
-"""From a claim to a ParametrizedTensor, and the check of its value."""
+"""From a claim to a Site, and the check of its value."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._given import kind_of
-from rewriter.context import Session
+from rewriter.context import Contexts
 from rewriter.context._fingerprint import PLAIN, settings_of
 from rewriter.language import Rule
 from rewriter.planning._chain import BuildError, Chain, check_arity, first_line, layout_of_claim, value_of
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.sites import Member, ParametrizedTensor, Record
+from rewriter.sites import Member, Site, SiteSpec
 from rewriter.sites._inverse import Inverse
 
 Description = tuple[tuple[str, ...], str]
@@ -65,11 +65,11 @@ def _is_plain(value: Any) -> bool:
 def build(
     claim: Claim,
     description: Description,
-    session: Session,
+    contexts: Contexts,
     *,
     chain: Chain | None = None,
     fitted: Fitted | None = None,
-) -> ParametrizedTensor:
+) -> Site:
     """Construct the site of `claim` from the values that its tensors have now; the model is only read.
 
     The caller turns gradients off once for all sites.
@@ -77,7 +77,7 @@ def build(
     Arguments:
         claim: the rule and the tensors.
         description: of the rule.
-        session: of the site until it is attached.
+        contexts: of the site until it is attached.
         chain: the chain, which may be constructed in part already.
         fitted: instead of a chain: a step and originals that were computed together with those of other sites.
 
@@ -100,7 +100,7 @@ def build(
     if outer:
         originals = [layout.outward(originals[0])]
     printed, options = description
-    record = Record(
+    record = SiteSpec(
         members=tuple(_member(entry) for entry in claim.entries),
         rule=rule.name,
         chain=printed,
@@ -116,7 +116,7 @@ def build(
         batch=rule.batch,
         memory=rule.memory,
     )
-    site = ParametrizedTensor(steps, _stored_tensors(claim, steps, originals), record, session)
+    site = Site(steps, _stored_tensors(claim, steps, originals), record, contexts)
     site.train(claim.entries[0].owners[0][0].training)
     if chain is not None and chain.refits:
         chain.refit(site)
@@ -164,7 +164,7 @@ def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequenc
     return [nn.Parameter(original, requires_grad=trained and not frozen) for original in originals]
 
 
-def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Tensor], *, measure: bool) -> float | None:
+def check_value(claim: Claim, site: Site, inputs: Mapping[str, Tensor], *, measure: bool) -> float | None:
     """Return how far the chain moves the tensor, relative to its norm; ``None`` where that has no meaning.
 
     Arguments:
@@ -173,11 +173,11 @@ def check_value(claim: Claim, site: ParametrizedTensor, inputs: Mapping[str, Ten
     Raises:
         BuildError: the chain fails, or gives another shape or dtype and the rule is not `unsafe`.
     """
-    given = [*site.originals, *(inputs[name] for name in site.record.reads)]
+    given = [*site.originals, *(inputs[name] for name in site.spec.reads)]
     versions = [tensor._version for tensor in given if not tensor.is_inference()]
     try:
         with torch.no_grad():
-            value = site.settled().evaluate(*[inputs[name] for name in site.record.reads])
+            value = site.settled().evaluate(*[inputs[name] for name in site.spec.reads])
     except Exception as problem:
         raise BuildError(f"evaluating the chain fails: {first_line(problem)}") from problem
     if versions != [tensor._version for tensor in given if not tensor.is_inference()]:

@@ -17,7 +17,7 @@ from rewriter.language import Step
 from rewriter.parametrizations._registry import construct
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.sites import Chunked, Layout, ParametrizedTensor, layout_of
+from rewriter.sites import Chunked, Layout, Site, layout_of
 from rewriter.sites._inverse import Inverse, carry_of, parts_of, right_inverse
 from rewriter.sites._steps import apply_steps
 
@@ -125,16 +125,16 @@ class Chain:
         self._carries.append(carry)
         self._parts.append(parts)
 
-    def refit(self, site: ParametrizedTensor) -> None:
+    def refit(self, site: Site) -> None:
         """Fit each stateful step to the value that it receives, where that is not the value it was constructed from.
 
         A power iteration starts from the singular vectors of its input. The step before may not reach the value that
         the right inverses asked it for.
         """
-        reads = [self.inputs[name] for name in site.record.reads]
+        reads = [self.inputs[name] for name in site.spec.reads]
         for index, expected in sorted(self.refits.items()):
             before = site.settled()
-            received = apply_steps(site.record, before.steps[:index], before.originals, reads)
+            received = apply_steps(site.spec, before.steps[:index], before.originals, reads)
             rounding = 1e2 * torch.finfo(expected.dtype).eps
             if received.shape != expected.shape or not torch.allclose(received, expected, rounding, rounding):
                 right_inverse(site.steps[index], received, [self.inputs[n] for n in self.rule.chain[index].inputs])

@@ -21,7 +21,7 @@ from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim
 from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, refuse_strays, survey
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.sites._places import GRAPH_OF
 
 
@@ -45,7 +45,7 @@ class ModuleTable:
         self.model, self.mode, self.call = model, mode, call
         self.entries = survey(model)
         self.foreign = foreign
-        self.absorbed: Sequence[tuple[Entry, ParametrizedTensor]] = ()
+        self.absorbed: Sequence[tuple[Entry, Site]] = ()
         self._uses: dict[tuple[str, str], bool] | None = None
         if isinstance(model, fx.GraphModule):
             refuse_strays(model, {entry.site for entry in self.entries})
@@ -74,14 +74,14 @@ class ModuleTable:
             raise CaptureError(f"{type(model).__name__}: {why}; use capture='module'")
         return Capture("module", why=why)
 
-    def reached(self, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
+    def reached(self, way: Capture, site: Site) -> tuple[str, str]:
         """Return how the graph, or the module itself, reads a site's tensor."""
         if way.root in ("module", "export"):
             return way.root, way.why or "the graph that torch.export made"
         if self._uses is None:
             self._uses = _uses_by_target(way)
         found: dict[tuple[str, str], None] = {}
-        for name in site.record.names:
+        for name in site.spec.names:
             found.update(dict.fromkeys(_ways(self.model, way, self._uses, name, name.rpartition(".")[0])))
         if found:
             first = next(iter(found))

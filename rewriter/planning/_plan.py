@@ -16,15 +16,15 @@ from rewriter.planning._origin import Origin
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
 from rewriter.planning._table import TensorTable
-from rewriter.sites import ParametrizedTensor, Record
+from rewriter.sites import Site, SiteSpec
 
 
 @dataclass(frozen=True)
-class Site:
+class PlannedSite:
     """One site of a plan.
 
     Arguments:
-        record: names, rule, chain and everything else that decides the value.
+        spec: names, rule, chain and everything else that decides the value.
         capture: how the model's uses of the tensor are reached: ``"graph"``, ``"opened"``, ``"handed"``, ``"module"``,
             ``"export"`` or ``"unused"``.
         why: the reason for that capture, in words.
@@ -34,7 +34,7 @@ class Site:
         fused: the first and the last of neighbouring steps that are evaluated as one, counted from one.
     """
 
-    record: Record
+    spec: SiteSpec
     capture: str
     why: str
     moved: float | None
@@ -44,41 +44,41 @@ class Site:
     @property
     def name(self) -> str:
         """The site's first name."""
-        return self.record.name
+        return self.spec.name
 
     @property
     def names(self) -> tuple[str, ...]:
         """All tied names."""
-        return self.record.names
+        return self.spec.names
 
     @property
     def rule(self) -> str:
         """Name of the rule that owns the site."""
-        return self.record.rule
+        return self.spec.rule
 
     @property
     def chain(self) -> tuple[str, ...]:
         """The steps, left to right."""
-        return self.record.chain
+        return self.spec.chain
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the (first) tensor."""
-        return self.record.members[0].shape
+        return self.spec.members[0].shape
 
     def to_dict(self) -> dict[str, Any]:
         """Return the site as JSON data."""
-        member = self.record.members[0]
+        member = self.spec.members[0]
         return {
             "name": self.name,
             "names": list(self.names),
-            "members": [list(member.names) for member in self.record.members],
+            "members": [list(member.names) for member in self.spec.members],
             "rule": self.rule,
             "chain": list(self.chain),
             "shape": list(self.shape),
             "dtype": member.dtype,
             "kind": member.kind,
-            "cache": self.record.cache,
+            "cache": self.spec.cache,
             "capture": self.capture,
             "why": self.why,
             "moved": self.moved,
@@ -87,7 +87,7 @@ class Site:
         }
 
 
-Pair = tuple[Claim, ParametrizedTensor]
+Pair = tuple[Claim, Site]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ class Plan:
     capture: Capture
     new: tuple[Pair, ...] = ()
     present: tuple[Pair, ...] = ()
-    moved: Mapping[ParametrizedTensor, float | None] = field(default_factory=dict)
+    moved: Mapping[Site, float | None] = field(default_factory=dict)
     origin: Origin | None = None
 
     @property
@@ -126,19 +126,19 @@ class Plan:
         return self.table.entries
 
     @property
-    def absorbed(self) -> Sequence[tuple[Entry, ParametrizedTensor]]:
+    def absorbed(self) -> Sequence[tuple[Entry, Site]]:
         """Sites of tensors that other tools computed."""
         return self.table.absorbed
 
     @property
-    def existing(self) -> list[ParametrizedTensor]:
+    def existing(self) -> list[Site]:
         """The sites that the model has already, whether or not a rule of this spec owns them."""
         fresh = {id(site) for _, site in self.absorbed}
         sites = dict.fromkeys(entry.site for entry in self.entries if entry.site is not None)
         return [site for site in sites if id(site) not in fresh]
 
     @functools.cached_property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[PlannedSite, ...]:
         """The sites, in the model's order."""
         built = {id(claim.entries[0]): (site, False) for claim, site in self.new}
         built |= {id(claim.entries[0]): (site, True) for claim, site in self.present}
@@ -149,11 +149,11 @@ class Plan:
                 site, present = built[id(entry)]
                 how, why = self.table.reached(self.capture, site)
                 fused = tuple((start + 1, stop) for start, stop in getattr(site, "fused", ()))
-                sites.append(Site(site.record, how, why, self.moved.get(site, 0.0), present, fused))
+                sites.append(PlannedSite(site.spec, how, why, self.moved.get(site, 0.0), present, fused))
         return tuple(sites)
 
     @functools.cached_property
-    def by_name(self) -> dict[str, Site]:
+    def by_name(self) -> dict[str, PlannedSite]:
         """The sites by each of their names."""
         return {name: site for site in self.sites for name in site.names}
 
@@ -193,12 +193,12 @@ class Plan:
     def _decided(self) -> dict[str, str]:
         sites = [site for _, site in (*self.new, *self.present)] + [site for _, site in self.absorbed]
         return {
-            name: f"{' >> '.join(site.record.chain)} by rule {site.record.rule!r} {site.record.options}".rstrip()
+            name: f"{' >> '.join(site.spec.chain)} by rule {site.spec.rule!r} {site.spec.options}".rstrip()
             for site in sites
-            for name in site.record.names
+            for name in site.spec.names
         }
 
-    def __iter__(self) -> Iterator[Site]:
+    def __iter__(self) -> Iterator[PlannedSite]:
         return iter(self.sites)
 
     def __len__(self) -> int:
@@ -222,9 +222,9 @@ class Plan:
         return "\n".join([f"{self.source}: {head}, captured as {self.root}{why}", "", *lines])
 
 
-def _row(site: Site) -> tuple[str, ...]:
+def _row(site: PlannedSite) -> tuple[str, ...]:
     return (
-        " & ".join(" = ".join(member.names) for member in site.record.members),
+        " & ".join(" = ".join(member.names) for member in site.spec.members),
         site.rule,
         " >> ".join(site.chain) + "".join(f" ({first}–{last} as one)" for first, last in site.fused),
         "×".join(map(str, site.shape)) or "scalar",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rewriter.capture import Call, Capture
-from rewriter.context import Session
+from rewriter.context import Contexts
 from rewriter.errors import Diagnostic
 from rewriter.language import Rule, Spec
 from rewriter.planning._build import Description, build, check_value, describe
@@ -25,7 +25,7 @@ from rewriter.planning._survey import Entry
 from rewriter.planning._table import TensorTable
 from rewriter.planning._together import planned_together
 from rewriter.planning._writes import refuse_statistics, refuse_writes
-from rewriter.sites import ParametrizedTensor, Record
+from rewriter.sites import Site, SiteSpec
 
 
 def prepare(
@@ -71,7 +71,7 @@ def make_plan(
     way = table.capture([name.rpartition(".")[0] for entries in owned for entry in entries for name in entry.names])
     problems.add(refuse_writes(claims, way.graph))
     values = _Values(table.entries)
-    moved: dict[ParametrizedTensor, float | None] = {}
+    moved: dict[Site, float | None] = {}
     new = _build_all(claims, values, problems, moved if measure else None)
     if not problems:
         problems.add(_proven(spec, table, way, new, present, values, without))
@@ -93,7 +93,7 @@ def _proven(
         return []
     rules = {rule.name: rule for rule in spec.rules}
     fresh = [site for _, site in (*reversed(new), *table.absorbed)]
-    problems = prove(fresh, rules, lambda site: [values[name] for name in site.record.reads], without)
+    problems = prove(fresh, rules, lambda site: [values[name] for name in site.spec.reads], without)
     old = [site for _, site in present]
     return problems + prove_batches([*old, *fresh] if fresh else [], rules, way, without)
 
@@ -106,14 +106,14 @@ def _split_present(claims: Iterable[Claim], problems: Problems) -> tuple[list[Pa
         site = next((entry.site for entry in claim.entries if entry.site is not None), None)
         if site is None:
             new.append(claim)
-        elif _same_plan(site.record, claim.rule):
+        elif _same_plan(site.spec, claim.rule):
             present.append((claim, site))
         else:
-            has, wanted = _printed(*site.record.identity, site.record.labels), _printed(*_identity(claim.rule))
+            has, wanted = _printed(*site.spec.identity, site.spec.labels), _printed(*_identity(claim.rule))
             problems.about(
                 claim,
                 "select",
-                f"already parametrized by rule {site.record.rule!r} ({has}); rule {claim.rule.name!r} wants {wanted}",
+                f"already parametrized by rule {site.spec.rule!r} ({has}); rule {claim.rule.name!r} wants {wanted}",
                 "bake the model first, or leave the tensor out with `except`",
             )
     return present, new
@@ -123,7 +123,7 @@ def _identity(rule: Rule) -> tuple[tuple[str, ...], str, tuple[str | None, ...]]
     return *describe(rule), tuple(step.label for step in rule.chain)
 
 
-def _same_plan(record: Record, rule: Rule) -> bool:
+def _same_plan(record: SiteSpec, rule: Rule) -> bool:
     return record.rule == rule.name and (*record.identity, record.labels) == _identity(rule)
 
 
@@ -201,7 +201,7 @@ def _build_all(
     claims: Sequence[Claim],
     values: _Values,
     problems: Problems,
-    moved: dict[ParametrizedTensor, float | None] | None,
+    moved: dict[Site, float | None] | None,
 ) -> list[Pair]:
     """Build the sites of all claims, and return them in the order of `claims`: each before the sites that it reads.
 
@@ -212,7 +212,7 @@ def _build_all(
     chains: dict[int, Chain] = {}
     fitted: dict[int, Fitted] = {}
     descriptions: dict[str, Description] = {}
-    session = Session()
+    contexts = Contexts()
     checked: set[object] = set()
     built: list[Pair] = []
     for claim in reversed(claims):
@@ -228,7 +228,7 @@ def _build_all(
             chain = None
             if together is None:
                 chain = chains.pop(id(claim), None) or Chain(claim, inputs, shared.get(rule.name))
-            site = build(claim, descriptions[rule.name], session, chain=chain, fitted=together)
+            site = build(claim, descriptions[rule.name], contexts, chain=chain, fitted=together)
             form = _form(site, inputs.values())
             if moved is not None or form not in checked:
                 distance = check_value(claim, site, inputs, measure=moved is not None)
@@ -245,11 +245,11 @@ def _build_all(
     return built[::-1]
 
 
-def _form(site: ParametrizedTensor, inputs: Iterable[Tensor]) -> object:
+def _form(site: Site, inputs: Iterable[Tensor]) -> object:
     """Return what decides which shape and dtype a site's value has: sites of one form are looked at once."""
-    wanted = tuple((member.shape, member.dtype) for member in site.record.members)
+    wanted = tuple((member.shape, member.dtype) for member in site.spec.members)
     taken = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (*site.originals, *inputs))
-    return site.record.rule, wanted, taken
+    return site.spec.rule, wanted, taken
 
 
 class _Values:
@@ -257,7 +257,7 @@ class _Values:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.sites: dict[str, tuple[ParametrizedTensor, int]] = {}
+        self.sites: dict[str, tuple[Site, int]] = {}
         for entry in entries:
             if entry.tensor is not None:
                 self.tensors.update(dict.fromkeys(entry.names, entry.tensor))
@@ -265,7 +265,7 @@ class _Values:
                 place = (entry.site, entry.site.position(entry.name.rpartition(".")[2]))
                 self.sites.update(dict.fromkeys(entry.names, place))
 
-    def add(self, claim: Claim, site: ParametrizedTensor) -> None:
+    def add(self, claim: Claim, site: Site) -> None:
         for index, entry in enumerate(claim.entries):
             self.sites.update(dict.fromkeys(entry.names, (site, index)))
 
@@ -274,6 +274,6 @@ class _Values:
             return self.tensors[name].detach()
         site, index = self.sites[name]
         with torch.no_grad():
-            value = site.read(*[self[read] for read in site.record.reads])
-        result: Tensor = value if len(site.record.members) == 1 else value[index]
+            value = site.read(*[self[read] for read in site.spec.reads])
+        result: Tensor = value if len(site.spec.members) == 1 else value[index]
         return result

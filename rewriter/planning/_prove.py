@@ -23,13 +23,13 @@ from rewriter.passes import (
     why_not_fused,
     why_not_hoisted,
 )
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 
-Inputs = Callable[[ParametrizedTensor], Sequence[Tensor]]
+Inputs = Callable[[Site], Sequence[Tensor]]
 
 
 def prove(
-    sites: Sequence[ParametrizedTensor], rules: Mapping[str, Rule], inputs: Inputs, without: Collection[str]
+    sites: Sequence[Site], rules: Mapping[str, Rule], inputs: Inputs, without: Collection[str]
 ) -> list[Diagnostic]:
     """Decide which steps are hoisted and fused, and return what is not as the steps say.
 
@@ -45,12 +45,12 @@ def prove(
             for site in few_of_each(sites):
                 problem = why_not(site, inputs(site))
                 if problem:
-                    found.setdefault((name, site.record.rule), _problem(rules, site, "chain", problem))
+                    found.setdefault((name, site.spec.rule), _problem(rules, site, "chain", problem))
     return list(found.values())
 
 
 def prove_batches(
-    sites: Iterable[ParametrizedTensor], rules: Mapping[str, Rule], way: Capture, without: Collection[str]
+    sites: Iterable[Site], rules: Mapping[str, Rule], way: Capture, without: Collection[str]
 ) -> list[Diagnostic]:
     """Return which rules say ``batch: always`` of tensors that cannot be evaluated together.
 
@@ -60,10 +60,10 @@ def prove_batches(
         way: how the model is captured.
         without: passes that are left out.
     """
-    owned: dict[str, list[ParametrizedTensor]] = {}
+    owned: dict[str, list[Site]] = {}
     for site in sites:
-        if site.record.batch == "always" and site.record.rule in rules:
-            owned.setdefault(site.record.rule, []).append(site)
+        if site.spec.batch == "always" and site.spec.rule in rules:
+            owned.setdefault(site.spec.rule, []).append(site)
     problems = []
     for own in owned.values() if "batch" not in without else ():
         problem = _why_not_batched(own, way)
@@ -72,7 +72,7 @@ def prove_batches(
     return problems
 
 
-def _why_not_batched(sites: Sequence[ParametrizedTensor], way: Capture) -> str:
+def _why_not_batched(sites: Sequence[Site], way: Capture) -> str:
     if way.root != "graph":
         return f"it takes a graph of the model, which is captured as {way.root} ({way.why})"
     groups = groups_to_batch(sites)
@@ -82,7 +82,7 @@ def _why_not_batched(sites: Sequence[ParametrizedTensor], way: Capture) -> str:
     return next(filter(None, map(why_not_equal, groups)), "")
 
 
-def _problem(rules: Mapping[str, Rule], site: ParametrizedTensor, key: str, text: str) -> Diagnostic:
-    message = f"{site.record.name}: {text}"
-    rule = rules.get(site.record.rule)
+def _problem(rules: Mapping[str, Rule], site: Site, key: str, text: str) -> Diagnostic:
+    message = f"{site.spec.name}: {text}"
+    rule = rules.get(site.spec.rule)
     return Diagnostic(message) if rule is None else rule.where(key).diagnose(message)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from rewriter.errors import PlanError
 from rewriter.language import TensorInfo, class_names
-from rewriter.sites import ParametrizedTensor, plain_class, sites_of
+from rewriter.sites import Site, plain_class, sites_of
 from rewriter.sites._places import CONTAINER
 
 
@@ -34,7 +34,7 @@ class Entry:
     owners: list[tuple[nn.Module, str]]
     tensor: Tensor | None
     persistent: bool = True
-    site: ParametrizedTensor | None = None
+    site: Site | None = None
 
     @property
     def name(self) -> str:
@@ -66,16 +66,16 @@ def survey(model: nn.Module) -> list[Entry]:
     return list(entries.values())
 
 
-def refuse_strays(model: nn.Module, known: Container[ParametrizedTensor | None]) -> None:
+def refuse_strays(model: nn.Module, known: Container[Site | None]) -> None:
     """Refuse a model with a site that computes a tensor of no module: torch.fx made its graph of a rewritten model's.
 
     Raises:
         PlanError: there is one.
     """
     for path, module in model.named_modules():
-        if isinstance(module, ParametrizedTensor) and module not in known:
+        if isinstance(module, Site) and module not in known:
             raise PlanError(
-                f"{path} computes {module.record.name} in a graph that torch.fx made of a rewritten model, which no "
+                f"{path} computes {module.spec.name} in a graph that torch.fx made of a rewritten model, which no "
                 "longer says where the value came from: rewrite and bake the model itself, and trace it again "
                 "afterwards"
             )
@@ -91,7 +91,7 @@ def _modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _modules(child, f"{path}.{name}" if path else name)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None, ParametrizedTensor | None]]:
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None, Site | None]]:
     sites = sites_of(module)
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if name in sites:
@@ -100,9 +100,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None, Parametriz
             yield name, tensor, None
 
 
-def _info(
-    full: str, name: str, module: nn.Module, tensor: Tensor | None, site: ParametrizedTensor | None
-) -> TensorInfo:
+def _info(full: str, name: str, module: nn.Module, tensor: Tensor | None, site: Site | None) -> TensorInfo:
     kind_of_owner: Any = plain_class(module)
     classes = _class_names(kind_of_owner)
     if site is not None:

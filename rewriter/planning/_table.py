@@ -9,7 +9,7 @@ from rewriter.capture import Capture
 from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 
 
 class TensorTable(Protocol):
@@ -25,7 +25,7 @@ class TensorTable(Protocol):
     model: Any
     entries: list[Entry]
     foreign: Sequence[tuple[Entry, str]]
-    absorbed: Sequence[tuple[Entry, ParametrizedTensor]]
+    absorbed: Sequence[tuple[Entry, Site]]
 
     def refuse(self, claims: Sequence[Claim], problems: Problems) -> None:
         """Add why this kind of model cannot have some of the claims; known before it is captured."""
@@ -33,5 +33,5 @@ class TensorTable(Protocol):
     def capture(self, owners: Sequence[str]) -> Capture:
         """Capture the model; `owners` are the paths of the modules that own claimed tensors."""
 
-    def reached(self, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
+    def reached(self, way: Capture, site: Site) -> tuple[str, str]:
         """Return how the uses of a site's tensor are reached, and the reason."""

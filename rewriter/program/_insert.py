@@ -18,7 +18,7 @@ from rewriter.errors import CaptureError
 from rewriter.planning import Plan
 from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, write_site
 from rewriter.serialization._graph_data import graph_to_data
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.sites._container import path_for
 
 Specs = list[InputSpec]
@@ -79,7 +79,7 @@ def _memory(tensor: Tensor, name: str) -> Any:
 class _Chain(nn.Module):
     """The chain of a site alone, without the caching around it."""
 
-    def __init__(self, site: ParametrizedTensor) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
 
@@ -88,9 +88,7 @@ class _Chain(nn.Module):
         return value if isinstance(value, tuple) else (value,)
 
 
-def insert_site(
-    edited: Edited, site: ParametrizedTensor, path: str, values: Mapping[str, fx.Node], training: bool
-) -> None:
+def insert_site(edited: Edited, site: Site, path: str, values: Mapping[str, fx.Node], training: bool) -> None:
     """Compute the tensors of `site` in the program instead of reading them.
 
     Arguments:
@@ -100,12 +98,12 @@ def insert_site(
         values: for each tensor of the program, the node that gives its value.
         training: the mode of the program.
     """
-    inputs = [values[name] for name in site.record.reads]
+    inputs = [values[name] for name in site.spec.reads]
     examples = tuple(torch.empty_like(_plain(node.meta["val"])) for node in inputs)
     chain = _exported(site, examples, training)
     evaluation = _exported(site, examples, False) if training else chain
     apart = training and str(evaluation.graph) != str(chain.graph)
-    members = [_slots(edited, member.names) for member in site.record.members]
+    members = [_slots(edited, member.names) for member in site.spec.members]
     first = members[0][0].name
     env, stored, originals = _store(edited, site, chain, path, edited.placeholders()[first])
     aliases = _store_aliases(edited, site, path, stored)
@@ -113,18 +111,18 @@ def insert_site(
     for node in chain.graph.find_nodes(op="placeholder"):
         if node.name not in env:
             env[node.name] = next(user_inputs)
-    results = _copy_nodes(edited, chain, env, site.record.name, _last_placeholder(edited.graph))
+    results = _copy_nodes(edited, chain, env, site.spec.name, _last_placeholder(edited.graph))
     computed = []
-    for member, slots, value in zip(site.record.members, members, results, strict=True):
+    for member, slots, value in zip(site.spec.members, members, results, strict=True):
         shape = list(member.shape)
         computed.append(
             Computed(value.name, member.kind, member.persistent, member.requires_grad, shape, member.dtype, slots)
         )
         _replace(edited, slots, value)
     record = ProgramSite(
-        site.record.rule,
-        list(site.record.chain),
-        site.record.options,
+        site.spec.rule,
+        list(site.spec.chain),
+        site.spec.options,
         computed,
         originals,
         stored,
@@ -132,19 +130,19 @@ def insert_site(
         any(getattr(step, "freezes_original", False) for step in site.steps),
         aliases,
         graph_to_data(_as_functions(evaluation)) if apart else None,
-        list(site.record.labels),
+        list(site.spec.labels),
     )
     write_site(results[0], record)
 
 
-def _exported(site: ParametrizedTensor, examples: tuple[Tensor, ...], training: bool) -> ExportedProgram:
+def _exported(site: Site, examples: tuple[Tensor, ...], training: bool) -> ExportedProgram:
     clone = copy.deepcopy(site).train(training)
     try:
         program = torch.export.export(_Chain(clone), examples)
     except Exception as problem:
         text = str(problem).strip().partition("\n")[0]
         raise CaptureError(
-            f"{site.record.name}: torch.export cannot capture {' >> '.join(site.record.chain)}: {text}"
+            f"{site.spec.name}: torch.export cannot capture {' >> '.join(site.spec.chain)}: {text}"
         ) from problem
     return program
 
@@ -167,7 +165,7 @@ def _slots(edited: Edited, names: tuple[str, ...]) -> list[Slot]:
 
 
 def _store(
-    edited: Edited, site: ParametrizedTensor, chain: ExportedProgram, path: str, place: fx.Node
+    edited: Edited, site: Site, chain: ExportedProgram, path: str, place: fx.Node
 ) -> tuple[dict[str, fx.Node], list[str], list[str]]:
     """Make placeholders for the stored tensors ahead of the one that they replace."""
     env: dict[str, fx.Node] = {}
@@ -196,10 +194,10 @@ def _store(
     return env, list(names.values()), [names[name] for name in site.original_names if name in names]
 
 
-def _store_aliases(edited: Edited, site: ParametrizedTensor, path: str, stored: list[str]) -> list[str]:
+def _store_aliases(edited: Edited, site: Site, path: str, stored: list[str]) -> list[str]:
     """Name the stored tensors under the further names of a tied tensor too, as a state dict does."""
     aliases: list[str] = []
-    for name in site.record.members[0].names[1:]:
+    for name in site.spec.members[0].names[1:]:
         other = path_for(name)
         for own in stored:
             index, spec = next((i, spec) for i, spec in enumerate(edited.specs) if spec.arg.name == own)

@@ -16,7 +16,7 @@ from rewriter.planning._writes import writer
 from rewriter.program._insert import Edited, tied
 from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
 from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
-from rewriter.sites import Layout, Member, ParametrizedTensor, Record
+from rewriter.sites import Layout, Member, Site, SiteSpec
 
 _WHY = "the program's graph"
 
@@ -25,7 +25,7 @@ class ProgramTable:
     """What planning needs of a program; see `TensorTable`."""
 
     foreign: Sequence[tuple[Entry, str]] = ()
-    absorbed: Sequence[tuple[Entry, ParametrizedTensor]] = ()
+    absorbed: Sequence[tuple[Entry, Site]] = ()
 
     def __init__(self, program: ExportedProgram) -> None:
         self.model = program
@@ -51,7 +51,7 @@ class ProgramTable:
         """A program is captured already."""
         return Capture("export", why=_WHY)
 
-    def reached(self, way: Capture, site: ParametrizedTensor) -> tuple[str, str]:
+    def reached(self, way: Capture, site: Site) -> tuple[str, str]:
         """Every read is a placeholder of the graph."""
         return "export", _WHY
 
@@ -119,7 +119,7 @@ def _present(site: ProgramSite) -> Any:
         )
         for member in site.members
     )
-    record = Record(
+    record = SiteSpec(
         members=members,
         rule=site.rule,
         chain=tuple(site.chain),
@@ -139,8 +139,8 @@ def _present(site: ProgramSite) -> Any:
 class _Present:
     """A site that the program has already."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, record: SiteSpec) -> None:
+        self.spec = record
 
 
 def values_of(program: ExportedProgram | Edited) -> dict[str, fx.Node]:

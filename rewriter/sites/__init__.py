@@ -9,8 +9,8 @@ from rewriter.sites._inverse import Inverse, invert_chain, right_inverse
 from rewriter.sites._layout import Layout, layout_of
 from rewriter.sites._mixed import refuse_mixed
 from rewriter.sites._places import CONTAINER, HANDED
-from rewriter.sites._site import ParametrizedTensor
-from rewriter.sites._spec import Member, Record
+from rewriter.sites._site import Site
+from rewriter.sites._spec import Member, SiteSpec
 
 __all__ = [
     "CONTAINER",
@@ -19,8 +19,8 @@ __all__ = [
     "Inverse",
     "Layout",
     "Member",
-    "ParametrizedTensor",
-    "Record",
+    "Site",
+    "SiteSpec",
     "assign_value",
     "check_shape",
     "invert_chain",

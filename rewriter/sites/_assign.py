@@ -12,12 +12,12 @@ from torch import Tensor
 from rewriter._given import kind_of
 from rewriter.errors import PlanError, RewriterError
 from rewriter.sites._inverse import invert_chain
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._site import Site
 
 
-def invert(site: ParametrizedTensor, value: Any, inputs: Sequence[Tensor] = ()) -> list[Tensor]:
+def invert(site: Site, value: Any, inputs: Sequence[Tensor] = ()) -> list[Tensor]:
     """Return the stored tensors from which `site` computes `value`, as near as its right inverses allow."""
-    record = site.record
+    record = site.spec
     further = list(inputs)[1:] if record.source is not None else list(inputs)
     ends = list(itertools.accumulate(map(len, record.inputs), initial=0))
     found = invert_chain(
@@ -32,13 +32,13 @@ def invert(site: ParametrizedTensor, value: Any, inputs: Sequence[Tensor] = ()) 
 
 
 @torch.no_grad()
-def has_value(site: ParametrizedTensor, name: str, value: Any) -> bool:
+def has_value(site: Site, name: str, value: Any) -> bool:
     """Say whether one of the tensors that `site` computes, by its name at the owner, is `value` already."""
     member = site.member(name)
     if not isinstance(value, Tensor) or value.is_meta or tuple(value.shape) != member.shape:
         return False
     found = site.read(*site.read_inputs())
-    now: Tensor = found if len(site.record.members) == 1 else found[site.position(name)]
+    now: Tensor = found if len(site.spec.members) == 1 else found[site.position(name)]
     return (now.dtype, now.device) == (value.dtype, value.device) and torch.equal(now, value)
 
 
@@ -54,13 +54,13 @@ def check_shape(name: str, shape: tuple[int, ...], value: Any) -> None:
 
 
 @torch.no_grad()
-def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
+def assign_value(site: Site, name: str, value: Any) -> None:
     """Set the originals of `site` so that it computes `value`; they stay as they were if it cannot.
 
     Raises:
         PlanError: the value has another shape, or the chain cannot produce it.
     """
-    record = site.record
+    record = site.spec
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
     check_shape(record.name, record.members[0].shape, value)
@@ -81,7 +81,7 @@ def assign_value(site: ParametrizedTensor, name: str, value: Any) -> None:
         raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem
 
 
-def check_reached(site: ParametrizedTensor, wanted: Tensor, reached: Tensor) -> None:
+def check_reached(site: Site, wanted: Tensor, reached: Tensor) -> None:
     """Refuse a value that the chain of `site` does not give, up to rounding in the coarser precision of the two.
 
     Raises:
@@ -98,6 +98,6 @@ def check_reached(site: ParametrizedTensor, wanted: Tensor, reached: Tensor) -> 
         lacking = [type(step).__name__ for step in site.steps if not hasattr(step, "right_inverse")]
         why = f"{lacking[0]} has no right inverse" if lacking else "the value has to be in the chain's image"
         raise PlanError(
-            f"{site.record.name} cannot be set to this value: {' >> '.join(site.record.chain)} gives one that is "
+            f"{site.spec.name} cannot be set to this value: {' >> '.join(site.spec.chain)} gives one that is "
             f"{distance / norm if norm else distance:.1e} of its norm away; {why}"
         )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rewriter.context._fingerprint import COMPARED, Fingerprint, settings_of, transformed
 from rewriter.sites._reference import Reference
-from rewriter.sites._site import ParametrizedTensor, autocast_anywhere
-from rewriter.sites._spec import Record
+from rewriter.sites._site import Site, autocast_anywhere
+from rewriter.sites._spec import SiteSpec
 
 _FORMS = "_forms"
 Batch = tuple[Tensor, ...]
@@ -31,13 +31,13 @@ class BatchedEvaluation(nn.Module):
         sites: sites with equal chains over equal shapes, of steps that broadcast over leading dimensions.
     """
 
-    def __init__(self, sites: Sequence[ParametrizedTensor]) -> None:
+    def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
         self.references = tuple(map(Reference, sites))
         self._is_replica = False
 
     @property
-    def sites(self) -> list[ParametrizedTensor]:
+    def sites(self) -> list[Site]:
         """The sites, in the order of the values."""
         return [reference.module for reference in self.references]  # type: ignore[misc]
 
@@ -50,7 +50,7 @@ class BatchedEvaluation(nn.Module):
             return None
         return evaluate_together(sites)
 
-    def _alike(self, sites: Sequence[ParametrizedTensor]) -> bool:
+    def _alike(self, sites: Sequence[Site]) -> bool:
         """As `alike`, looking closely only where something is not as it was when it last looked."""
         known: Fingerprint | None = self.__dict__.get(_FORMS)
         if known is not None and known.same_forms():
@@ -72,21 +72,21 @@ class BatchedEvaluation(nn.Module):
         return replica
 
     def extra_repr(self) -> str:
-        return ", ".join(site.record.name for site in self.sites)
+        return ", ".join(site.spec.name for site in self.sites)
 
 
-def alike(sites: Sequence[ParametrizedTensor]) -> bool:
+def alike(sites: Sequence[Site]) -> bool:
     """Whether the sites differ in nothing but the numbers in their tensors."""
     first, *others = map(likeness, sites)
     return all(other == first for other in others)
 
 
-def likeness(site: ParametrizedTensor) -> Hashable:
+def likeness(site: Site) -> Hashable:
     """Return what is equal for sites that are `alike`, as long as nothing about them changes."""
-    return (site.record.layout, _form(site.originals[0]), *map(likeness_of_step, site.steps))
+    return (site.spec.layout, _form(site.originals[0]), *map(likeness_of_step, site.steps))
 
 
-def evaluate_together(sites: Sequence[ParametrizedTensor]) -> Batch:
+def evaluate_together(sites: Sequence[Site]) -> Batch:
     """Return the values of sites that are `alike`, from one run of their chain."""
     if autocast_anywhere():
         device = sites[0].originals[0].device.type
@@ -95,9 +95,9 @@ def evaluate_together(sites: Sequence[ParametrizedTensor]) -> Batch:
     return _together(sites)
 
 
-def stacked(sites: Sequence[ParametrizedTensor]) -> tuple[Tensor, list[Any]]:
+def stacked(sites: Sequence[Site]) -> tuple[Tensor, list[Any]]:
     """Return the sites' stored tensors as one, and steps that work on it; what they do to buffers stays with them."""
-    record: Record = sites[0].record
+    record: SiteSpec = sites[0].spec
     originals = [site.originals[0] for site in sites]
     if record.outer:
         originals = [record.layout.inward(original) for original in originals]
@@ -106,8 +106,8 @@ def stacked(sites: Sequence[ParametrizedTensor]) -> tuple[Tensor, list[Any]]:
     return value, [stacked_step(steps, width) for steps in zip(*(site.steps for site in sites), strict=True)]
 
 
-def _together(sites: Sequence[ParametrizedTensor]) -> Batch:
-    layout = sites[0].record.layout
+def _together(sites: Sequence[Site]) -> Batch:
+    layout = sites[0].spec.layout
     value, steps = stacked(sites)
     for step in steps:
         value = step(value)

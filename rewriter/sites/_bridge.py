@@ -16,7 +16,7 @@ from rewriter.context._random import nothing_drawn
 from rewriter.errors import PlanError, RewriterError
 from rewriter.sites._assign import check_reached, check_shape, invert
 from rewriter.sites._forms import Found
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._site import Site
 
 REMEDY = (
     "Load the state into the model before it is rewritten, or leave the tensor out of the state, load with "
@@ -28,7 +28,7 @@ class StateError(RewriterError, RuntimeError):
     """A state dict that does not fit; a RuntimeError as well, which is what torch raises."""
 
 
-def copy_of(site: ParametrizedTensor) -> ParametrizedTensor:
+def copy_of(site: Site) -> Site:
     """Return a copy of a site in evaluation mode, over tensors of its own."""
     clone = site.settled()
     copies: dict[int, nn.Parameter] = {}
@@ -43,7 +43,7 @@ def copy_of(site: ParametrizedTensor) -> ParametrizedTensor:
 
 @torch.no_grad()
 def stored_for(
-    site: ParametrizedTensor, name: str, found: Sequence[Found], inputs: Sequence[Tensor], assign: bool
+    site: Site, name: str, found: Sequence[Found], inputs: Sequence[Tensor], assign: bool
 ) -> dict[str, Tensor]:
     """Return the state of `site` with which it computes the tensors that were found, one for each of its members.
 
@@ -57,7 +57,7 @@ def stored_for(
     Raises:
         StateError: the chain cannot produce the value; says why and what to do.
     """
-    record = site.record
+    record = site.spec
     shown = " >> ".join(record.chain)
     try:
         for member, one in zip(record.members, found, strict=True):
@@ -81,7 +81,7 @@ def stored_for(
 
 
 @torch.no_grad()
-def value_from(site: ParametrizedTensor, name: str, state: Mapping[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+def value_from(site: Site, name: str, state: Mapping[str, Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors that `site` computes from a state of its own, in evaluation mode.
 
     Arguments:
@@ -99,12 +99,12 @@ def value_from(site: ParametrizedTensor, name: str, state: Mapping[str, Any], in
             nn.Module.load_state_dict(clone, state, assign=True)
             value = clone.evaluate(*inputs)
     except Exception as problem:
-        raise StateError(f"{name}: {' >> '.join(site.record.chain)} cannot be evaluated: {problem}") from problem
-    values = [value] if len(site.record.members) == 1 else list(value)
+        raise StateError(f"{name}: {' >> '.join(site.spec.chain)} cannot be evaluated: {problem}") from problem
+    values = [value] if len(site.spec.members) == 1 else list(value)
     return [one.detach().clone(memory_format=torch.contiguous_format) for one in values]
 
 
-def _placed(clone: ParametrizedTensor, value: Tensor, assign: bool) -> ParametrizedTensor:
+def _placed(clone: Site, value: Tensor, assign: bool) -> Site:
     """Give the copy the device of the value where its own tensors have none, and for `assign` its precision too."""
     originals = {id(original) for original in clone.originals}
     tensors = [*clone.parameters(), *clone.buffers()]
@@ -117,13 +117,13 @@ def _placed(clone: ParametrizedTensor, value: Tensor, assign: bool) -> Parametri
     return clone
 
 
-def _like(clone: ParametrizedTensor, value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def _like(clone: Site, value: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """Return the value in the precision and at the place of what the copy computes from."""
     like = next(iter([*clone.originals, *inputs]), value)
     return value.detach().to(like.device, like.dtype if like.is_floating_point() else None)
 
 
-def _fits(clone: ParametrizedTensor, found: Found, value: Tensor, inputs: Sequence[Tensor]) -> bool:
+def _fits(clone: Site, found: Found, value: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Put the tensors of an old form where the copy has ones of the same shape; whether that gives the value."""
     originals = clone.originals
     if [one.shape for one in originals] != [one.shape for one in found.originals] or len(clone.steps) != 1:

@@ -9,7 +9,7 @@ from torch import nn
 
 from rewriter.errors import RewriterError
 from rewriter.sites._places import CONTAINER
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._site import Site
 
 
 class Sites(nn.ModuleDict):
@@ -27,7 +27,7 @@ class Sites(nn.ModuleDict):
         # Here and below: Module.__setattr__ and its like look for parameters and hooks, which takes time in big models.
         self.__dict__["owned_elsewhere"] = set()
 
-    def place(self, tensor: str, site: ParametrizedTensor) -> None:
+    def place(self, tensor: str, site: Site) -> None:
         """Add the site that computes `tensor`."""
         if site.owned:
             self.owned_elsewhere.add(tensor)
@@ -52,14 +52,14 @@ class Sites(nn.ModuleDict):
                 yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, False)
 
 
-def sites_of(owner: nn.Module) -> dict[str, ParametrizedTensor]:
+def sites_of(owner: nn.Module) -> dict[str, Site]:
     """Return the sites of `owner`, by tensor name; a joint site under each of its tensors."""
     children = owner._modules  # a ScriptModule has no `get` for them
     container = children[CONTAINER] if CONTAINER in children else None  # noqa: SIM401
-    found: dict[str, ParametrizedTensor] = {}
+    found: dict[str, Site] = {}
     for key, site in container._modules.items() if container is not None else ():
-        if isinstance(site, ParametrizedTensor):
-            members = site.record.members
+        if isinstance(site, Site):
+            members = site.spec.members
             found.update({key: site} if len(members) == 1 else {member.tensor: site for member in members})
     return found
 
@@ -91,9 +91,9 @@ def refuse_override(name: str) -> NoReturn:
     )
 
 
-def site_path(site: ParametrizedTensor) -> str:
+def site_path(site: Site) -> str:
     """Return where a site is in the module tree of its model."""
-    return path_for(site.record.name)
+    return path_for(site.spec.name)
 
 
 def path_for(name: str) -> str:
@@ -121,7 +121,7 @@ def ways_to(names: Iterable[str]) -> set[str]:
     return ways
 
 
-def handed_sites(module: nn.Module) -> list[ParametrizedTensor]:
+def handed_sites(module: nn.Module) -> list[Site]:
     """Return the sites in `module` whose values it can be handed, in the order in which it expects them."""
-    found = (site for site in module.modules() if isinstance(site, ParametrizedTensor))
-    return [site for site in found if site.record.cache != "never"]
+    found = (site for site in module.modules() if isinstance(site, Site))
+    return [site for site in found if site.spec.cache != "never"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rewriter.sites._spec import Record
+from rewriter.sites._spec import SiteSpec
 
 KEY = "reparam"
 """The name of the entry in a site's metadata."""
@@ -15,7 +15,7 @@ _SPEED = re.compile(r"(?:^|, )(?:cache|batch|memory|share)=\w+")
 """Options that change when a chain is evaluated, and not what its stored tensors mean."""
 
 
-def identity(record: Record) -> dict[str, Any] | None:
+def identity(record: SiteSpec) -> dict[str, Any] | None:
     """Return what a state dict says about a site; `None` for an absorbed one, whose arguments are unknown.
 
     Values are strings and lists of strings, so that ``torch.load(weights_only=True)`` reads them.
@@ -26,7 +26,7 @@ def identity(record: Record) -> dict[str, Any] | None:
     return {"chain": list(record.chain), "options": _SPEED.sub("", options).strip(", ") + separator + settings}
 
 
-def note_identity(record: Record, state: Any, prefix: str) -> None:
+def note_identity(record: SiteSpec, state: Any, prefix: str) -> None:
     """Write the identity of a site into the metadata of a state dict that is being made.
 
     Arguments:
@@ -39,7 +39,7 @@ def note_identity(record: Record, state: Any, prefix: str) -> None:
         metadata[KEY] = own
 
 
-def difference(name: str, record: Record, metadata: Mapping[str, Any]) -> str:
+def difference(name: str, record: SiteSpec, metadata: Mapping[str, Any]) -> str:
     """Return why a state with this metadata is not for the site called `name`; empty if it may be.
 
     Arguments:

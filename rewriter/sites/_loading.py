@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rewriter._undo import undone_on_failure
 from rewriter.sites._bridge import REMEDY, StateError
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._site import Site
 from rewriter.sites._translation import Place, Translation, bridge, needs_bridge, places_in
 
 CONVERTED = "reparam_converted"
@@ -66,7 +66,7 @@ def converting_owner(load: Callable[..., Any]) -> Callable[..., Any]:
             for place in places:
                 _convert_nested(place, state_dict, assign, error_msgs)
             if not error_msgs:
-                untied = [place for place in places if len(place.site.record.members[0].names) == 1]
+                untied = [place for place in places if len(place.site.spec.members[0].names) == 1]
                 _warn_of_missing(untied, state_dict)
         load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -77,11 +77,11 @@ def _convert_nested(place: Place, state: dict[str, Any], assign: bool, errors: l
     if not needs_bridge(place, state):
         return
     try:
-        if place.site.record.reads:
+        if place.site.spec.reads:
             for name in place.names:
                 state.pop(name, None)
             raise StateError(
-                f"{place.names[0]}: it is computed from {', '.join(place.site.record.reads)}, which may come later: "
+                f"{place.names[0]}: it is computed from {', '.join(place.site.spec.reads)}, which may come later: "
                 f"call load_state_dict of the rewritten module itself. {REMEDY}"
             )
         bridge(place, state, [], assign)
@@ -127,7 +127,7 @@ def unchanged_on_error(model: nn.Module, assign: bool) -> Iterator[None]:
         except BaseException:
             _copy_back(copies)
             for site in model.modules():
-                if isinstance(site, ParametrizedTensor):
+                if isinstance(site, Site):
                     site.policy.invalidate()
             raise
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 CONTAINER = "parametrizations"
 """The submodule with an owner's sites, where torch has its own."""
-SESSION = "_reparam_session"
+CONTEXTS = "_reparam_contexts"
 """The attribute of an owner, and of every module above one, with the model's forward contexts."""
 GRAPH_OF = "_reparam_class"
 """The attribute in which the graph that a model was rewritten to has the class of the model."""

@@ -10,18 +10,18 @@ import torch
 from rewriter.sites._steps import apply_steps
 
 if TYPE_CHECKING:
-    from rewriter.sites._site import ParametrizedTensor
+    from rewriter.sites._site import Site
 
 
 @torch.no_grad()
-def refit(site: ParametrizedTensor, loaded: Set[str]) -> None:
+def refit(site: Site, loaded: Set[str]) -> None:
     """Fit the steps whose state was not loaded with the originals to the originals that were.
 
     Arguments:
         site: whose originals were loaded.
         loaded: names of the loaded tensors, as the site names them.
     """
-    record = site.record
+    record = site.spec
     for index, step in enumerate(site.steps if not record.reads else ()):
         state = {f"{index}.{name}" for name, _ in step.named_buffers()}
         fit: Any = getattr(step, "right_inverse", None)

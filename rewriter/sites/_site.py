@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.context._checkpoint import may_run_again
-from rewriter.context._forward import Session
+from rewriter.context._forward import Contexts
 from rewriter.context._fused import Group, evaluated_steps
 from rewriter.context._policy import Policy
 from rewriter.context._random import devices_of, nothing_drawn, random_states, same_states
@@ -21,11 +21,11 @@ from rewriter.errors import CaptureError
 from rewriter.sites._identity import difference, note_identity
 from rewriter.sites._reference import Reference
 from rewriter.sites._refit import refit
-from rewriter.sites._spec import Member, Record
+from rewriter.sites._spec import Member, SiteSpec
 from rewriter.sites._steps import apply_chain, apply_steps
 
 
-class ParametrizedTensor(nn.Module):
+class Site(nn.Module):
     """A tensor that is computed from stored ones by a chain of parametrizations.
 
     It lives at ``owner.parametrizations.<tensor>``, where torch puts its own, and its state-dict keys are torch's:
@@ -35,12 +35,12 @@ class ParametrizedTensor(nn.Module):
     Arguments:
         steps: the parametrizations, applied left to right.
         originals: the tensors they start from.
-        record: what the site computes and replaced.
-        session: of the model; one of its own where it is in none yet.
+        spec: what the site computes and replaced.
+        contexts: of the model; one of its own where it is in none yet.
     """
 
-    record: Record
-    session: Session
+    spec: SiteSpec
+    contexts: Contexts
     original_names: tuple[str, ...]
     owned = False
     """Whether it has an owner."""
@@ -59,20 +59,20 @@ class ParametrizedTensor(nn.Module):
         self,
         steps: Sequence[nn.Module],
         originals: Sequence[Tensor],
-        record: Record,
-        session: Session | None = None,
+        spec: SiteSpec,
+        contexts: Contexts | None = None,
     ) -> None:
         super().__init__()
         names = ("original",) if len(originals) == 1 else tuple(f"original{index}" for index in range(len(originals)))
         # Module.__setattr__ looks for parameters in every value, which takes time for thousands of sites.
-        session = Session() if session is None else session
-        self.__dict__.update(record=record, session=session, original_names=names, _places=())
-        self.__dict__.update(policy=Policy(record.cache == "version"), trained_before=None, hoisted=0)
+        contexts = Contexts() if contexts is None else contexts
+        self.__dict__.update(spec=spec, contexts=contexts, original_names=names, _places=())
+        self.__dict__.update(policy=Policy(spec.cache == "version"), trained_before=None, hoisted=0)
         for name, original in zip(names, originals, strict=True):
             if isinstance(original, nn.Parameter):
                 self._parameters[name] = original
             else:
-                self.register_buffer(name, original, persistent=record.members[0].persistent)
+                self.register_buffer(name, original, persistent=spec.members[0].persistent)
         for index, step in enumerate(steps):
             self._modules[str(index)] = step
 
@@ -94,16 +94,16 @@ class ParametrizedTensor(nn.Module):
         """Return the value: a tensor, or a tuple of them for a joint site.
 
         Arguments:
-            inputs: the model's tensors named in ``record.reads``, in that order.
+            inputs: the model's tensors named in ``spec.reads``, in that order.
             cast: give the value in autocast's precision where autocast is on: all its uses would cast it.
             batch: values that were evaluated together with those of other sites, if they were.
             slot: which of them is this site's.
 
         Raises:
-            CaptureError: a tracer that knows nothing of sites would record the value as a constant.
+            CaptureError: a tracer that knows nothing of sites would spec the value as a constant.
         """
         if self.policy.versioned and not torch.compiler.is_compiling():
-            valid = self.session.running.valid
+            valid = self.contexts.running.valid
             if self in valid:
                 return valid[self]
         if batch is None and ordinary():
@@ -111,7 +111,7 @@ class ParametrizedTensor(nn.Module):
                 kept = self.policy.valid_value(inputs)
                 if kept is not None:
                     return kept
-            elif self.record.simple and self.record.memory == "keep" and not self.hoisted and not self.fused:
+            elif self.spec.simple and self.spec.memory == "keep" and not self.hoisted and not self.fused:
                 stored, names = self._parameters, self.original_names
                 noted = self.training and may_run_again()
                 if len(stored) == len(names) and not noted:  # none of them is a buffer, and this is no replica
@@ -122,7 +122,7 @@ class ParametrizedTensor(nn.Module):
     def _value(self, inputs: Sequence[Tensor]) -> Any:
         if others_trace():
             raise CaptureError(
-                f"torch.fx would record the value of {self.record.name} as a constant, which nothing trains: rewrite "
+                f"torch.fx would spec the value of {self.spec.name} as a constant, which nothing trains: rewrite "
                 "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
                 "rewritten or after bake()"
             )
@@ -155,7 +155,7 @@ class ParametrizedTensor(nn.Module):
         Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
         of the value is what autocast casts.
         """
-        run = self.recompute if self.record.memory == "recompute" else self.compose
+        run = self.recompute if self.spec.memory == "recompute" else self.compose
         try:
             if autocast_anywhere():
                 device = self._device_type()
@@ -174,34 +174,34 @@ class ParametrizedTensor(nn.Module):
     def _note(self, problem: Exception) -> None:
         """Let the problem say which tensor was being computed, where Python has notes."""
         if hasattr(problem, "add_note"):
-            problem.add_note(f"while computing {self.record.name}: {' >> '.join(self.record.chain)}")
+            problem.add_note(f"while computing {self.spec.name}: {' >> '.join(self.spec.chain)}")
 
     def compose(self, *inputs: Tensor) -> Any:
         """Apply the steps to the stored tensors, in the precision that is on."""
         if self.hoisted and not torch.compiler.is_compiling():
             return self._compose_rest(*inputs)
         steps = evaluated_steps(self) if self.fused else self.steps
-        return apply_chain(self.record, steps, self.originals, inputs)
+        return apply_chain(self.spec, steps, self.originals, inputs)
 
     def _compose_rest(self, *inputs: Tensor) -> Any:
         count = self.hoisted
         steps = evaluated_steps(self) if self.fused else self.steps
         originals = self.originals
-        used = originals[: sum(self.record.stored[:count])]
+        used = originals[: sum(self.spec.stored[:count])]
 
         def first() -> Any:
-            return apply_steps(self.record, steps[:count], used, ())
+            return apply_steps(self.spec, steps[:count], used, ())
 
         value = self.policy.cache("hoisted", self, count, (), first)
-        return apply_chain(self.record, steps, originals, inputs, count, value)
+        return apply_chain(self.spec, steps, originals, inputs, count, value)
 
-    def settled(self, trains: Callable[[str], bool] = lambda path: False) -> ParametrizedTensor:
+    def settled(self, trains: Callable[[str], bool] = lambda path: False) -> Site:
         """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here.
 
         Arguments:
             trains: path of a module in it → whether it keeps its mode instead.
         """
-        clone: ParametrizedTensor = settled_copy(self, trains)
+        clone: Site = settled_copy(self, trains)
         clone.policy = Policy()
         return clone
 
@@ -226,18 +226,18 @@ class ParametrizedTensor(nn.Module):
 
     # Cached values belong to this object: copies start without, conversions and loading drop them.
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParametrizedTensor:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Site:
         self.policy.invalidate()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_identity(self.record, destination, prefix)
+        note_identity(self.spec, destination, prefix)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *args: Any) -> None:
         self.policy.invalidate()
-        problem = difference(self.record.name, self.record, metadata)
+        problem = difference(self.spec.name, self.spec, metadata)
         if problem:
             args[-1].append(problem)
             state_dict.clear()  # the part for this site: its steps do not load either
@@ -256,35 +256,35 @@ class ParametrizedTensor(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.policy = Policy(self.record.cache == "version", self.trained_before is not None)
+        self.policy = Policy(self.spec.cache == "version", self.trained_before is not None)
 
-    def __copy__(self) -> ParametrizedTensor:
-        clone: ParametrizedTensor = self.__class__.__new__(self.__class__)
+    def __copy__(self) -> Site:
+        clone: Site = self.__class__.__new__(self.__class__)
         clone.__setstate__(self.__getstate__())
         return clone
 
     # How a module that torch.fx cannot trace reads the value: an attribute access finds the running forward.
 
     def place_inputs(self, places: Sequence[tuple[nn.Module, str]]) -> None:
-        """Remember where the tensors named in ``record.reads`` live: pairs of owner and attribute name."""
+        """Remember where the tensors named in ``spec.reads`` live: pairs of owner and attribute name."""
         self._places = tuple((Reference(owner), name) for owner, name in places)
 
     def read_inputs(self) -> list[Tensor]:
-        """Return the tensors named in ``record.reads`` as they are now."""
+        """Return the tensors named in ``spec.reads`` as they are now."""
         return [getattr(reference.module, name) for reference, name in self._places]
 
     def current(self) -> Any:
         """Return the value for the running forward; without one, the value as it stands."""
-        frame = self.session.frame
-        if frame is None:
+        context = self.contexts.context
+        if context is None:
             value = self.read(*self.read_inputs())
             if not torch.compiler.is_compiling():
-                watch_writes(self.record.name, self.record.chain, value, self.originals)
+                watch_writes(self.spec.name, self.spec.chain, value, self.originals)
                 self.policy.read(self, value)
             return value
-        if self.record.cache == "never":
+        if self.spec.cache == "never":
             return self(*self.read_inputs())
-        return frame.value(self, lambda: self(*self.read_inputs()))
+        return context.value(self, lambda: self(*self.read_inputs()))
 
     @property
     def lasting(self) -> bool:
@@ -294,7 +294,7 @@ class ParametrizedTensor(nn.Module):
     @property
     def stands_for_buffer(self) -> bool:
         """Whether what it computes was a buffer, which a forward may mean to write to."""
-        return self.record.members[0].kind == "buffer"
+        return self.spec.members[0].kind == "buffer"
 
     @property
     def repeatable(self) -> bool:
@@ -303,29 +303,29 @@ class ParametrizedTensor(nn.Module):
 
     def member(self, tensor: str) -> Member:
         """Return what is known of one of the tensors computed, by its name at the owner."""
-        return self.record.members[self.position(tensor)]
+        return self.spec.members[self.position(tensor)]
 
     def position(self, tensor: str) -> int:
         """Return which of the tensors computed has this name at the owner; a tied one has several."""
-        if len(self.record.members) == 1:
+        if len(self.spec.members) == 1:
             return 0
-        return [member.tensor for member in self.record.members].index(tensor)
+        return [member.tensor for member in self.spec.members].index(tensor)
 
     def current_member(self, tensor: str) -> Any:
         """Return `current` for one of the tensors computed, by its name at the owner."""
         value = self.current()
-        return value if len(self.record.members) == 1 else value[self.position(tensor)]
+        return value if len(self.spec.members) == 1 else value[self.position(tensor)]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("append", "is_tensor"):  # which torch.nn.utils.parametrize asks of what computes a tensor
             raise AttributeError(
-                f"{self.record.name} is computed by reparam, not by torch.nn.utils.parametrize: add steps to its chain "
+                f"{self.spec.name} is computed by reparam, not by torch.nn.utils.parametrize: add steps to its chain "
                 "in the spec, and remove them with rewriter.bake"
             )
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        return f"{self.record.name} = {' >> '.join(self.record.chain)}, cache={self.record.cache}"
+        return f"{self.spec.name} = {' >> '.join(self.spec.chain)}, cache={self.spec.cache}"
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

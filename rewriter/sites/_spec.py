@@ -34,7 +34,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Record:
+class SiteSpec:
     """How a site is computed, and what it replaced.
 
     Arguments:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rewriter.sites._spec import Record
+from rewriter.sites._spec import SiteSpec
 
 
 def apply_chain(
-    record: Record,
+    record: SiteSpec,
     steps: Sequence[Callable[..., Any]],
     originals: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -41,7 +41,7 @@ def apply_chain(
 
 
 def apply_steps(
-    record: Record,
+    record: SiteSpec,
     steps: Sequence[Callable[..., Any]],
     originals: Sequence[Tensor],
     inputs: Sequence[Tensor],

@@ -14,7 +14,7 @@ from rewriter.sites._container import sites_of
 from rewriter.sites._forms import Found, find_form
 from rewriter.sites._identity import difference
 from rewriter.sites._places import CONTAINER
-from rewriter.sites._site import ParametrizedTensor
+from rewriter.sites._site import Site
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and many training loops put before every key."""
@@ -30,9 +30,9 @@ class Place:
         key: the name under which the owner has the site.
     """
 
-    def __init__(self, owner: nn.Module, path: str, key: str, site: ParametrizedTensor) -> None:
+    def __init__(self, owner: nn.Module, path: str, key: str, site: Site) -> None:
         self.owner, self.path, self.site = owner, path, site
-        names = [member.tensor for member in site.record.members]
+        names = [member.tensor for member in site.spec.members]
         if len(names) == 1:  # a tied tensor may have another name at another owner
             names = [key]
         self.tensors = names
@@ -124,7 +124,7 @@ class Translation:
             StateError: lists every site with both chains.
         """
         found = [
-            difference(place.names[0], place.site.record, self.metadata.get(place.prefix[:-1], {}))
+            difference(place.names[0], place.site.spec, self.metadata.get(place.prefix[:-1], {}))
             for place in self.places
         ]
         problems = [text for text in dict.fromkeys(found) if text]
@@ -156,7 +156,7 @@ class Translation:
         values: dict[str, Tensor] = {}
         for place in self.places:
             if any(name not in self.state for name in place.names):
-                members = zip(place.site.record.members, place.names, self._values(place), strict=True)
+                members = zip(place.site.spec.members, place.names, self._values(place), strict=True)
                 values.update({name: value for member, name, value in members if member.persistent})
         prefixes = tuple(place.prefix for place in self.places)
         rest = {key: value for key, value in self.state.items() if not key.startswith(prefixes)}

@@ -62,7 +62,7 @@ def convert_state_dict(state: Mapping[str, Any], model: nn.Module | Plan, to: Fo
         metadata = converted._metadata.setdefault(place.prefix[:-1], {})  # type: ignore[attr-defined]
         metadata.pop(KEY, None)
         if to == "rewritten":
-            note_identity(place.site.record, converted, place.prefix)
+            note_identity(place.site.spec, converted, place.prefix)
     return converted
 
 

@@ -20,7 +20,7 @@ from rewriter.context._random import nothing_drawn
 from rewriter.errors import PlanError, RewriterError
 from rewriter.language import Step, load_spec
 from rewriter.parametrizations._registry import arguments_of, construct, names
-from rewriter.sites import Chunked, ParametrizedTensor
+from rewriter.sites import Chunked, Site
 from rewriter.sites._bridge import copy_of
 from rewriter.sites._steps import apply_steps
 
@@ -37,7 +37,7 @@ class _Change:
         buffers: buffers of the step with their new contents.
     """
 
-    site: ParametrizedTensor
+    site: Site
     index: int
     shown: str
     settings: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
@@ -50,9 +50,9 @@ class _Change:
             module.__dict__.update(settings)
         for buffer, content in self.buffers:
             buffer.copy_(content)
-        record, index = self.site.record, self.index
+        record, index = self.site.spec, self.index
         chain = (*record.chain[:index], self.shown, *record.chain[index + 1 :])
-        self.site.record = replace(record, chain=chain)
+        self.site.spec = replace(record, chain=chain)
         self.site.hoisted, self.site.fused = 0, ()
         self.site.policy.invalidate()
 
@@ -86,7 +86,7 @@ def update(model: nn.Module, site_or_rule: str, **arguments: Any) -> None:
     every = _present(model)
     labelled, sites = _chosen(every, [site_or_rule])
     steps = [(site, _one_step(site, arguments, site_or_rule)) for site in sites]
-    steps += [(site, site.record.labels.index(label)) for site, label in labelled]
+    steps += [(site, site.spec.labels.index(label)) for site, label in labelled]
     _refuse_partly_shared(every, steps)
     changes = [_change(site, index, arguments) for site, index in steps]
     graphs = [
@@ -121,7 +121,7 @@ def extend(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
             that site first; `rewrite` with all rules in one spec gives both at once.
     """
     check_model(model, "extend", programs=False)
-    rules = {site.record.rule for site in _present(model)}
+    rules = {site.spec.rule for site in _present(model)}
     if not rules:
         raise RewriterError(f"{type(model).__name__} has no rule yet: use rewriter.rewrite")
     read = load_spec(spec)
@@ -131,9 +131,9 @@ def extend(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
     return rewrite(model, read, **options)
 
 
-def _one_step(site: ParametrizedTensor, arguments: Mapping[str, Any], chosen: str) -> int:
+def _one_step(site: Site, arguments: Mapping[str, Any], chosen: str) -> int:
     """Return the index of the step that takes the arguments."""
-    record = site.record
+    record = site.spec
     known = {index: _parameters(site, index) for index in range(len(record.chain))}
     taking = [index for index, taken in known.items() if arguments.keys() <= set(taken)]
     where = f"{record.name}: {' >> '.join(record.chain)}"
@@ -149,7 +149,7 @@ def _one_step(site: ParametrizedTensor, arguments: Mapping[str, Any], chosen: st
     return taking[0]
 
 
-def _parameters(site: ParametrizedTensor, index: int) -> list[str]:
+def _parameters(site: Site, index: int) -> list[str]:
     step = _part(site.steps[index])
     try:
         found = _read(site, index, {}).factory
@@ -162,13 +162,13 @@ def _part(step: nn.Module) -> nn.Module:
     return step[0] if isinstance(step, Chunked) else step
 
 
-def _read(site: ParametrizedTensor, index: int, arguments: Mapping[str, Any]) -> Step:
+def _read(site: Site, index: int, arguments: Mapping[str, Any]) -> Step:
     """Return a step of a site as the spec language reads it, with some arguments changed.
 
     Raises:
         RewriterError: the step has no name in the language, or does not take the arguments.
     """
-    name, _, rest = site.record.chain[index].partition("(")
+    name, _, rest = site.spec.chain[index].partition("(")
     given = {**_arguments(rest.removesuffix(")")), **arguments}
     rule = {"name": "update", "select": "**", "chain": [{name: given}]}
     prefix, dot, _ = name.partition(".")
@@ -204,23 +204,21 @@ def _top_level(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def _refuse_partly_shared(
-    every: Mapping[ParametrizedTensor, Any], steps: Sequence[tuple[ParametrizedTensor, int]]
-) -> None:
+def _refuse_partly_shared(every: Mapping[Site, Any], steps: Sequence[tuple[Site, int]]) -> None:
     changed = {id(site) for site, _ in steps}
     modules = {id(site.steps[index]): site for site, index in steps}
     for other in every:
         shared = next((modules[id(step)] for step in other.steps if id(step) in modules), None)
         if shared is not None and id(other) not in changed:
             raise RewriterError(
-                f"{shared.record.name} has a step that it shares (`share: true`) with {other.record.name}: update the "
-                f"rule {shared.record.rule!r} as a whole"
+                f"{shared.spec.name} has a step that it shares (`share: true`) with {other.spec.name}: update the "
+                f"rule {shared.spec.rule!r} as a whole"
             )
 
 
 @torch.no_grad()
-def _change(site: ParametrizedTensor, index: int, arguments: Mapping[str, Any]) -> _Change:
-    record, step = site.record, site.steps[index]
+def _change(site: Site, index: int, arguments: Mapping[str, Any]) -> _Change:
+    record, step = site.spec, site.steps[index]
     where = f"{record.name}: {record.chain[index]}"
     shown = ", ".join(f"{key}={value}" for key, value in arguments.items())
     name = record.chain[index].partition("(")[0]
@@ -253,7 +251,7 @@ def _change(site: ParametrizedTensor, index: int, arguments: Mapping[str, Any]) 
     return change
 
 
-def _is_planned(site: ParametrizedTensor, index: int, factory: Any) -> bool:
+def _is_planned(site: Site, index: int, factory: Any) -> bool:
     """Whether the rule decided the arguments of a step for all its sites, or after the masks beside it."""
     if not hasattr(factory, "plan_sites"):
         return False
@@ -261,11 +259,11 @@ def _is_planned(site: ParametrizedTensor, index: int, factory: Any) -> bool:
     return getattr(factory, "plans_alone", True) or any(getattr(_part(step), "masks", False) for step in neighbours)
 
 
-def _given_by(site: ParametrizedTensor, index: int) -> Tensor:
+def _given_by(site: Site, index: int) -> Tensor:
     """Return the value that a step gives now, in evaluation mode."""
     clone = copy_of(site)
     with nothing_drawn():
-        value = apply_steps(site.record, clone.steps[: index + 1], clone.originals, site.read_inputs())
+        value = apply_steps(site.spec, clone.steps[: index + 1], clone.originals, site.read_inputs())
     first: Tensor = value[0] if isinstance(value, (tuple, list)) else value
     return first
 

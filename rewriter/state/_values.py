@@ -12,7 +12,7 @@ from rewriter._given import check_model
 from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
-from rewriter.sites import ParametrizedTensor, assign_value, check_shape
+from rewriter.sites import Site, assign_value, check_shape
 
 
 def get_value(model: nn.Module, name: str) -> Tensor:
@@ -39,7 +39,7 @@ def get_value(model: nn.Module, name: str) -> Tensor:
     with torch.no_grad():
         value = entry.site.read(*entry.site.read_inputs())
     member: Tensor = value
-    if len(entry.site.record.members) > 1:
+    if len(entry.site.spec.members) > 1:
         member = value[entry.site.position(entry.owners[0][1])]
     # A chain may return the stored tensor itself, and a frozen site its cached value: callers must not write into them.
     return member.detach().clone()
@@ -133,15 +133,15 @@ def invalidate(model: nn.Module) -> None:
     """
     check_model(model, "invalidate", programs=False)
     for site in model.modules():
-        if isinstance(site, ParametrizedTensor):
+        if isinstance(site, Site):
             site.policy.invalidate()
 
 
-def _sites(model: nn.Module, only: Sequence[str] | None) -> list[ParametrizedTensor]:
+def _sites(model: nn.Module, only: Sequence[str] | None) -> list[Site]:
     steps, sites = _chosen(_present(model), only)
     if steps:
         raise PlanError(
-            f"{steps[0][1]!r} is the label of a step of {steps[0][0].record.name}; a site is frozen as a whole"
+            f"{steps[0][1]!r} is the label of a step of {steps[0][0].spec.name}; a site is frozen as a whole"
         )
     return list(sites)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import bake, evaluate_once, rewrite
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.state import freeze
 from tests.threads import run_threads
 
@@ -169,7 +169,7 @@ def test_an_exception_in_the_middle_of_a_forward_leaves_nothing(spec: Any) -> No
     with torch.no_grad():
         inner.parametrizations.weight.original.add_(1)
     torch.testing.assert_close(model(x), bake(model)(x))
-    assert inner.parametrizations.weight.session.frame is None
+    assert inner.parametrizations.weight.contexts.frame is None
 
 
 def test_a_copy_made_inside_a_forward_is_a_model_of_its_own(spec: Any) -> None:
@@ -265,4 +265,4 @@ def test_nothing_held_is_part_of_the_state(made: Any) -> None:
 
 
 def _is_site(module: nn.Module) -> bool:
-    return isinstance(module, ParametrizedTensor)
+    return isinstance(module, Site)

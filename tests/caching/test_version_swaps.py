@@ -87,7 +87,7 @@ def _replace_the_step(made: Any) -> None:
 
 def _replace_the_site(made: Any) -> None:
     other = copy.deepcopy(made.model).cell.parametrizations.weight_hh
-    other.session = made.site.session  # one of another model is evaluated whenever it is read
+    other.contexts = made.site.contexts  # one of another model is evaluated whenever it is read
     with torch.no_grad():
         other.original.add_(1)
     made.model.cell.parametrizations.weight_hh = other

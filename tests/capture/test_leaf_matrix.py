@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewriter import bake, plan, rewrite
 from rewriter.io import load_model, save_model
-from rewriter.sites import HANDED, ParametrizedTensor
+from rewriter.sites import HANDED, Site
 
 
 class Symmetric(nn.Module):
@@ -99,8 +99,8 @@ def assert_near(found: dict[Any, Tensor], expected: dict[Any, Tensor], tolerance
         assert torch.allclose(value, expected[name], rtol=tolerance, atol=tolerance), name
 
 
-def sites_of(model: nn.Module) -> list[ParametrizedTensor]:
-    return [module for module in model.modules() if isinstance(module, ParametrizedTensor)]
+def sites_of(model: nn.Module) -> list[Site]:
+    return [module for module in model.modules() if isinstance(module, Site)]
 
 
 def evaluations(model: nn.Module) -> list[int]:

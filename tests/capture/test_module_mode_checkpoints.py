@@ -128,7 +128,7 @@ def test_reentrant_checkpoints_give_the_same_gradients(chain: str, outside: bool
         model(x.double()).square().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-12)
-    session = again.__dict__["_reparam_session"]
+    session = again.__dict__["_reparam_contexts"]
     assert not session._repeated
 
 

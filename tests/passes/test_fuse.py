@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewriter import PlanError, RewriterError, bake, evaluate_once, plan, register, rewrite
 from rewriter.io import load_model, save_model
 from rewriter.passes import PassError, print_graph
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.state import freeze, unfreeze
 
 MASK, OTHER = {"l1_unstructured": {"amount": 5}}, {"ln_structured": {"amount": 1, "dim": 0}}
@@ -30,9 +30,9 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
 
 
-def site_of(model: nn.Module) -> ParametrizedTensor:
+def site_of(model: nn.Module) -> Site:
     site = model.get_submodule("0.parametrizations.weight")
-    assert isinstance(site, ParametrizedTensor)
+    assert isinstance(site, Site)
     return site
 
 

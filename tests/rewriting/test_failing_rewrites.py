@@ -64,7 +64,7 @@ def _unchanged(model: nn.Module) -> Callable[[], None]:
             assert now[name] is tensor and tensor.requires_grad is trained
             torch.testing.assert_close(tensor, content, rtol=0, atol=0)
         assert model.second.weight is model.first.weight
-        assert not any("_reparam_session" in vars(module) for module in model.modules())
+        assert not any("_reparam_contexts" in vars(module) for module in model.modules())
         torch.testing.assert_close(model(x), value, rtol=0, atol=0)
         value_of_a_copy = copy.deepcopy(model)(x)
         torch.testing.assert_close(value_of_a_copy, value, rtol=0, atol=0)

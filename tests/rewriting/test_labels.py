@@ -24,8 +24,8 @@ def test_baking_a_step_keeps_the_value_and_the_other_steps(capture: str, rule: R
         new.get_submodule("0.parametrizations.weight").original0.mul_(1.5)
     y = new(x)
     shorter = bake(new, only=["double"])
-    assert new.get_submodule("0.parametrizations.weight").record.chain == ("weight_norm", "scale(factor=2.0)")
-    assert shorter.get_submodule("0.parametrizations.weight").record.chain == ("weight_norm",)
+    assert new.get_submodule("0.parametrizations.weight").spec.chain == ("weight_norm", "scale(factor=2.0)")
+    assert shorter.get_submodule("0.parametrizations.weight").spec.chain == ("weight_norm",)
     torch.testing.assert_close(shorter(x), y)
     assert [key for key in shorter.state_dict() if "original" in key] == [
         "0.parametrizations.weight.original0",
@@ -50,7 +50,7 @@ def test_the_first_step_can_go_too(rule: Rule) -> None:
     new = rewrite(model, rule("0.weight", {"symmetric": {"label": "first"}}, {"scale": {"factor": 3.0}}))
     shorter = bake(new, only=["first"])
     torch.testing.assert_close(shorter(x), new(x))
-    assert shorter.get_submodule("0.parametrizations.weight").record.chain == ("scale(factor=3.0)",)
+    assert shorter.get_submodule("0.parametrizations.weight").spec.chain == ("scale(factor=3.0)",)
 
 
 def test_a_value_that_the_rest_cannot_give_is_refused(rule: Rule) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rewriter import CaptureError, PlanError, bake, rewrite
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from tests.threads import run_threads
 
 
@@ -92,7 +92,7 @@ def test_the_graph_computes_and_trains_the_same(inside: bool) -> None:
 
 def test_each_site_is_one_node() -> None:
     model = _rewritten()
-    sites = sum(isinstance(module, ParametrizedTensor) for module in model.modules())
+    sites = sum(isinstance(module, Site) for module in model.modules())
     nodes = [node for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
     assert sum("parametrizations" in str(node.target) for node in nodes) == sites == 8
 

@@ -38,7 +38,7 @@ def test_a_state_of_another_chain_is_refused_with_both(
     before = snapshot(one)
     target: nn.Module = nn.ModuleDict({"module": one}) if nested else one
     source: nn.Module = nn.ModuleDict({"module": other}) if nested or prefix else other
-    chains = [site.record.chain[0] for site in (_site(other), _site(one))]
+    chains = [site.spec.chain[0] for site in (_site(other), _site(one))]
     with pytest.raises(RuntimeError) as raised:
         target.load_state_dict(through_a_file(source.state_dict()), strict=strict)
     text = str(raised.value)

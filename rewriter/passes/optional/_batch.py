@@ -13,7 +13,7 @@ from rewriter.context._random import nothing_drawn
 from rewriter.context._replay import buffer_marks, buffers_changed
 from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of
 from rewriter.passes.optional._costs import pays
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.sites._batch import BatchedEvaluation, evaluate_together, likeness, stacked
 from rewriter.sites._places import BATCHES
 
@@ -45,14 +45,14 @@ def is_batch(root: nn.Module, node: fx.Node) -> bool:
     return isinstance(root.get_submodule(str(node.target)), BatchedEvaluation)
 
 
-def can_batch(site: ParametrizedTensor) -> bool:
+def can_batch(site: Site) -> bool:
     """Whether the site's chain is a function of one stored tensor that broadcasts over leading dimensions."""
-    return site.record.batch != "never" and not why_alone(site)
+    return site.spec.batch != "never" and not why_alone(site)
 
 
-def why_alone(site: ParametrizedTensor) -> str:
+def why_alone(site: Site) -> str:
     """Return why the site's value cannot come out of a batch; nothing where it can."""
-    record = site.record
+    record = site.spec
     if record.cache != "forward":
         return f"`cache: {record.cache}` decides for each tensor when it is evaluated"
     if record.memory != "keep":
@@ -70,33 +70,33 @@ def why_alone(site: ParametrizedTensor) -> str:
     return "its first steps are not evaluated in every forward" if site.hoisted else ""
 
 
-def groups_to_batch(sites: Iterable[ParametrizedTensor]) -> list[list[ParametrizedTensor]]:
+def groups_to_batch(sites: Iterable[Site]) -> list[list[Site]]:
     """Return the groups of two and more of the sites that are alike: equal chains over tensors of equal form."""
-    groups: dict[object, list[ParametrizedTensor]] = {}
+    groups: dict[object, list[Site]] = {}
     for site in sites:
         if can_batch(site):
-            groups.setdefault((site.record.identity, likeness(site)), []).append(site)
+            groups.setdefault((site.spec.identity, likeness(site)), []).append(site)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _wanted(group: Sequence[ParametrizedTensor]) -> bool:
+def _wanted(group: Sequence[Site]) -> bool:
     first = group[0]
-    return first.record.batch == "always" or pays(len(group), first.originals[0], first.steps)
+    return first.spec.batch == "always" or pays(len(group), first.originals[0], first.steps)
 
 
-def _equal(group: Sequence[ParametrizedTensor]) -> bool:
+def _equal(group: Sequence[Site]) -> bool:
     """Whether the batch gives what each site gives by itself: a step may say `batched` and not be.
 
     Raises:
         PassError: it does not, and the rule says `batch: always`.
     """
     problem = why_not_equal(group)
-    if problem and group[0].record.batch == "always":
-        raise PassError(f"{group[0].record.name}: {problem}")
+    if problem and group[0].spec.batch == "always":
+        raise PassError(f"{group[0].spec.name}: {problem}")
     return not problem
 
 
-def why_not_equal(group: Sequence[ParametrizedTensor]) -> str:
+def why_not_equal(group: Sequence[Site]) -> str:
     """Return in which way a batch of the sites does not give what each of them gives; nothing where it does."""
     try:
         with torch.no_grad(), nothing_drawn(group[0].originals):
@@ -105,7 +105,7 @@ def why_not_equal(group: Sequence[ParametrizedTensor]) -> str:
         return f"the chain cannot be batched: {failure}"
 
 
-def _difference(group: Sequence[ParametrizedTensor]) -> str:
+def _difference(group: Sequence[Site]) -> str:
     """Return in which way a batch of the sites differs from single evaluations; nothing if it does not.
 
     Whether a chain broadcasts is a property of its code. The sites of a group run the same code, with the same
@@ -135,11 +135,11 @@ def _spread(count: int, wanted: int) -> list[int]:
     return sorted({index * (count - 1) // (wanted - 1) for index in range(wanted)})
 
 
-def _batched(sites: Sequence[ParametrizedTensor]) -> Tensor:
+def _batched(sites: Sequence[Site]) -> Tensor:
     return torch.stack(evaluate_together(sites))
 
 
-def _alone(site: ParametrizedTensor) -> Tensor:
+def _alone(site: Site) -> Tensor:
     """Return the value that the site gives alone, in the mode it is in; its state stays."""
     copy = site.settled()
     for part, original in zip(copy.modules(), site.modules(), strict=True):
@@ -148,7 +148,7 @@ def _alone(site: ParametrizedTensor) -> Tensor:
     return value
 
 
-def _advances_a_state(group: Sequence[ParametrizedTensor]) -> bool:
+def _advances_a_state(group: Sequence[Site]) -> bool:
     """Whether the chain writes to buffers in train mode, without saying that it is `stateful`."""
     value, steps = stacked(group[:1])
     holders = [part for step in steps for part in step.modules() if part._buffers]  # all of them copies

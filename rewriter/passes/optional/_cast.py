@@ -34,7 +34,7 @@ def cast_once(lowering: Lowering) -> bool:
     """
     marked = False
     for site, nodes in evaluations_of(lowering).items():
-        wanted = len(site.record.members) == 1 and site.record.members[0].dtype == "float32"
+        wanted = len(site.spec.members) == 1 and site.spec.members[0].dtype == "float32"
         for node in nodes:
             kwargs = {name: value for name, value in node.kwargs.items() if name != "cast"}
             if wanted and len(node.users) > 1 and all(casts(user, node) for user in node.users):
@@ -68,7 +68,7 @@ def _only_where_all_cast(lowering: Lowering) -> None:
     for site, nodes in evaluations_of(lowering).items():
         for node in nodes:
             if node.kwargs.get("cast") and not all(casts(user, node) for user in node.users):
-                raise PassError(f"{site.record.name} is cast for a use that wants it as it is")
+                raise PassError(f"{site.spec.name} is cast for a use that wants it as it is")
 
 
 cast_pass = Pass("cast", cast_once, ensures=_only_where_all_cast)

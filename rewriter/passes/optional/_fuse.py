@@ -15,10 +15,10 @@ from torch import Tensor
 from rewriter.context._fused import groups_of
 from rewriter.passes._infra import Pass
 from rewriter.passes.optional._samples import same_values
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 
 
-def fuse(sites: Iterable[ParametrizedTensor]) -> bool:
+def fuse(sites: Iterable[Site]) -> bool:
     """Decide for each site which of its steps are evaluated as one."""
     fused = False
     for site in sites:
@@ -30,7 +30,7 @@ def fuse(sites: Iterable[ParametrizedTensor]) -> bool:
 
 
 @torch.no_grad()
-def why_not_fused(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
+def why_not_fused(site: Site, inputs: Sequence[Tensor]) -> str:
     """Return in which way the value is another when steps are evaluated as one; nothing where it is the same.
 
     Arguments:
@@ -51,7 +51,7 @@ def why_not_fused(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
         if one.dtype != other.dtype or one.shape != other.shape or not torch.allclose(one, other, rounding, rounding):
             steps = ", ".join(f"{start + 1}–{stop}" for start, stop in groups)
             return (
-                f"steps {steps} of {' >> '.join(site.record.chain)} give another value as one than one after the "
+                f"steps {steps} of {' >> '.join(site.spec.chain)} give another value as one than one after the "
                 "other; their `fuse` or `cancels` is wrong (rewrite(…, without=['fuse']) leaves them alone)"
             )
     return ""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rewriter.passes._infra import Pass
 from rewriter.passes.optional._samples import same_values
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 from rewriter.sites._steps import apply_steps
 
 
-def hoist(sites: Iterable[ParametrizedTensor]) -> bool:
+def hoist(sites: Iterable[Site]) -> bool:
     """Decide for each site how many of its first steps are hoisted; the values stay the same."""
     hoisted = False
     for site in sites:
@@ -28,8 +28,8 @@ def hoist(sites: Iterable[ParametrizedTensor]) -> bool:
     return hoisted
 
 
-def _untrained_steps(site: ParametrizedTensor) -> int:
-    record = site.record
+def _untrained_steps(site: Site) -> int:
+    record = site.spec
     if len(record.chain) == 1 or record.source is not None or record.memory == "recompute":
         return 0
     count, used = 0, 0
@@ -45,14 +45,14 @@ def _untrained_steps(site: ParametrizedTensor) -> int:
 
 
 @torch.no_grad()
-def _fits(site: ParametrizedTensor, count: int, stored: list[Tensor]) -> bool:
+def _fits(site: Site, count: int, stored: list[Tensor]) -> bool:
     """Whether the result is no bigger than what it is made of: a compressed weight is not cached unpacked."""
-    value = apply_steps(site.record, site.settled().steps[:count], stored, ())
+    value = apply_steps(site.spec, site.settled().steps[:count], stored, ())
     return isinstance(value, Tensor) and value.nbytes <= sum(tensor.nbytes for tensor in stored)
 
 
 @torch.no_grad()
-def why_not_hoisted(site: ParametrizedTensor, inputs: Sequence[Tensor]) -> str:
+def why_not_hoisted(site: Site, inputs: Sequence[Tensor]) -> str:
     """Return in which way the value is another when its first steps are hoisted; nothing where it is the same.
 
     Arguments:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from rewriter.passes._infra import Lowering, PassError
-from rewriter.sites import ParametrizedTensor
+from rewriter.sites import Site
 
 SAMPLES = 8
 
 
-def few_of_each(sites: Iterable[ParametrizedTensor]) -> Iterator[ParametrizedTensor]:
+def few_of_each(sites: Iterable[Site]) -> Iterator[Site]:
     """Return the first few sites of every chain over tensors of every form, where steps are hoisted or fused.
 
     What is proven is about code, the same for all of them: whether a step's declarations are true. The numbers of
@@ -23,13 +23,13 @@ def few_of_each(sites: Iterable[ParametrizedTensor]) -> Iterator[ParametrizedTen
     seen: Counter[object] = Counter()
     for site in (site for site in sites if site.hoisted or site.fused):
         forms = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in site.originals)
-        form = (site.record.identity, site.fused, site.hoisted, forms)
+        form = (site.spec.identity, site.fused, site.hoisted, forms)
         seen[form] += 1
         if seen[form] <= SAMPLES:
             yield site
 
 
-def same_values(why_not: Callable[[ParametrizedTensor, Sequence[Tensor]], str]) -> Callable[[Lowering], None]:
+def same_values(why_not: Callable[[Site, Sequence[Tensor]], str]) -> Callable[[Lowering], None]:
     """Return what a pass ensures that leaves all values as they are.
 
     Arguments:
@@ -40,6 +40,6 @@ def same_values(why_not: Callable[[ParametrizedTensor, Sequence[Tensor]], str]) 
         for site in few_of_each(lowering.order):
             problem = why_not(site, site.read_inputs())
             if problem:
-                raise PassError(f"{site.record.name}: {problem}")
+                raise PassError(f"{site.spec.name}: {problem}")
 
     return ensure

@@ -75,7 +75,7 @@ def _is_like_product(summand: Tensor, x: Tensor, transposed: Tensor) -> bool:
 def transpose_once(lowering: Lowering) -> None:
     """Transpose the matrices that at least `LEAST` linear calls use."""
     for site, nodes in evaluations_of(lowering).items():
-        members = site.record.members
+        members = site.spec.members
         for node in nodes if len(members) == 1 and len(members[0].shape) == 2 else ():
             calls = [user for user in node.users if _is_linear(user, node)]
             if len(calls) >= LEAST:
