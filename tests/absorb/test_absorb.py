@@ -241,7 +241,7 @@ def test_nothing_of_the_source_is_left(source, x):
     assert list(_machinery(new)) == []
     assert not any(type(module).__name__.startswith("Parametrized") and "parametrize" in type(module).__module__
                    for module in new.modules())  # fmt: skip
-    rules = {site.spec.rule for site in new.modules() if hasattr(site, "record")}
+    rules = {site.spec.rule for site in new.modules() if hasattr(site, "original_names")}
     assert rules == {f"absorbed:{source[1]}"}
 
 

@@ -169,7 +169,7 @@ def test_an_exception_in_the_middle_of_a_forward_leaves_nothing(spec: Any) -> No
     with torch.no_grad():
         inner.parametrizations.weight.original.add_(1)
     torch.testing.assert_close(model(x), bake(model)(x))
-    assert inner.parametrizations.weight.contexts.frame is None
+    assert inner.parametrizations.weight.contexts.context is None
 
 
 def test_a_copy_made_inside_a_forward_is_a_model_of_its_own(spec: Any) -> None:

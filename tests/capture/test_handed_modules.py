@@ -213,7 +213,7 @@ def test_transformer_layers_read_computed_weights_in_every_mode(training: bool, 
     new = rewrite(model, spec(*names))
     reference = copy.deepcopy(model)
     with torch.no_grad():
-        for site in (m for m in new.modules() if hasattr(m, "record")):
+        for site in (m for m in new.modules() if hasattr(m, "original_names")):
             site.original.mul_(1.5)
         for name, p in reference.named_parameters():
             if f"{name}" in {n for s in plan(model, spec(*names)) for n in s.names}:
