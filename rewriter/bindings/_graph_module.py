@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import operator
-from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from typing import Any, overload
+from collections.abc import Collection
+from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.nn.modules.module import _WrappedHook
 
+from rewriter.bindings._edits import Marks
 from rewriter.bindings._late_changes import refuse_late_change
+from rewriter.bindings._layers import Layers
 from rewriter.bindings._owner_class import child_property
 from rewriter.bindings._retrace import traceable
 from rewriter.bindings._shell import Shell
@@ -39,6 +40,9 @@ _STATE_METHODS = ("get_extra_state", "set_extra_state", "_load_from_state_dict",
 _OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited")
 
 
+WRITTEN_AT_ONCE = 1000
+"""The most nodes of a graph whose code is written before somebody asks for it."""
+
 _classes: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 """The class of each graph's code: equal models share one, as `torch.func.stack_module_state` requires."""
 
@@ -54,7 +58,7 @@ class _GraphClass(type):
         super().__setattr__(name, value)
 
 
-class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
+class RewrittenModule(_LazyGraphModule, metaclass=_GraphClass):
     """A lowered graph over the module tree of the model that was rewritten.
 
     The submodules, tensors, hooks and plain attributes are the model's own, under their own names, so that the state
@@ -94,9 +98,28 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
                 if isinstance(hook, _WrappedHook) and hook.with_module and hook.module() is root:
                     hooks[key] = _WrappedHook(hook.hook, self)
 
-    def recompile(self) -> Any:
+    def recompile(self) -> Any:  # type: ignore[override]
+        if len(self.graph.nodes) <= WRITTEN_AT_ONCE:
+            return self._write()
+        # Code of thousands of nodes takes a fifth of the time of rewriting: whoever asks for it first writes it.
+        kind = self._new_class()
+        for name in ("forward", "__call__"):
+            setattr(kind, name, _written(name))
+        self.__class__ = kind
+        return None
+
+    def real_recompile(self) -> None:
+        """Write the code if it is not written; torch.fx calls this."""
+        if isinstance(vars(type(self)).get("forward"), property):
+            self._write()
+
+    def _new_class(self) -> Any:
         kind: Any = type(_blank(self.__dict__[GRAPH_OF]))
         kind.__name__ = kind.__qualname__ = self.__dict__["_reparam_name"]
+        return kind
+
+    def _write(self) -> Any:
+        kind = self._new_class()
         # torch.fx writes `forward` into the class. The model keeps its own until the new one is complete, since
         # another thread may call it.
         writer = object.__new__(kind)
@@ -131,7 +154,7 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
     def take_lowered(self, graph: fx.Graph) -> None:
         """Run `graph`, which lowering wrote."""
         self.graph = graph
-        self.__dict__[_MARKS] = _Marks(graph)
+        self.__dict__[_MARKS] = Marks(graph)
         self.__dict__.pop(_VALIDATED, None)
         self.__dict__.pop(_SLOTS, None)
 
@@ -159,8 +182,8 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
     @property
     def edited(self) -> bool:
         """Whether somebody changed the graph after lowering wrote it; a copy knows of its original's edits."""
-        marks: _Marks | None = self.__dict__[_MARKS]
-        return marks is None or not marks.same(_Marks(self.graph))
+        marks: Marks | None = self.__dict__[_MARKS]
+        return marks is None or not marks.same(Marks(self.graph))
 
     @property
     def sites(self) -> list[Site]:
@@ -252,38 +275,8 @@ class RewrittenModule(fx.GraphModule, metaclass=_GraphClass):
         return carried
 
 
-class RewrittenSequential(RewrittenModule):
+class RewrittenSequential(Layers, RewrittenModule):
     """The graph of an `nn.Sequential`, whose layers are found by their place as they were."""
-
-    def __len__(self) -> int:
-        return len(self._layers())
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._layers().values())
-
-    @overload
-    def __getitem__(self, index: int) -> nn.Module: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> nn.Sequential: ...
-
-    def __getitem__(self, index: int | slice) -> nn.Module:
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict([*self._layers().items()][index]))
-        return self._layers()[self._key(index)]
-
-    def __setitem__(self, index: int, layer: nn.Module) -> None:
-        setattr(self, self._key(index), layer)
-
-    def _key(self, index: int) -> str:
-        keys = [*self._layers()]
-        if not -len(keys) <= index < len(keys):
-            raise IndexError(f"layer {index} of {len(keys)}")
-        return keys[index]
-
-    def _layers(self) -> dict[str, nn.Module]:
-        """Return the layers by name, without what evaluates several tensors at once."""
-        return {name: layer for name, layer in self._modules.items() if layer is not None and name != BATCHES}
 
 
 @loadable(builds=[Shell])
@@ -303,6 +296,16 @@ def rebuild_rewritten(captured: dict[str, Any], graph: dict[str, Any]) -> Shell:
         when_vetted(clone, finish)
 
     return Shell(become)
+
+
+def _written(name: str) -> property:
+    """Return the property of a class without code that writes the code and gives the attribute of the new class."""
+
+    def read(self: RewrittenModule) -> Any:
+        self._write()
+        return getattr(self, name)
+
+    return property(read)
 
 
 def _origin_of(root: nn.Module) -> Any:
@@ -329,17 +332,6 @@ def _revive(clone: RewrittenModule, state: dict[str, Any], captured: fx.Graph, g
     if state["_reparam_edited"]:
         clone.__dict__[_MARKS] = None
     _join(clone)
-
-
-class _Marks:
-    """The nodes of a graph as they are: torch.fx replaces the arguments of a node whole, so identity shows an edit."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.objects = [part for node in graph.nodes for part in (node, node.op, node.target, node.args, node.kwargs)]
-
-    def same(self, other: _Marks) -> bool:
-        """Say whether both graphs are one, without an edit between."""
-        return len(self.objects) == len(other.objects) and all(map(operator.is_, self.objects, other.objects))
 
 
 def _join(model: RewrittenModule) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from rewriter import PlanError, RewriterError, bake, rewrite
 from rewriter.bindings import RewrittenModule
+from rewriter.bindings._graph_module import WRITTEN_AT_ONCE
 from rewriter.passes import Lowering, Pass, PassError, print_graph, run_passes, unfolded
 
 
@@ -167,3 +168,30 @@ def test_a_forward_set_on_one_model_stays_there() -> None:
     torch.testing.assert_close(other(x), expected)
     torch.testing.assert_close(one(x), -x)
     assert "forward" not in vars(bake(one))
+
+
+ASKS: dict[str, Any] = {
+    "call": lambda new, x: new(x),
+    "forward": lambda new, x: new.forward(x),
+    "copy": lambda new, x: copy.deepcopy(new)(x),
+    "pickle": lambda new, x: pickle.loads(pickle.dumps(new))(x),
+    "trace": lambda new, x: fx.symbolic_trace(new)(x),
+    "compile": lambda new, x: torch.compile(new, backend="eager")(x),
+    "export": lambda new, x: torch.export.export(new, (x,)).module()(x),
+    "bake": lambda new, x: bake(new)(x),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_the_code_of_a_large_graph_is_written_when_it_is_asked_for(ask: str) -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(WRITTEN_AT_ONCE // 2)])
+    new = rewritten("*.weight", model=model)
+    assert isinstance(vars(type(new))["forward"], property)
+    called: list[int] = []
+    new.register_forward_hook(lambda *_: called.append(1))
+    x = torch.randn(1, 2)
+    value = ASKS[ask](new, x)
+    torch.testing.assert_close(value, new(x))
+    if ask == "call":
+        assert len(called) == 2
+    assert new.code.count("parametrizations") >= len(model)
