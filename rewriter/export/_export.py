@@ -144,6 +144,7 @@ def _write_module(model: nn.Module | ExportedProgram, path: Path, inputs: Inputs
 
 
 def _write_torchscript(model: nn.Module | ExportedProgram, path: Path, inputs: Inputs | None) -> str | None:
+    is_program = isinstance(model, ExportedProgram)
     if isinstance(model, ExportedProgram):
         inputs = model.example_inputs[0] if inputs is None else inputs
         model = copy.deepcopy(model.module())
@@ -158,10 +159,11 @@ def _write_torchscript(model: nn.Module | ExportedProgram, path: Path, inputs: I
             ) from problem
         trace: Any = torch.jit.trace
         scripted = trace(model, inputs)
-        note = (
-            f"the {type(model).__name__} was traced, not scripted: its branches and loops are those of the example "
-            f"inputs. torch.jit.script: {_reason(problem)}"
-        )
+        if not is_program:  # a program has no branches any more
+            note = (
+                f"the {type(model).__name__} was traced, not scripted: its branches and loops are those of the "
+                f"example inputs. torch.jit.script: {_reason(problem)}"
+            )
     with path.open("wb") as file:
         torch.jit.save(scripted, file)
     return note
