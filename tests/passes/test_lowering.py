@@ -188,10 +188,10 @@ def test_the_code_of_a_large_graph_is_written_when_it_is_asked_for(ask: str) -> 
     new = rewritten("*.weight", model=model)
     assert isinstance(vars(type(new))["forward"], property)
     called: list[int] = []
-    new.register_forward_hook(lambda *_: called.append(1))
+    if ask == "call":
+        new.register_forward_hook(lambda *_: called.append(1))
     x = torch.randn(1, 2)
     value = ASKS[ask](new, x)
     torch.testing.assert_close(value, new(x))
-    if ask == "call":
-        assert len(called) == 2
+    assert len(called) == (2 if ask == "call" else 0)
     assert new.code.count("parametrizations") >= len(model)
