@@ -13,17 +13,18 @@ from torch.export import ExportedProgram
 from rewriter.errors import RewriterError
 
 
-def check_model(model: Any, verb: str, *, programs: bool = True) -> None:
+def check_model(model: Any, verb: str, *, programs: bool = True, wrapped: bool = False) -> None:
     """Refuse what is no model, and models inside a wrapper.
 
     Arguments:
         verb: what the caller is called.
         programs: whether an ExportedProgram will do.
+        wrapped: whether a model inside DistributedDataParallel and its like will do.
 
     Raises:
         RewriterError: says what to give instead.
     """
-    if isinstance(model, _wrappers()):
+    if not wrapped and isinstance(model, _wrappers()):
         raise RewriterError(
             f"{verb} takes the model itself, not {type(model).__name__} around it: use its attribute .module, and wrap "
             "the result again"

@@ -50,7 +50,7 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
             (``zero_grad()``) after a backward; at the start, for a
             DistributedDataParallel that looks for unused parameters, since it would take the stored tensors for some.
     """
-    check_model(model, "evaluate_once", programs=False)
+    check_model(model, "evaluate_once", programs=False, wrapped=True)
     _refuse(model)
     once = Once(distributed=any(isinstance(module, DistributedDataParallel) for module in model.modules()))
     added: list[Site] = []

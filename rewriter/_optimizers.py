@@ -39,7 +39,7 @@ def named_sites(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
     """
-    check_model(model, "named_sites", programs=False)
+    check_model(model, "named_sites", programs=False, wrapped=True)
     sites: dict[str, dict[str, nn.Parameter]] = {}
     for path, module in model.named_modules():
         if isinstance(module, Site):
@@ -73,7 +73,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RewriterError(f"check_optimizer takes a torch optimizer first, not {kind_of(optimizer)}")
-    check_model(model, "check_optimizer", programs=False)
+    check_model(model, "check_optimizer", programs=False, wrapped=True)
     grouped = _grouped(optimizer)
     own = {id(parameter) for parameter in model.parameters()}
     problems = [

@@ -45,7 +45,7 @@ def remap_optimizer(optimizer: O, before: nn.Module, after: nn.Module) -> O:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise RewriterError(f"remap_optimizer takes a torch optimizer first, not {kind_of(optimizer)}")
     for model in (before, after):
-        check_model(model, "remap_optimizer", programs=False)
+        check_model(model, "remap_optimizer", programs=False, wrapped=True)
     old, new = _parts(before), _parts(after)
     owner = {id(tensor): (name, part) for name, home in old.items() for part, tensor in home.items()}
     state: dict[Tensor, Any] = defaultdict(dict)

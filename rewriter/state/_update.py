@@ -80,7 +80,7 @@ def update(model: nn.Module, site_or_rule: str, **arguments: Any) -> None:
         RewriterError: the step stores other tensors with these arguments, or was given as a module; the model is as it
             was.
     """
-    check_model(model, "update", programs=False)
+    check_model(model, "update", programs=False, wrapped=True)
     if not arguments:
         raise RewriterError(f"update needs at least one argument to change at {site_or_rule!r}")
     every = _present(model)

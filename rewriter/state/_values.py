@@ -95,7 +95,7 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     Raises:
         PlanError: a pattern of `only` matches nothing.
     """
-    check_model(model, "freeze", programs=False)
+    check_model(model, "freeze", programs=False, wrapped=True)
     sites = [site for site in _sites(model, only) if site.trained_before is None]
     for site in sites:  # before any is frozen: sites of one rule may share their steps
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
@@ -115,7 +115,7 @@ def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
     Raises:
         PlanError: a pattern of `only` matches nothing.
     """
-    check_model(model, "unfreeze", programs=False)
+    check_model(model, "unfreeze", programs=False, wrapped=True)
     for site in _sites(model, only):
         trained = site.trained_before or {}
         for name, tensor in site.named_parameters():
@@ -131,7 +131,7 @@ def invalidate(model: nn.Module) -> None:
     loads of the tensors that they are computed from. Call this after a write through ``.data`` or through NumPy, and
     after a change inside a list or dict of a step: torch does not count those.
     """
-    check_model(model, "invalidate", programs=False)
+    check_model(model, "invalidate", programs=False, wrapped=True)
     for site in model.modules():
         if isinstance(site, Site):
             site.policy.invalidate()
@@ -147,7 +147,7 @@ def _sites(model: nn.Module, only: Sequence[str] | None) -> list[Site]:
 
 
 def _entry(model: nn.Module, name: str, verb: str) -> Entry:
-    check_model(model, verb, programs=False)
+    check_model(model, verb, programs=False, wrapped=True)
     entries = survey(model)
     for entry in entries:
         if name in entry.names:

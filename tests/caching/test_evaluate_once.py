@@ -321,3 +321,18 @@ def test_a_model_without_chains_is_left_alone(plain: Any) -> None:
     with evaluate_once(model):
         model(torch.randn(3, 7, 4, dtype=torch.float64)).sum().backward()
     assert model.cell.weight_hh.grad is not None
+
+
+def test_a_wrapped_model_is_taken(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        rule = {"name": "s", "select": "0.weight", "chain": ["symmetric"]}
+        model = rewrite(nn.Sequential(nn.Linear(3, 3)), {"reparam": 1, "rules": [rule]})
+        parallel = nn.parallel.DistributedDataParallel(model)
+        with evaluate_once(parallel):
+            with parallel.no_sync():
+                parallel(torch.ones(1, 3)).sum().backward()
+            parallel(torch.ones(1, 3)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
