@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
 from rewriter.context._random import devices_of, random_states, same_states
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
     from rewriter.context._fused import Merged
     from rewriter.context._once import Once
     from rewriter.sites._site import Site
+
+
+class _FusedSteps:
+    """Counts the steps of fused optimizers: torch counts no write of theirs to a parameter."""
+
+    count = 0
+    watching = False
+
+    @classmethod
+    def watch(cls) -> None:
+        """Count from now on."""
+        if not cls.watching:
+            cls.watching = True
+            register_optimizer_step_post_hook(cls._note)
+
+    @classmethod
+    def _note(cls, optimizer: Any, *_: Any) -> None:
+        if any(group.get("fused") for group in optimizer.param_groups):
+            cls.count += 1
 
 
 class Policy:
@@ -167,6 +187,8 @@ class Policy:
                 value = _detached(value)  # a chain may give an original itself
         drawn = not same_states(generators, random_states(devices))
         if before.unchanged() and not drawn and _cacheable(value):
+            if before.trained():
+                _FusedSteps.watch()
             self.cached[key] = CachedValue(value, before, modes, inputs, tensors[:1])
         return value
 
@@ -199,6 +221,8 @@ class CachedValue:
         self.inputs = tuple(inputs)
         self.first = first
         self.versions = [part._version for part in _tensors(value)]
+        self.fused_steps = _FusedSteps.count
+        self.trained = bool(fingerprint.trained())
 
     def is_valid(self, inputs: Sequence[Tensor]) -> bool:
         """Say whether nothing has changed, the value itself included: an embedding with `max_norm` writes to it."""
@@ -215,7 +239,9 @@ class CachedValue:
         return plain or self.modes == _modes(self.first)
 
     def unwritten(self) -> bool:
-        """Say whether nothing was written to the value itself."""
+        """Say whether nothing was written to the value itself, nor by a fused optimizer to what it is made of."""
+        if self.trained and self.fused_steps != _FusedSteps.count:
+            return False
         value = self.value
         if type(value) is tuple:
             return [part._version for part in value] == self.versions

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import rewrite
+from rewriter import bake, rewrite
 from rewriter.state import invalidate, set_value
 
 
@@ -280,3 +280,21 @@ def test_an_assignment_ends_a_cached_value(capture: str) -> None:
         model(torch.eye(3))
         model[0].weight = torch.eye(3)
         torch.testing.assert_close(model(torch.eye(3)) - model[0].bias, torch.eye(3))
+
+
+@pytest.mark.parametrize("capture", ["graph", "module"])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW])
+def test_a_fused_optimizer_ends_a_cached_value(capture: str, kind: Any) -> None:
+    rule = {"name": "s", "select": "*.weight", "chain": ["symmetric"], "cache": "version"}
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model: Any = rewrite(layers, {"reparam": 1, "rules": [rule]}, capture=capture)
+    optimizer = kind(model.parameters(), lr=0.1, fused=True)
+    x = torch.eye(3, dtype=torch.float64)
+    model(x).sum().backward()
+    with torch.no_grad():
+        before = model(x)
+        model(x)
+        optimizer.step()
+        after = model(x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, bake(model)(x))
