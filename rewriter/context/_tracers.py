@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -37,3 +39,19 @@ def others_trace() -> bool:
     Those that go by what reaches torch's dispatcher (`make_fx`, `torch.export`) do not.
     """
     return is_fx_symbolic_tracing() and not own and not _dispatch_modes()
+
+
+def autocast_anywhere() -> bool:
+    """Say whether autocast may be on for some device."""
+    # Asking for one device needs the device; most forwards run without autocast and should not pay for finding it.
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+
+
+def as_autocast(value: Any) -> Any:
+    """Return a value, or several, in the precision of autocast."""
+    if isinstance(value, tuple):
+        return tuple(map(as_autocast, value))
+    kind = value.device.type
+    if value.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return value
+    return value.to(torch.get_autocast_dtype(kind))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.context._fingerprint import COMPARED, Fingerprint, settings_of, transformed
+from rewriter.context._tracers import autocast_anywhere
 from rewriter.sites._reference import Reference
-from rewriter.sites._site import Site, autocast_anywhere
+from rewriter.sites._site import Site
 from rewriter.sites._spec import SiteSpec
 
 _FORMS = "_forms"

@@ -15,7 +15,7 @@ from rewriter.context._policy import Policy
 from rewriter.context._random import devices_of, nothing_drawn, random_states, same_states
 from rewriter.context._recompute import recomputed
 from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
-from rewriter.context._tracers import ordinary, others_trace
+from rewriter.context._tracers import as_autocast, autocast_anywhere, ordinary, others_trace
 from rewriter.context._writes import watch_writes
 from rewriter.errors import CaptureError
 from rewriter.sites._identity import difference, note_identity
@@ -117,7 +117,7 @@ class Site(nn.Module):
                 if len(stored) == len(names) and not noted:  # none of them is a buffer, and this is no replica
                     return self._run(map(stored.__getitem__, names))
         value = self._value(inputs) if batch is None else batch[slot]
-        return _autocast(value) if cast and autocast_anywhere() else value
+        return as_autocast(value) if cast and autocast_anywhere() else value
 
     def _value(self, inputs: Sequence[Tensor]) -> Any:
         if others_trace():
@@ -331,20 +331,6 @@ class Site(nn.Module):
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def autocast_anywhere() -> bool:
-    # Asking for one device needs the device; most forwards run without autocast and should not pay for finding it.
-    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
-
-
-def _autocast(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_autocast, value))
-    kind = value.device.type
-    if value.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
-        return value
-    return value.to(torch.get_autocast_dtype(kind))
 
 
 def _in_backward() -> bool:
