@@ -172,12 +172,9 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 def _forget(watched: _Watched) -> None:
-    global _hook
+    # The hook stays: torch iterates over the hooks of all optimizers when it calls this one.
     if watched in _watched:
         _watched.remove(watched)
-    if not _watched and _hook is not None:
-        _hook.remove()
-        _hook = None
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from rewriter import RewriterError, bake, rewrite
+from rewriter import RewriterError, _optimizers, bake, rewrite
 from rewriter.state import check_optimizer, freeze, named_sites, remap_optimizer
 from tests.state.conftest import Net
 
@@ -104,22 +104,34 @@ def test_a_remapped_optimizer_is_right(capture: str, spec: Callable[..., Any]) -
     assert step(new, remapped) == []
 
 
-def test_the_hook_goes_with_the_last_model(rewritten: Callable[..., nn.Module]) -> None:
-    gc.collect()
-    before = len(torch_optimizer._global_optimizer_post_hooks)
-    models = [rewritten("weight_norm") for _ in range(3)]
-    assert len(torch_optimizer._global_optimizer_post_hooks) == before + 1
-    del models
-    gc.collect()
-    assert len(torch_optimizer._global_optimizer_post_hooks) == before
+def test_there_is_one_hook_for_all_models(rewritten: Callable[..., nn.Module]) -> None:
+    first = rewritten("weight_norm")
+    hooks = len(torch_optimizer._global_optimizer_post_hooks)
+    others = [rewritten("weight_norm") for _ in range(3)]
+    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks
+    del first, others
 
 
-def test_the_hook_goes_once_an_optimizer_was_right(rewritten: Callable[..., nn.Module]) -> None:
+def test_a_model_is_watched_until_it_is_gone(rewritten: Callable[..., nn.Module]) -> None:
     gc.collect()
-    before = len(torch_optimizer._global_optimizer_post_hooks)
+    before = len(_optimizers._watched)
+    model = rewritten("weight_norm")
+    assert len(_optimizers._watched) == before + 1
+    del model
+    gc.collect()
+    assert len(_optimizers._watched) == before
+
+
+def test_hooks_of_others_run_when_a_watch_ends(rewritten: Callable[..., nn.Module]) -> None:
     new = rewritten("weight_norm")
-    step(new, torch.optim.SGD(new.parameters(), lr=0.01))
-    assert len(torch_optimizer._global_optimizer_post_hooks) == before
+    called: list[int] = []
+    hook = torch_optimizer.register_optimizer_step_post_hook(lambda *_: called.append(1))
+    try:
+        assert step(new, torch.optim.SGD(new.parameters(), lr=0.01)) == []
+        assert all(watched.model() is not new for watched in _optimizers._watched)
+    finally:
+        hook.remove()
+    assert called == [1]
 
 
 def test_parameters_that_are_used_later_are_warned_of_then(capture: str, spec: Callable[..., Any]) -> None:
