@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 from torch import fx, nn
 from torch.fx._lazy_graph_module import _LazyGraphModule
-from torch.nn.modules.module import _WrappedHook
 
 from rewriter.bindings._edits import Marks
 from rewriter.bindings._late_changes import refuse_late_change
@@ -18,6 +17,7 @@ from rewriter.bindings._layers import Layers
 from rewriter.bindings._owner_class import child_property
 from rewriter.bindings._retrace import traceable
 from rewriter.bindings._shell import Shell
+from rewriter.bindings._state_methods import bind_state_hooks, take_state_methods
 from rewriter.context._validated import Validated
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
@@ -35,8 +35,6 @@ _SLOTS = "_reparam_slots"
 _NOT_COPIED = frozenset(
     {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED, _SLOTS}
 )
-_STATE_METHODS = ("get_extra_state", "set_extra_state", "_load_from_state_dict", "_save_to_state_dict")
-"""What the model's class may do to its state dict: the graph does the same."""
 _OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited")
 
 
@@ -86,22 +84,14 @@ class RewrittenModule(_LazyGraphModule, metaclass=_GraphClass):
         self.__dict__[CAPTURED] = captured
         self.__dict__["_reparam_added"] = sorted(added)
         self.__dict__["_reparam_without"] = None if without is None else tuple(without)
-        self._bind_hooks(root)
+        bind_state_hooks(self, root)
         self.take_lowered(graph)
         _join(self)
-
-    def _bind_hooks(self, root: nn.Module) -> None:
-        """Give hooks on the state dict this module in the place of `root`, which they only refer to weakly."""
-        for name in ("_load_state_dict_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks"):
-            hooks: dict[int, Any] = self.__dict__.get(name) or {}
-            for key, hook in hooks.items():
-                if isinstance(hook, _WrappedHook) and hook.with_module and hook.module() is root:
-                    hooks[key] = _WrappedHook(hook.hook, self)
 
     def recompile(self) -> Any:  # type: ignore[override]
         if len(self.graph.nodes) <= WRITTEN_AT_ONCE:
             return self._write()
-        # Code of thousands of nodes takes a fifth of the time of rewriting: whoever asks for it first writes it.
+        # Writing the code of thousands of nodes takes a fifth of the time of rewriting: the first use writes it.
         kind = self._new_class()
         for name in ("forward", "__call__"):
             setattr(kind, name, _written(name))
@@ -116,6 +106,7 @@ class RewrittenModule(_LazyGraphModule, metaclass=_GraphClass):
     def _new_class(self) -> Any:
         kind: Any = type(_blank(self.__dict__[GRAPH_OF]))
         kind.__name__ = kind.__qualname__ = self.__dict__["_reparam_name"]
+        take_state_methods(kind, self.__dict__[GRAPH_OF])
         return kind
 
     def _write(self) -> Any:
@@ -129,10 +120,6 @@ class RewrittenModule(_LazyGraphModule, metaclass=_GraphClass):
         for name in self._modules:
             if not hasattr(RewrittenModule, name):
                 setattr(kind, name, child_property(name))
-        origin = self.__dict__[GRAPH_OF]
-        for name in _STATE_METHODS:
-            if getattr(origin, name) is not getattr(nn.Module, name):
-                setattr(kind, name, getattr(origin, name))
         kind._reparam_shared = True
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # a constant in the code may have no hash: then the class is not shared

@@ -21,7 +21,7 @@ _VIEWS = frozenset(
     """
     T chunk contiguous detach expand expand_as flatten getitem mT movedim narrow permute real reshape select split
     squeeze swapaxes t to transpose type_as unbind unflatten unsqueeze view view_as
-    broadcast_to detach double float half mH tensor_split diagonal H imag swapdims
+    broadcast_to double float half mH tensor_split diagonal H imag swapdims
     """.split()
 )
 _VIEW_MODULES = frozenset({nn.Dropout, nn.Flatten, nn.Identity, nn.Unflatten})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import bake, rewrite
+from rewriter.bindings._graph_module import WRITTEN_AT_ONCE
 
 SPEC = {"reparam": 1, "rules": [{"name": "w", "select": "fc.weight", "chain": ["weight_norm"]}]}
 
@@ -52,3 +53,38 @@ def test_extra_state_and_load_hooks_survive(capture: str, carry: Any) -> None:
     new.load_state_dict(state)
     assert new.epochs == 7 and new.version == 5
     assert bake(new).state_dict()["_extra_state"] == {"version": 5}
+
+
+def test_extra_state_is_there_before_the_code_of_a_large_graph_is_written() -> None:
+    class Deep(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(WRITTEN_AT_ONCE):
+                x = torch.tanh(x)
+            return self.fc(x)
+
+    new = rewrite(Deep(), SPEC, capture="graph")
+    assert isinstance(vars(type(new))["forward"], property)
+    assert new.state_dict()["_extra_state"] == {"version": 1}
+
+
+def test_a_class_that_loads_by_itself_takes_plain_weights_inside_another_module() -> None:
+    class Loads(Net):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            self.seen.append("loaded")
+            super()._load_from_state_dict(*args)
+
+    class Owner(Loads):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ self.w
+
+    plain = Owner()
+    rule = {"name": "w", "select": "w", "chain": ["weight_norm"]}
+    new: Any = nn.ModuleDict({"inner": rewrite(Owner(), {"reparam": 1, "rules": [rule]}, capture="graph")})
+    new.load_state_dict({f"inner.{name}": value for name, value in plain.state_dict().items()})
+    assert new["inner"].seen == ["loaded"]
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(new["inner"](x), plain(x))
