@@ -126,33 +126,41 @@ def prepared(configuration: Any, chain: str, dtype: torch.dtype) -> tuple[nn.Mod
     return model, [name for name in names if CHAINS[chain][2](model.get_parameter(name))]
 
 
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-10), pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow)],
+)
+
+
 @pytest.mark.parametrize(("chain", "capture"), [*((chain, "auto") for chain in CHAINS), ("weight_norm", "module")])
-def test_equals_torch_in_train_and_eval_and_bakes_back(configuration: Any, chain: str, capture: str) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        model, names = prepared(configuration, chain, dtype)
-        if not names:
-            pytest.skip("no tensor of that shape")
-        arguments = configuration.arguments(dtype)
-        new = rewrite(model, spec_of(model, names, chain), capture=capture)
-        reference = with_torch(model, names, chain)
-        assert list(new.state_dict()) == list(reference.state_dict())
-        reference.load_state_dict(new.state_dict())
-        counts = evaluations(new)
-        for training in (True, False):
-            new.train(training), reference.train(training)
-            counts[:] = [0] * len(counts)
-            outputs, grads = run(new, arguments)
-            assert counts == [1] * len(names)
-            expected_outputs, expected = run(reference, arguments)
-            assert_near(dict(enumerate(outputs)), dict(enumerate(expected_outputs)), tolerance)
-            assert_near(grads, expected, tolerance)
-            assert_near(dict(new.named_buffers()), dict(reference.named_buffers()), tolerance)
-        if dtype is torch.float32:
-            continue
-        baked = bake(new)
-        assert [type(module) for module in baked.modules()] == [type(module) for module in model.modules()]
-        assert list(baked.state_dict()) == list(model.state_dict())
-        assert_near(dict(enumerate(run(baked, arguments)[0])), dict(enumerate(outputs)), tolerance)
+@DTYPES
+def test_equals_torch_in_train_and_eval_and_bakes_back(
+    configuration: Any, chain: str, capture: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    model, names = prepared(configuration, chain, dtype)
+    if not names:
+        pytest.skip("no tensor of that shape")
+    arguments = configuration.arguments(dtype)
+    new = rewrite(model, spec_of(model, names, chain), capture=capture)
+    reference = with_torch(model, names, chain)
+    assert list(new.state_dict()) == list(reference.state_dict())
+    reference.load_state_dict(new.state_dict())
+    counts = evaluations(new)
+    for training in (True, False):
+        new.train(training), reference.train(training)
+        counts[:] = [0] * len(counts)
+        outputs, grads = run(new, arguments)
+        assert counts == [1] * len(names)
+        expected_outputs, expected = run(reference, arguments)
+        assert_near(dict(enumerate(outputs)), dict(enumerate(expected_outputs)), tolerance)
+        assert_near(grads, expected, tolerance)
+        assert_near(dict(new.named_buffers()), dict(reference.named_buffers()), tolerance)
+    if dtype is torch.float32:
+        return
+    baked = bake(new)
+    assert [type(module) for module in baked.modules()] == [type(module) for module in model.modules()]
+    assert list(baked.state_dict()) == list(model.state_dict())
+    assert_near(dict(enumerate(run(baked, arguments)[0])), dict(enumerate(outputs)), tolerance)
 
 
 def test_the_plan_says_which_modules_become_one_function_call(configuration: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -41,10 +42,19 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with a script and the files that it saved."""
+    place = tmp_path_factory.mktemp("saved")
+    (place / "train_net.py").write_text(SCRIPT)
+    subprocess.run([sys.executable, "train_net.py"], check=True, timeout=100, cwd=place)
+    return place
+
+
 @pytest.fixture
-def script(folder):
-    (folder / "train_net.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, "train_net.py"], check=True, timeout=100)
+def script(folder, saved):
+    for file in saved.iterdir():
+        shutil.copy(file, folder)
     (folder / "net.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: block.fc.weight, chain: [symmetric]}\n")
     yield folder
     sys.modules.pop("train_net", None)

@@ -124,7 +124,7 @@ STATEFUL = {"noisy": _noisy, "traced": lambda: Untypable(nn.Sequential(nn.BatchN
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("format", ["torchscript", "pt2", "onnx"])
+@pytest.mark.parametrize("format", ["torchscript", "pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.filterwarnings("ignore")
 def test_an_export_changes_no_state(tmp_path, name, format, train):

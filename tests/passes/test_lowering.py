@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from rewriter import PlanError, RewriterError, bake, rewrite
 from rewriter.bindings import RewrittenModule
-from rewriter.bindings._graph_module import WRITTEN_AT_ONCE
+from rewriter.bindings import _graph_module
 from rewriter.passes import Lowering, Pass, PassError, print_graph, run_passes, unfolded
 
 
@@ -183,8 +183,9 @@ ASKS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("ask", ASKS)
-def test_the_code_of_a_large_graph_is_written_when_it_is_asked_for(ask: str) -> None:
-    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(WRITTEN_AT_ONCE // 2)])
+def test_the_code_of_a_large_graph_is_written_when_it_is_asked_for(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_graph_module, "WRITTEN_AT_ONCE", 20)
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(10)])
     new = rewritten("*.weight", model=model)
     assert isinstance(vars(type(new))["forward"], property)
     called: list[int] = []
