@@ -9,8 +9,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import fx, nn
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from rewriter._torch import LazyGraphModule
 from rewriter.bindings._edits import Marks
 from rewriter.bindings._late_changes import refuse_late_change
 from rewriter.bindings._layers import Layers
@@ -56,7 +56,7 @@ class _GraphClass(type):
         super().__setattr__(name, value)
 
 
-class RewrittenModule(_LazyGraphModule, metaclass=_GraphClass):
+class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
     """A lowered graph over the module tree of the model that was rewritten.
 
     The submodules, tensors, hooks and plain attributes are the model's own, under their own names, so that the state

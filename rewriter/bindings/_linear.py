@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional
 
-from rewriter.context._checkpoint import saving_hooks
+from rewriter._torch import saved_tensor_hooks
 from rewriter.context._forward import Contexts
 from rewriter.sites._container import refuse_override
 from rewriter.sites._places import CONTAINER, CONTEXTS
@@ -38,7 +38,7 @@ def linear_forward(forward: Callable[..., Any], bias_is_stored: bool) -> Callabl
     def linear(self: Any, *args: Any, **kwargs: Any) -> Any:
         contexts: Contexts | None = self.__dict__.get(CONTEXTS)
         context = None if contexts is None else contexts.running.context
-        if context is None or kwargs or len(args) != 1 or is_compiling() or saving_hooks(True) is not None:
+        if context is None or kwargs or len(args) != 1 or is_compiling() or saved_tensor_hooks(True) is not None:
             return forward(self, *args, **kwargs)
         site = self._modules[CONTAINER]._modules.get("weight")
         slots = self._parameters

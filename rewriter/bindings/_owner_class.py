@@ -15,12 +15,13 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
+from rewriter._torch import saved_tensor_hooks
 from rewriter.bindings._late_changes import guarded_methods, refuse_late_change
 from rewriter.bindings._linear import linear_forward
 from rewriter.bindings._pretrained import is_pretrained, methods_of
 from rewriter.bindings._recurrent import LIST_OF_WEIGHTS, one_list_a_call
 from rewriter.bindings._shell import Shell
-from rewriter.context._checkpoint import graph_task, saving_hooks
+from rewriter.context._checkpoint import graph_task
 from rewriter.context._forward import Contexts, ForwardContext
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._names import loadable
@@ -115,7 +116,7 @@ def _forward_of(plain: Any, tensors: tuple[str, ...]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.
         contexts: Contexts | None = self.__dict__.get(CONTEXTS)
-        if contexts is not None and HANDED not in kwargs and (is_compiling() or not saving_hooks(True)):
+        if contexts is not None and HANDED not in kwargs and (is_compiling() or not saved_tensor_hooks(True)):
             running = contexts.running
             if running.context is not None:
                 return run(self, *args, **kwargs) if kwargs else run(self, *args)
@@ -245,7 +246,7 @@ def _value_property(tensor: str) -> property:
                     if value is None:
                         if is_compiling():
                             value = context.passing.get(site)
-                        elif not saving_hooks(True):
+                        elif not saved_tensor_hooks(True):
                             value = context.passing.get(site)
                             if value is None:
                                 value = context.first_value(site)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from rewriter.context._checkpoint import saving_hooks
+from rewriter._torch import saved_tensor_hooks
 from rewriter.context._forward import Contexts, ForwardContext
 from rewriter.sites._places import CONTAINER, CONTEXTS
 
@@ -31,7 +31,7 @@ def one_list_a_call(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _read(self: Any) -> list[Tensor | None]:
     contexts: Contexts | None = self.__dict__.get(CONTEXTS)
-    context = None if contexts is None or is_compiling() or saving_hooks(True) else contexts.running.context
+    context = None if contexts is None or is_compiling() or saved_tensor_hooks(True) else contexts.running.context
     if context is None:
         return [getattr(self, name, None) for name in self._flat_weights_names]
     return _weights(self, context)

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import fx
 from torch.compiler import is_compiling
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from rewriter._torch import is_fx_symbolic_tracing
 from rewriter.bindings._late_changes import refuse_replaced
 from rewriter.context._tracers import ordinary
 from rewriter.sites._site import Site

@@ -6,8 +6,8 @@ import functools
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _WrappedHook
 
+from rewriter._torch import WrappedHook
 from rewriter.sites._loading import converting_owner
 
 _METHODS = ("get_extra_state", "set_extra_state", "_load_from_state_dict", "_save_to_state_dict")
@@ -38,5 +38,5 @@ def bind_state_hooks(model: nn.Module, root: nn.Module) -> None:
     for name in _HOOKS:
         hooks: dict[int, Any] = model.__dict__.get(name) or {}
         for key, hook in hooks.items():
-            if isinstance(hook, _WrappedHook) and hook.with_module and hook.module() is root:
-                hooks[key] = _WrappedHook(hook.hook, model)
+            if isinstance(hook, WrappedHook) and hook.with_module and hook.module() is root:
+                hooks[key] = WrappedHook(hook.hook, model)

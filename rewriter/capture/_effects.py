@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.capture._torch import without_modes
+from rewriter._torch import without_modes
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _DEPTH = 4

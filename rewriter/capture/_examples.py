@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
-from rewriter.capture._torch import pytree
+from rewriter._torch import pytree
 from rewriter.context._random import nothing_drawn
 from rewriter.errors import CaptureError
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriter._given import kind_of
-from rewriter.capture._torch import pytree, set_grad_enabled
+from rewriter._torch import pytree, set_grad_enabled
 from rewriter.errors import CaptureError
 from rewriter.serialization import graph_function, structure_from_text
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewriter.capture._torch import _VF
+from rewriter._torch import _VF
 from rewriter.serialization._functions import graph_function
 
 

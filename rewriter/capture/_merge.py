@@ -14,9 +14,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from rewriter._given import kind_of
+from rewriter._torch import HigherOrderOperator, OpOverload, pytree
 from rewriter.capture import _expectations as expectations
 from rewriter.capture._examples import Call
-from rewriter.capture._torch import HigherOrderOperator, OpOverload, pytree
 from rewriter.errors import CaptureError
 
 CONSTANT = "reparam_constant_"

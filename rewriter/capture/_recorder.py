@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from rewriter.capture._torch import pytree, set_grad_enabled
+from rewriter._torch import pytree, set_grad_enabled
 from rewriter.capture._value import FACTORIES, Value
 
 

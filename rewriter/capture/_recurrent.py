@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.nn.utils.rnn import PackedSequence
 
-from rewriter.capture._torch import _VF
+from rewriter._torch import _VF
 from rewriter.serialization._functions import graph_function
 
 

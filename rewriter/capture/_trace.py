@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
+from rewriter._torch import ambient_state, function_modes
 from rewriter.capture._effects import Snapshot
 from rewriter.capture._forward import (
     absences,
@@ -34,7 +35,6 @@ from rewriter.capture._forward import (
 from rewriter.capture._leaves import has_own_forward
 from rewriter.capture._reason import KEPT, reason
 from rewriter.capture._recorder import Recorder
-from rewriter.capture._torch import ambient_state, function_modes
 from rewriter.capture._value import Value
 from rewriter.context._tracers import own
 from rewriter.errors import CaptureError

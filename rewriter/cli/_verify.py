@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from rewriter._bake import bake
+from rewriter._torch import pytree
 from rewriter.absorbing import taken_over
 from rewriter.cli._models import entries_of, state_of
 from rewriter.cli._text import counted

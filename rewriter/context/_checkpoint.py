@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
+from rewriter._torch import current_backward, saved_tensor_hooks
+
 _ATTRIBUTE = "_reparam_region"
 _FORWARD, _BACKWARD = CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__
 
-saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 """Return what is done to tensors that autograd saves here, ``None`` for nothing; give it True."""
 
 
@@ -42,18 +43,18 @@ class Region:
 
 def graph_task() -> int | None:
     """Return the number of the backward that this thread runs, ``None`` outside of one."""
-    task = torch._C._current_graph_task_id()
+    task = current_backward()
     return None if task == -1 else task
 
 
 def hooks_are_on() -> bool:
     """Say whether anything is done to tensors that autograd saves here."""
-    return saving_hooks(True) is not None
+    return saved_tensor_hooks(True) is not None
 
 
 def may_run_again() -> bool:
     """Say, quickly, whether the running code may be in a checkpointed region of either kind."""
-    return not torch.is_grad_enabled() or saving_hooks(True) is not None
+    return not torch.is_grad_enabled() or saved_tensor_hooks(True) is not None
 
 
 def unnoticed() -> torch.autograd.graph.saved_tensors_hooks:
@@ -63,13 +64,13 @@ def unnoticed() -> torch.autograd.graph.saved_tensors_hooks:
 
 def region_of_forward() -> Region | None:
     """Return the checkpointed region that the running code is in, the first time it runs."""
-    hooks = saving_hooks(True)
+    hooks = saved_tensor_hooks(True)
     return None if hooks is None else _region(_captured(hooks[0], "frame"))
 
 
 def region_of_backward() -> Region | None:
     """Return the checkpointed region that is being run again."""
-    hooks = saving_hooks(True)
+    hooks = saved_tensor_hooks(True)
     reference = None if hooks is None else _captured(hooks[0], "target_frame_ref")
     return None if reference is None else _region(reference())
 

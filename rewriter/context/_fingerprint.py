@@ -17,17 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from rewriter._torch import dispatch_modes, forward_ad, functorch_interpreter, tracing_state
 
 _CONTAINERS = frozenset({tuple, list, dict, set})
 COMPARED = _CONTAINERS | {bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device}
 _LASTING = frozenset({type(None), frozenset, range, FunctionType, BuiltinFunctionType})
 _BOOKKEEPING = frozenset(nn.Module().__dict__) | {"_is_replica", "_former_parameters"}
 PLAIN = frozenset({Tensor, nn.Parameter})
-# Asked at every forward for every site, where finding them would take longer than calling them.
-_interpreter = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
 _END = object()
 _flat = chain.from_iterable
 
@@ -191,10 +188,10 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 def transformed() -> bool:
     """Say whether something else than plain execution runs: a trace, a transform, fake tensors, forward mode."""
     return (
-        _interpreter() is not None
-        or _dispatch_modes() > 0
+        functorch_interpreter() is not None
+        or dispatch_modes() > 0
         or forward_ad._current_level >= 0
-        or _tracing_state() is not None
+        or tracing_state() is not None
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from rewriter._torch import functorch_interpreter, when_backward_ends
 from rewriter.context._checkpoint import (
     Region,
     graph_task,
@@ -34,8 +35,6 @@ from rewriter.serialization._names import loadable
 
 if TYPE_CHECKING:
     from rewriter.sites._site import Site
-
-_interpreter = torch._C._functorch.peek_interpreter_stack
 
 
 class ForwardContext:
@@ -124,7 +123,7 @@ class ForwardContext:
     def transpose(self, site: Site) -> None:
         """Keep the transpose of a value that is read more than once, if later reads can use it."""
         value = self.known.get(site, self.passing.get(site))
-        if type(value) is not Tensor or value.dim() != 2 or is_compiling() or _interpreter() is not None:
+        if type(value) is not Tensor or value.dim() != 2 or is_compiling() or functorch_interpreter() is not None:
             return
         if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (self.grad, self.inference):
             self.transposed[site] = value.t()
@@ -278,7 +277,7 @@ class Contexts:
         if key not in self._repeated:
             self._repeated[key] = _Repeated()
             forget: Callable[[], Any] = lambda: self._repeated.pop(key, None)  # noqa: E731
-            torch.autograd.Variable._execution_engine.queue_callback(forget)
+            when_backward_ends(forget)
         return self._repeated[key]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriter._torch import without_subclasses
+
 
 class WatchedGradient:
     """Stands for a tensor's gradient while it is watched: the same memory, or zeros if there is no gradient.
@@ -81,12 +83,12 @@ class _Watched(Tensor):
                 for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
                     if isinstance(tensor, _Watched):
                         tensor.written = True
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             return func(*args, **(kwargs or {}))
 
     def plain(self) -> Tensor:
         """Return this as an ordinary tensor."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             return self.as_subclass(Tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewriter._torch import will_execute
 from rewriter.context._checkpoint import unnoticed
 from rewriter.context._fingerprint import Fingerprint, same_objects, transformed
 from rewriter.context._gradients import WatchedGradient, is_still, is_watchable
@@ -219,7 +220,7 @@ def _accumulates(nodes: Sequence[Any]) -> bool:
     """Whether the running backward adds to ``.grad``; torch refuses the question of a leaf in `autograd.grad`."""
     try:
         for node in nodes:
-            torch._C._will_engine_execute_node(node)
+            will_execute(node)
     except RuntimeError:
         return False
     return True

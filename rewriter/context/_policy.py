@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rewriter._torch import autocast_on
 from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
 from rewriter.context._random import devices_of, random_states, same_states
 from rewriter.context._writes import ReadOutside, read_outside, warn_of_write
@@ -235,7 +236,7 @@ class CachedValue:
         grad, inference, cast, stream = self.modes
         if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
             return False
-        plain = not (cast or stream or torch._C._is_any_autocast_enabled())
+        plain = not (cast or stream or autocast_on())
         return plain or self.modes == _modes(self.first)
 
     def unwritten(self) -> bool:
@@ -267,7 +268,7 @@ def _cacheable(value: Any) -> bool:
 
 def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     cast = stream = None
-    if torch._C._is_any_autocast_enabled():
+    if autocast_on():
         cast = tuple(
             (kind, torch.get_autocast_dtype(kind)) for kind in _kinds(tensors) if torch.is_autocast_enabled(kind)
         )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.nn.utils import parametrizations as _torch
 
+from rewriter._torch import _VF, OrthogonalMaps, TorchOrthogonal, TorchSpectralNorm, TorchWeightNorm
 from rewriter.parametrizations._foreign import WidenedBothWays
 from rewriter.parametrizations.maths._checks import require_matrix
 from rewriter.parametrizations.maths._precision import widen
 
 
-class Orthogonal(WidenedBothWays, _torch._Orthogonal):  # type: ignore[misc]
+class Orthogonal(WidenedBothWays, TorchOrthogonal):  # type: ignore[misc]
     """The class behind :func:`torch.nn.utils.parametrizations.orthogonal`.
 
     >>> import torch
@@ -42,10 +41,10 @@ class Orthogonal(WidenedBothWays, _torch._Orthogonal):  # type: ignore[misc]
         if orthogonal_map is None:
             square = weight.size(-2) == weight.size(-1)
             orthogonal_map = "matrix_exp" if square or weight.is_complex() else "householder"
-        super().__init__(widen(weight), _torch._OrthMaps[orthogonal_map], use_trivialization=use_trivialization)
+        super().__init__(widen(weight), OrthogonalMaps[orthogonal_map], use_trivialization=use_trivialization)
 
 
-class SpectralNorm(WidenedBothWays, _torch._SpectralNorm):
+class SpectralNorm(WidenedBothWays, TorchSpectralNorm):
     """The class behind :func:`torch.nn.utils.parametrizations.spectral_norm`.
 
     >>> import torch
@@ -76,7 +75,7 @@ class SpectralNorm(WidenedBothWays, _torch._SpectralNorm):
         super().__init__(widen(weight), n_power_iterations, int(transposed) if dim is None else dim, eps)
 
 
-class WeightNorm(WidenedBothWays, _torch._WeightNorm):  # type: ignore[misc]
+class WeightNorm(WidenedBothWays, TorchWeightNorm):  # type: ignore[misc]
     """The class behind :func:`torch.nn.utils.parametrizations.weight_norm`.
 
     >>> import torch
@@ -96,4 +95,4 @@ class WeightNorm(WidenedBothWays, _torch._WeightNorm):  # type: ignore[misc]
         super().__init__(dim)
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:  # with names, for TorchScript
-        return torch._weight_norm(widen(weight_v), widen(weight_g), self.dim).to(weight_v.dtype)
+        return _VF._weight_norm(widen(weight_v), widen(weight_g), self.dim).to(weight_v.dtype)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
-from torch._ops import OpOverload
 
+from rewriter._torch import OpOverload
 from rewriter.errors import Diagnostic
 from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim

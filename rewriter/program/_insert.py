@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.utils import _pytree as pytree
 
+from rewriter._torch import detect_fake_mode, pytree
 from rewriter.errors import CaptureError
 from rewriter.planning import Plan
 from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, write_site

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rewriter._torch import OpOverload, OpOverloadPacket, nn_functions, operator_names, tensor_functions
 from rewriter.errors import ModelFileError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,7 +86,7 @@ def graph_function(function: F) -> F:
 
 def name_of_function(function: Callable[..., Any]) -> str | None:
     """Return the stored name of a function that every reader accepts, ``None`` for another function."""
-    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(function, (OpOverload, OpOverloadPacket)):
         name = f"torch.ops.{function}"
         return name if _operator(name) is not None else None
     try:
@@ -173,12 +174,12 @@ def _candidates() -> Iterator[tuple[str, Callable[..., Any]]]:
                 yield f"{namespace}.{name}", value
     for name in ("pack_padded_sequence", "pack_sequence", "pad_packed_sequence", "pad_sequence"):
         yield f"torch.nn.utils.rnn.{name}", getattr(torch.nn.utils.rnn, name)
-    for name in dir(torch._C._VariableFunctions):
+    for name in dir(tensor_functions):
         if _is_public(name) or name == "_weight_norm":
-            yield f"torch._VF.{name}", getattr(torch._C._VariableFunctions, name)
-    for name in dir(torch._C._nn):
+            yield f"torch._VF.{name}", getattr(tensor_functions, name)
+    for name in dir(nn_functions):
         if _is_public(name):
-            yield f"torch._C._nn.{name}", getattr(torch._C._nn, name)
+            yield f"torch._C._nn.{name}", getattr(nn_functions, name)
 
 
 def _is_computing(function: Any, computing: set[Callable[..., Any]]) -> bool:
@@ -219,12 +220,12 @@ def _operator(name: str) -> Callable[..., Any] | None:
         return None
     packet = getattr(getattr(torch.ops, namespace), packet_name, None)
     found = packet if overload is None else getattr(packet, overload, None)
-    return found if isinstance(found, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) else None
+    return found if isinstance(found, (OpOverload, OpOverloadPacket)) else None
 
 
 @functools.lru_cache(maxsize=1)
 def _operators() -> frozenset[str]:
-    names = torch._C._dispatch_get_all_op_names()
+    names = operator_names()
     return frozenset(name for name in names if name.startswith(("aten::", "prims::")))
 
 

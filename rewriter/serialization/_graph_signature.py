@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
-from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
-from torch.utils._pytree import TreeSpec, tree_flatten, treespec_loads
+from torch.fx.graph import CodeGen
 
+from rewriter._torch import PyTreeCodeGen, PyTreeInfo, pytree
 from rewriter.errors import ModelFileError
 from rewriter.serialization._graph_values import is_identifier
 
@@ -29,7 +29,7 @@ def signature_to_data(graph: fx.Graph) -> dict[str, Any] | None:
     codegen = graph._codegen
     if type(codegen) is CodeGen:
         return None
-    if type(codegen) is not _PyTreeCodeGen:
+    if type(codegen) is not PyTreeCodeGen:
         raise ModelFileError(f"a graph with code generation of its own ({type(codegen).__name__}) cannot be stored")
     info = codegen.pytree_info
     outputs = None if info.out_spec is None else _tree_to_data(_example(info.out_spec))
@@ -53,11 +53,11 @@ def signature_from_data(data: Any, graph: fx.Graph) -> None:
             outputs = _spec_from_data(data["outputs"])
     except RecursionError:
         raise ModelFileError("the file's graph nests its arguments too deeply") from None
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, inputs, outputs)))
+    graph.set_codegen(PyTreeCodeGen(PyTreeInfo(names, inputs, outputs)))
 
 
 @functools.lru_cache(maxsize=256)
-def structure_from_text(text: str) -> TreeSpec:
+def structure_from_text(text: str) -> pytree.TreeSpec:
     """Return the structure that torch's `treespec_dumps` wrote, once it is clear that torch imports nothing for it.
 
     Raises:
@@ -75,10 +75,10 @@ def structure_from_text(text: str) -> TreeSpec:
         elif isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # torch parses a context once more
             with contextlib.suppress(ValueError):
                 pending.append(json.loads(value))
-    return treespec_loads(text)
+    return pytree.treespec_loads(text)
 
 
-def _example(spec: TreeSpec) -> Any:
+def _example(spec: pytree.TreeSpec) -> Any:
     return spec.unflatten([_LEAF] * spec.num_leaves)
 
 
@@ -94,8 +94,8 @@ def _tree_to_data(tree: Any) -> Any:
     raise ModelFileError(f"a graph that nests its arguments in a {name} cannot be stored")
 
 
-def _spec_from_data(data: Any) -> TreeSpec:
-    _, spec = tree_flatten(_tree_from_data(data))
+def _spec_from_data(data: Any) -> pytree.TreeSpec:
+    _, spec = pytree.tree_flatten(_tree_from_data(data))
     return spec
 
 

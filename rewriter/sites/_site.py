@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter._torch import current_backward
 from rewriter.context._checkpoint import may_run_again
 from rewriter.context._forward import Contexts
 from rewriter.context._fused import Group, evaluated_steps
@@ -336,4 +337,4 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
 def _in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
-    return torch._C._current_graph_task_id() != -1
+    return bool(current_backward() != -1)

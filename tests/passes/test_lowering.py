@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriter import PlanError, RewriterError, bake, rewrite
-from rewriter.bindings import RewrittenModule
-from rewriter.bindings import _graph_module
+from rewriter.bindings import RewrittenModule, _graph_module
 from rewriter.passes import Lowering, Pass, PassError, print_graph, run_passes, unfolded
 
 

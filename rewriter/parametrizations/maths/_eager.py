@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-_interpreter = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
+from rewriter._torch import (
+    FakeTensor,
+    dispatch_modes,
+    forward_ad,
+    functorch_interpreter,
+    is_functorch_tensor,
+    tracing_state,
+)
 
 
 def readable(X: Tensor) -> bool:
@@ -21,12 +23,12 @@ def readable(X: Tensor) -> bool:
     """
     return not (
         is_compiling()
-        or _tracing_state() is not None
+        or tracing_state() is not None
         or isinstance(X, FakeTensor)
         or X.is_meta
-        or torch._C._functorch.is_functorch_wrapped_tensor(X)
+        or is_functorch_tensor(X)
         or X.numel() == 0
-        or (_dispatch_modes() > 0 and _is_recorded())
+        or (dispatch_modes() > 0 and _is_recorded())
     )
 
 
@@ -44,10 +46,10 @@ def executed_now() -> bool:
     """
     return not (
         is_dynamo_compiling()  # other compilers have fake tensors, or modes on
-        or _interpreter() is not None
-        or _tracing_state() is not None
+        or functorch_interpreter() is not None
+        or tracing_state() is not None
         or forward_ad._current_level >= 0
-        or (_dispatch_modes() > 0 and _is_recorded())
+        or (dispatch_modes() > 0 and _is_recorded())
     )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from rewriter._torch import weight_norm_with_norm
 from rewriter.parametrizations.maths._eager import executed_now
 
 _KINDS = frozenset({Tensor, nn.Parameter})
@@ -41,7 +42,7 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
 
 
 def _scaled(g: Tensor, v: Tensor, dim: int) -> Tensor:
-    value, norm = torch._weight_norm_interface(v, g, dim)
+    value, norm = weight_norm_with_norm(v, g, dim)
     if norm.min().item() == 0:  # the kernel has divided by it
         zero = norm == 0
         norm = _norm(v.masked_fill(zero, 1.0), dim)
