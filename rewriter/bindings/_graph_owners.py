@@ -14,13 +14,13 @@ def open_graph_owners(root: nn.Module) -> nn.Module:
     torch.fx writes the code of a GraphModule into its class, so it cannot get a subclass as other owners do. A module
     over the same tree and graph takes its place, the root's included.
     """
-    opened = {
+    owners = {
         module: RewrittenModule(module, module.graph, module.graph, None)
         for module in root.modules()
         if isinstance(module, fx.GraphModule) and not isinstance(module, RewrittenModule) and sites_of(module)
     }
-    for module in [*root.modules()] if opened else ():
+    for module in [*root.modules()] if owners else ():
         for name, child in module._modules.items():
-            if isinstance(child, fx.GraphModule) and child in opened:
-                module._modules[name] = opened[child]
-    return opened.get(root, root) if isinstance(root, fx.GraphModule) else root
+            if isinstance(child, fx.GraphModule) and child in owners:
+                module._modules[name] = owners[child]
+    return owners.get(root, root) if isinstance(root, fx.GraphModule) else root

@@ -25,10 +25,10 @@ from rewriter.context._checkpoint import graph_task
 from rewriter.context._forward import Contexts, ForwardContext
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._names import loadable
-from rewriter.sites._container import handed_sites, refuse_override, sites_of
+from rewriter.sites._container import called_sites, refuse_override, sites_of
 from rewriter.sites._loading import converting, converting_owner
 from rewriter.sites._mixed import refuse_mixed
-from rewriter.sites._places import CONTAINER, CONTEXTS, HANDED
+from rewriter.sites._places import CONTAINER, CONTEXTS, PASSED
 from rewriter.sites._site import Site
 
 
@@ -116,7 +116,7 @@ def _forward_of(plain: Any, tensors: tuple[str, ...]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A forward may come here at every time step: inside a running one this has to cost next to nothing.
         contexts: Contexts | None = self.__dict__.get(CONTEXTS)
-        if contexts is not None and HANDED not in kwargs and (is_compiling() or not saved_tensor_hooks(True)):
+        if contexts is not None and PASSED not in kwargs and (is_compiling() or not saved_tensor_hooks(True)):
             running = contexts.running
             if running.context is not None:
                 return run(self, *args, **kwargs) if kwargs else run(self, *args)
@@ -129,10 +129,10 @@ def _forward_of(plain: Any, tensors: tuple[str, ...]) -> Callable[..., Any]:
                 if begun.versions:
                     begun.check_writes()
                 return result
-        handed = kwargs.pop(HANDED, None)
+        passed = kwargs.pop(PASSED, None)
         if contexts is None:  # a copy made by the class's own means
             contexts = _shared_contexts(self)
-        if handed is None:
+        if passed is None:
             context = contexts.context
             if context is not None and contexts.running.context is context:
                 return run(self, *args, **kwargs)
@@ -140,7 +140,7 @@ def _forward_of(plain: Any, tensors: tuple[str, ...]) -> Callable[..., Any]:
                 context = ForwardContext()
         else:
             context = ForwardContext()
-            context.values.update(zip(handed_sites(self), handed, strict=True))
+            context.values.update(zip(called_sites(self), passed, strict=True))
         with contexts.begin(context):
             result = run(self, *args, **kwargs)
         if context.versions:

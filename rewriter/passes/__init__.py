@@ -7,7 +7,7 @@ An optional pass changes how fast a model runs, and not what it computes. Each o
 from __future__ import annotations
 
 from rewriter.passes._infra import Lowering, Pass, PassError, run_passes
-from rewriter.passes._lower import chosen, lower, opened_leaf
+from rewriter.passes._lower import chosen, inlined_leaf, lower
 from rewriter.passes._print import print_graph
 from rewriter.passes._unfold import scriptable, unfolded
 from rewriter.passes.optional._batch import batch_pass, groups_to_batch, why_alone, why_not_equal
@@ -30,8 +30,8 @@ __all__ = [
     "fuse",
     "groups_to_batch",
     "hoist",
+    "inlined_leaf",
     "lower",
-    "opened_leaf",
     "print_graph",
     "run_passes",
     "scriptable",

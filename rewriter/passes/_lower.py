@@ -24,8 +24,8 @@ from torch.fx.node import map_aggregate, map_arg
 
 from rewriter.capture import LeafCall, Own, bind_call, has_hooks, leaf_call, reads_every_site
 from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of, run_passes
-from rewriter.sites import HANDED, Site
-from rewriter.sites._container import handed_sites
+from rewriter.sites import PASSED, Site
+from rewriter.sites._container import called_sites
 
 
 def lower(root: nn.Module, captured: fx.Graph, sites: Sequence[Site], optional: Sequence[Pass] = ()) -> fx.Graph:
@@ -126,18 +126,18 @@ class Writer:
         module = self.lowering.module(node.target)
         argument = self._arguments_of()
         args, kwargs = map_arg(node.args, argument), map_arg(node.kwargs, argument)
-        opened = opened_leaf(module)
-        if opened is not None:
+        leaf = inlined_leaf(module)
+        if leaf is not None:
             given = bind_call(module, args, kwargs)
-            args, kwargs = (*given, *self._tensors_of(module, str(node.target), opened)), {}
-            written = self.graph.create_node("call_function", opened.function, args, kwargs, node.name, node.type)
+            args, kwargs = (*given, *self._tensors_of(module, str(node.target), leaf)), {}
+            written = self.graph.create_node("call_function", leaf.function, args, kwargs, node.name, node.type)
         else:
-            kwargs = {**kwargs, HANDED: [self.evaluation(site) for site in handed_sites(module)]}
+            kwargs = {**kwargs, PASSED: [self.evaluation(site) for site in called_sites(module)]}
             written = self.graph.create_node("call_module", node.target, args, kwargs, node.name, node.type)
         written.meta = copy.copy(node.meta)
         return written
 
-    def _tensors_of(self, module: nn.Module, path: str, opened: LeafCall) -> Any:
+    def _tensors_of(self, module: nn.Module, path: str, leaf: LeafCall) -> Any:
         def tensor(argument: Any) -> Any:
             if not isinstance(argument, Own):
                 return argument
@@ -146,10 +146,10 @@ class Writer:
                 return self.value(target)
             return self.read(target) if _is_there(module, argument.name) else None
 
-        return map_aggregate(opened.arguments, tensor)
+        return map_aggregate(leaf.arguments, tensor)
 
 
-def opened_leaf(module: nn.Module) -> LeafCall | None:
+def inlined_leaf(module: nn.Module) -> LeafCall | None:
     """Return the function call that reads all of the module's computed tensors; None if there is none."""
     call = None if has_hooks(module) else leaf_call(module)
     return call if call is not None and reads_every_site(module, call) else None

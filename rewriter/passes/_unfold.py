@@ -11,7 +11,7 @@ from torch import fx, nn
 from rewriter.errors import CaptureError
 from rewriter.passes._infra import Lowering
 from rewriter.passes._lower import Writer
-from rewriter.sites import HANDED, Chunked, Site
+from rewriter.sites import PASSED, Chunked, Site
 from rewriter.sites._steps import apply_chain
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def scriptable(model: RewrittenModule) -> fx.GraphModule:
     """Return what TorchScript compiles in place of `model`.
 
     Raises:
-        CaptureError: a module of the graph is handed its tensors by name, which TorchScript cannot express.
+        CaptureError: a called module takes its tensors by name, which TorchScript cannot express.
     """
     plain = unfolded(model)
     for node in plain.graph.nodes:
-        if HANDED in node.kwargs:
+        if PASSED in node.kwargs:
             kind = type(model.get_submodule(node.target)).__name__
             raise CaptureError(
                 f"{node.target} ({kind}) takes its computed tensors by name, which TorchScript cannot express; "

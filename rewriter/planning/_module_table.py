@@ -110,12 +110,12 @@ def _how_called(model: nn.Module, path: str, name: str) -> tuple[str, str]:
     module = model.get_submodule(path)
     kind = type(module).__name__
     if has_hooks(module):
-        return "handed", f"{path} ({kind}) has hooks, which keep it one call"
+        return "called", f"{path} ({kind}) has hooks, which keep it one call"
     if opens_up(module, name.removeprefix(f"{path}.")):
-        return "opened", f"{kind} as a function of its tensors"
+        return "inlined", f"{kind} as a function of its tensors"
     if is_torch_leaf(module):
-        return "handed", f"{path} ({kind}) takes its tensors by name"
-    return "handed", f"{path} ({kind}) is one node of the graph"
+        return "called", f"{path} ({kind}) takes its tensors by name"
+    return "called", f"{path} ({kind}) is one node of the graph"
 
 
 def _ways(model: nn.Module, way: Capture, uses: Uses, name: str, path: str) -> Iterable[tuple[str, str]]:
@@ -125,7 +125,7 @@ def _ways(model: nn.Module, way: Capture, uses: Uses, name: str, path: str) -> I
     while True:
         if ("call_module", prefix) in uses:
             if prefix in way.opaque:
-                yield "handed", f"{prefix or 'the root'} stays one node: {way.opaque[prefix]}"
+                yield "called", f"{prefix or 'the root'} stays one node: {way.opaque[prefix]}"
             else:
                 yield _how_called(model, prefix, name)
         if not prefix:

@@ -25,7 +25,7 @@ class PlannedSite:
 
     Arguments:
         spec: names, rule, chain and everything else that decides the value.
-        capture: how the model's uses of the tensor are reached: ``"graph"``, ``"opened"``, ``"handed"``, ``"module"``,
+        capture: how the model's uses of the tensor are reached: ``"graph"``, ``"inlined"``, ``"called"``, ``"module"``,
             ``"export"`` or ``"unused"``.
         why: the reason for that capture, in words.
         moved: ‖new − old‖ / ‖old‖ of the value when the chain is put on; ``None`` where it has no meaning

@@ -8,13 +8,13 @@ from rewriter.sites._container import plain_class, site_path, sites_of
 from rewriter.sites._inverse import Inverse, invert_chain, right_inverse
 from rewriter.sites._layout import Layout, layout_of
 from rewriter.sites._mixed import refuse_mixed
-from rewriter.sites._places import CONTAINER, HANDED
+from rewriter.sites._places import CONTAINER, PASSED
 from rewriter.sites._site import Site
 from rewriter.sites._spec import Member, SiteSpec
 
 __all__ = [
     "CONTAINER",
-    "HANDED",
+    "PASSED",
     "Chunked",
     "Inverse",
     "Layout",

@@ -121,7 +121,7 @@ def ways_to(names: Iterable[str]) -> set[str]:
     return ways
 
 
-def handed_sites(module: nn.Module) -> list[Site]:
-    """Return the sites in `module` whose values it can be handed, in the order in which it expects them."""
+def called_sites(module: nn.Module) -> list[Site]:
+    """Return the sites in `module` whose values it takes in a call, in the order in which it expects them."""
     found = (site for site in module.modules() if isinstance(site, Site))
     return [site for site in found if site.spec.cache != "never"]

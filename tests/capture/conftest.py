@@ -82,7 +82,7 @@ class MaskedLayers(One):
         return self.layer(x, self.mask.to(x.dtype), padding)
 
 
-HANDED = (
+PASSED = (
     nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
     nn.Transformer, nn.AdaptiveLogSoftmaxWithLoss, nn.SyncBatchNorm,
 )  # fmt: skip
@@ -105,7 +105,7 @@ class Configuration:
             return "module"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return "handed" if isinstance(self.make(), HANDED) else "opened"
+            return "called" if isinstance(self.make(), PASSED) else "inlined"
 
     def model(self) -> nn.Module:
         return self.host(self.make(), **self.kwargs)

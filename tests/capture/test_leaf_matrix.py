@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewriter import bake, plan, rewrite
 from rewriter.io import load_model, save_model
-from rewriter.sites import HANDED, Site
+from rewriter.sites import PASSED, Site
 
 
 class Symmetric(nn.Module):
@@ -169,8 +169,8 @@ def test_the_plan_says_which_modules_become_one_function_call(configuration: Any
     found = plan(model, spec)
     assert {site.capture for site in found} == {configuration.capture}, str(found)
     if found.root == "graph":
-        handed = any(HANDED in node.kwargs for node in rewrite(model, spec).graph.nodes)
-        assert handed == (configuration.capture == "handed")
+        called = any(PASSED in node.kwargs for node in rewrite(model, spec).graph.nodes)
+        assert called == (configuration.capture == "called")
 
 
 def test_scripts_when_the_plain_module_does(configuration: Any, request: pytest.FixtureRequest) -> None:
@@ -179,7 +179,7 @@ def test_scripts_when_the_plain_module_does(configuration: Any, request: pytest.
         pytest.skip("TorchScript compiles no packed sequences")
     arguments = configuration.arguments(torch.float64)
     new = rewrite(model, spec_of(model, names, "weight_norm")).eval()
-    if configuration.capture == "handed":
+    if configuration.capture == "called":
         new = bake(new).layer
     try:
         scripted = torch.jit.script(new)

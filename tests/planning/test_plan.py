@@ -31,7 +31,7 @@ def test_plan_is_a_table_and_json(model: nn.Module) -> None:
     assert text.splitlines()[0] == "<spec>: 2 sites, captured as graph"
     assert text.splitlines()[2].split() == ["site", "rule", "chain", "shape", "moved", "capture"]
     row = text.splitlines()[3]
-    for word in ("0.weight", "r0", "symmetric >> scale(factor=2.0)", "4×4", "opened: Linear"):
+    for word in ("0.weight", "r0", "symmetric >> scale(factor=2.0)", "4×4", "inlined: Linear"):
         assert word in row
     data = json.loads(json.dumps(p.to_dict()))
     assert [site["name"] for site in data["sites"]] == ["0.weight", "3.weight"]
@@ -213,8 +213,8 @@ def test_the_plan_says_how_each_site_is_captured_and_why() -> None:
     assert p.root == "graph"
     assert {site.name: site.capture for site in p} == {
         "direct": "graph",
-        "fc.weight": "opened",
-        "odd.fc.weight": "handed",
+        "fc.weight": "inlined",
+        "odd.fc.weight": "called",
         "unused.weight": "unused",
     }
     assert "if x.sum() > 0" in p.by_name["odd.fc.weight"].why

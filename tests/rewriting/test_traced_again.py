@@ -15,7 +15,7 @@ from tests.threads import run_threads
 
 
 class Cells(nn.Module):
-    """An RNN whose input and state are added, an LSTM that is opened, and layers that are alike."""
+    """An RNN whose input and state are added, an LSTM that is inlined, and layers that are alike."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Modules that stay one node of a graph are handed their values: each site is evaluated once, wherever it is used."""
+"""Called modules take their values: each site is evaluated once, wherever it is used."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def test_an_untraceable_module_called_twice_is_handed_its_values_once() -> None:
     found = plan(model, spec("**.weight", "odd.scale"))
     assert found.root == "graph"
     assert {site.name: site.capture for site in found} == {
-        "first.weight": "opened",
-        "odd.scale": "handed",
-        "odd.inner.0.weight": "handed",
-        "odd.inner.2.weight": "handed",
-        "last.weight": "opened",
+        "first.weight": "inlined",
+        "odd.scale": "called",
+        "odd.inner.0.weight": "called",
+        "odd.inner.2.weight": "called",
+        "last.weight": "inlined",
     }
     TOTAL[0] = 0
     new(X)
@@ -116,12 +116,12 @@ def test_an_untraceable_module_called_twice_is_handed_its_values_once() -> None:
 def test_what_surrounds_an_untraceable_module_is_still_looked_into() -> None:
     model = nn.Sequential(nn.Sequential(Branching(), nn.Sequential(Branching(), nn.Linear(4, 4))), nn.Linear(4, 4))
     found = plan(model, spec("**.weight"))
-    handed = ("0.0.", "0.1.0.")
+    called = ("0.0.", "0.1.0.")
     assert {site.name: site.capture for site in found} == {
-        site.name: "handed" if site.name.startswith(handed) else "opened" for site in found
+        site.name: "called" if site.name.startswith(called) else "inlined" for site in found
     }
     for site in found:
-        if site.capture == "handed":
+        if site.capture == "called":
             assert "if x.sum() > 1e9" in site.why
     assert_equal(model, rewrite(model, spec("**.weight")), X)
 
@@ -169,7 +169,7 @@ def test_hooks_with_keywords_fire_once_for_each_call() -> None:
     model[0].register_forward_hook(lambda m, args, kwargs, out: (calls.append("after"), out * 2)[1], with_kwargs=True)
     model[1].register_full_backward_hook(lambda m, given, out: calls.append("backward"))
     new = rewrite(model, spec("*.weight"))
-    assert {site.capture for site in plan(model, spec("*.weight"))} == {"handed"}
+    assert {site.capture for site in plan(model, spec("*.weight"))} == {"called"}
     expected = model(X)
     calls.clear()
     found = new(X)
@@ -296,7 +296,7 @@ def test_modules_in_lists_and_dicts_are_opened() -> None:
     found = plan(model, spec("**.weight"))
     assert {site.name: site.capture for site in found} == {
         "blocks.0.weight": "graph",
-        "blocks.1.weight": "opened",
-        "named.a.0.weight": "opened",
+        "blocks.1.weight": "inlined",
+        "named.a.0.weight": "inlined",
     }
     assert_equal(model, rewrite(model, spec("**.weight")), X)
