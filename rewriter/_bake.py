@@ -111,9 +111,9 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
         _put_back(one, uses)
     for site in shorter:
         site.apply()
-    for module in list(target.modules()):
-        if CONTEXTS in module.__dict__ and not any(isinstance(child, Site) for child in module.modules()):
-            release(module)
+    for owner in list(target.modules()):
+        if CONTEXTS in owner.__dict__ and not any(isinstance(child, Site) for child in owner.modules()):
+            release(owner)
     plain = _plain_roots(target, graphs)
     refuse_saving(plain, [name for one in baked for entry in one.entries for name in entry.names])
     return plain
