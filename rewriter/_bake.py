@@ -16,6 +16,7 @@ from rewriter._bake_steps import without_step
 from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._originals import check_originals
+from rewriter._remap import Following
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings._pretrained import refuse_saving
 from rewriter.bindings.graph import lower_again, refuse_edited
@@ -40,13 +41,23 @@ class Baked:
 
 @overload
 def bake(
-    model: ExportedProgram, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
+    model: ExportedProgram,
+    *,
+    only: Sequence[str] | None = None,
+    keep: Keep = "value",
+    inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> ExportedProgram: ...
 
 
 @overload
 def bake(
-    model: nn.Module, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
+    model: nn.Module,
+    *,
+    only: Sequence[str] | None = None,
+    keep: Keep = "value",
+    inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module: ...
 
 
@@ -58,6 +69,7 @@ def bake(
     only: Sequence[str] | None = None,
     keep: Keep = "value",
     inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module | ExportedProgram:
     """Return the model with its parametrizations evaluated into plain tensors.
 
@@ -76,6 +88,7 @@ def bake(
         only: rule names, globs of tensor names, and labels of single steps; the rest stays parametrized.
         keep: ``"value"``, or ``"original"`` to put the stored tensors back and so undo the parametrization.
         inplace: without a copy.
+        optimizer: over parameters of `model`; changed so that it trains the plain model, as with `rewrite`.
 
     Raises:
         PlanError: a pattern of `only` matches nothing, or a site keeps no tensor that could be put back; the model is
@@ -84,13 +97,17 @@ def bake(
     check_model(model, "bake")
     if keep not in ("value", "original"):
         raise PlanError(f"keep is 'value' or 'original', not {keep!r}")
+    following = Following(optimizer, model, "bake") if optimizer is not None else None
     if isinstance(model, ExportedProgram):
         from rewriter.program import bake_program
 
         return bake_program(model, only=only, keep=keep, inplace=inplace)
     refuse_mixed(model.modules())
     target = model if inplace else copied(model)
-    return _bake(target, only, keep)
+    plain = _bake(target, only, keep)
+    if following is not None:
+        following.follow(plain)
+    return plain
 
 
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
