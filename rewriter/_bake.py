@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
 from rewriter._copy import copied
+from rewriter._frozen import unfreeze_rest
 from rewriter._given import check_model
 from rewriter._originals import check_originals
 from rewriter._remap import Following
@@ -123,6 +124,8 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
         refuse_edited(module)
         if module.was_graph:
             refuse_replaced(module)
+    if len(chosen) == len(every):
+        unfreeze_rest(target)
     uses = Counter(id(parameter) for module in target.modules() for parameter in module._parameters.values())
     for one in baked:
         _put_back(one, uses)
@@ -235,7 +238,7 @@ def _same_form(original: Tensor, value: Tensor) -> bool:
 
 def _trained(site: Site, before: bool) -> bool:
     frozen = any(getattr(step, "freezes_original", False) for step in site.steps)
-    if frozen or not site.originals:
+    if frozen or site.spec.trainable is not None or not site.originals:
         return before
     if site.trained_before is not None:
         return any(site.trained_before[name] for name in site.original_names)

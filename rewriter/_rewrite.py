@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from rewriter._attach import attach_sites, keep_parameters
 from rewriter._copy import copied
+from rewriter._frozen import freeze_rest
 from rewriter._given import check_model
 from rewriter._optimizers import watch_optimizers
 from rewriter._pause import collector_paused
@@ -156,6 +157,8 @@ def _execute(
     if plan.new or plan.absorbed:
         model = _attached(plan, without)
         watch_optimizers(model, before)
+    if plan.spec.trainable == "rewritten":
+        freeze_rest(model, plan)
     if following is not None:
         following.follow(model)
     return model

@@ -149,6 +149,8 @@ class Rule(Value):
     """Whether equal chains of several sites are evaluated as one batch."""
     memory: Literal["keep", "recompute"] = "keep"
     """Whether the chain's intermediate results are kept for backward or computed again."""
+    trainable: OrAbsent[bool] = None
+    """Whether the chain's parameters are trained; by default, if the tensor was."""
 
     _document: Document | None = PrivateAttr(None)
     _index: int = PrivateAttr(0)
@@ -190,6 +192,8 @@ class Spec(Value):
     """Take over what torch's own parametrize, weight_norm, spectral_norm and prune, and PEFT did to the model."""
     rules: tuple[Rule, ...] = ()
     """Which tensors get which chain; each tensor belongs to one rule at most."""
+    trainable: Literal["as_is", "rewritten"] = "as_is"
+    """What is trained: what was trained before, or only what the rules rewrite; all other parameters are frozen."""
 
     _document: Document | None = PrivateAttr(None)
 
@@ -220,4 +224,8 @@ class Spec(Value):
         return written
 
     def __str__(self) -> str:
-        return f"{self.source}: {len(self.rules)} rules" + (", absorb" if self.absorb else "")
+        return (
+            f"{self.source}: {len(self.rules)} rules"
+            + (", absorb" if self.absorb else "")
+            + (", the rest frozen" if self.trainable == "rewritten" else "")
+        )

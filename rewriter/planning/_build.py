@@ -35,10 +35,11 @@ def describe(rule: Rule) -> Description:
         "batch": rule.batch,
         "memory": rule.memory,
         "share": rule.share,
+        "trainable": rule.trainable,
         "settings": tuple(_settings(step.module) for step in rule.chain),
     }
     steps = len(rule.chain)
-    defaults = ("forward", None, None, None, (), ((),) * steps, "auto", "keep", False, ("",) * steps)
+    defaults = ("forward", None, None, None, (), ((),) * steps, "auto", "keep", False, None, ("",) * steps)
     shown = [f"{key}={value}" for (key, value), usual in zip(options.items(), defaults, strict=True) if value != usual]
     return tuple(str(step) for step in rule.chain), ", ".join(shown)
 
@@ -115,6 +116,7 @@ def build(
         outer=outer,
         batch=rule.batch,
         memory=rule.memory,
+        trainable=rule.trainable,
     )
     site = Site(steps, _stored_tensors(claim, steps, originals), record, contexts)
     site.train(claim.entries[0].owners[0][0].training)
@@ -152,14 +154,20 @@ def _require_numbers(claim: Claim) -> None:
 def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequence[Tensor]) -> list[Tensor]:
     first = claim.entries[0].infos[0]
     trained = any(entry.infos[0].requires_grad for entry in claim.entries)
+    trainable = claim.rule.trainable
     frozen = any(getattr(step, "freezes_original", False) for step in steps)
-    if not trained and not frozen:
+    if trainable is False or (trainable is None and not trained and not frozen):
         # The parameters of an adapter are trained although the tensor is frozen.
         for step in steps:
             step.requires_grad_(False)
+    trained = trained if trainable is None else trainable
     if first.kind == "buffer" or not all(
         original.is_floating_point() or original.is_complex() for original in originals
     ):
+        if trainable:
+            raise BuildError(
+                f"`trainable: true` needs a floating-point parameter, and this is a {first.kind} of {first.dtype}"
+            )
         return [nn.Parameter(o, requires_grad=False) if first.kind == "parameter" else o for o in originals]
     return [nn.Parameter(original, requires_grad=trained and not frozen) for original in originals]
 

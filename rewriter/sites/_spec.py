@@ -53,6 +53,7 @@ class SiteSpec:
         outer: whether the one stored tensor has the tensor's own shape rather than the view's.
         batch: ``"auto"``, ``"never"`` or ``"always"``.
         memory: ``"keep"`` or ``"recompute"``.
+        trainable: whether its parameters are trained; ``None`` if the tensor decided that.
     """
 
     members: tuple[Member, ...]
@@ -69,6 +70,7 @@ class SiteSpec:
     outer: bool
     batch: str = "auto"
     memory: str = "keep"
+    trainable: bool | None = None
     simple: bool = field(init=False, repr=False, compare=False)
     """Whether the first step takes all stored tensors as they are, and each other step only the result before it."""
 

@@ -1,0 +1,31 @@
+"""Freezing what no rule rewrites (``trainable: rewritten``), until bake."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rewriter.planning import Plan
+
+FROZEN = "_reparam_frozen"
+"""The attribute of a module with the names of its parameters that were frozen."""
+
+
+def freeze_rest(model: nn.Module, plan: Plan) -> None:
+    """Freeze each parameter of `model` but those of the sites of `plan`, and note which were trained."""
+    sites = [site for _, site in (*plan.new, *plan.present, *plan.absorbed)]
+    own = {id(parameter) for site in sites for parameter in site.parameters()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in own:
+                parameter.requires_grad_(False)
+                parameter.grad = None  # an optimizer would make a step with it
+                module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), name)
+
+
+def unfreeze_rest(model: nn.Module) -> None:
+    """Let the parameters that `freeze_rest` froze be trained."""
+    for module in model.modules():
+        for name in module.__dict__.pop(FROZEN, ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
