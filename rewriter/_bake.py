@@ -199,8 +199,11 @@ def _values(site: Site, keep: Keep) -> list[Tensor]:
 
 
 def _originals(site: Site) -> list[Tensor]:
-    check_originals(site.spec.name, site.spec.chain, site.originals, site.spec.members)
-    return site.originals
+    record, originals = site.spec, site.originals
+    if record.layout.only and record.outer:
+        originals = [record.layout.join(*originals)]
+    check_originals(record.name, record.chain, originals, record.members)
+    return originals
 
 
 def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:

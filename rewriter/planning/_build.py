@@ -16,7 +16,7 @@ from rewriter.planning._chain import BuildError, Chain, check_arity, first_line,
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.sites import Member, Site, SiteSpec
+from rewriter.sites import Layout, Member, Site, SiteSpec
 from rewriter.sites._inverse import Inverse
 
 Description = tuple[tuple[str, ...], str]
@@ -99,7 +99,7 @@ def build(
         steps = chain.steps
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
-        originals = [layout.outward(originals[0])]
+        originals = [layout.part.outward(originals[0])]
     printed, options = description
     record = SiteSpec(
         members=tuple(_member(entry) for entry in claim.entries),
@@ -118,7 +118,10 @@ def build(
         memory=rule.memory,
         trainable=rule.trainable,
     )
-    site = Site(steps, _stored_tensors(claim, steps, originals), record, contexts)
+    tensors = _stored_tensors(claim, steps, originals)
+    if layout.only:
+        tensors.append(_rest(claim.entries[0], layout))
+    site = Site(steps, tensors, record, contexts)
     site.train(claim.entries[0].owners[0][0].training)
     if chain is not None and chain.refits:
         chain.refit(site)
@@ -170,6 +173,12 @@ def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequenc
             )
         return [nn.Parameter(o, requires_grad=False) if first.kind == "parameter" else o for o in originals]
     return [nn.Parameter(original, requires_grad=trained and not frozen) for original in originals]
+
+
+def _rest(entry: Entry, layout: Layout) -> Tensor:
+    """Return the chunks that no chain computes, trained as the tensor was."""
+    rest, info = layout.rest(value_of(entry)).contiguous(), entry.infos[0]
+    return nn.Parameter(rest, requires_grad=info.requires_grad) if info.kind == "parameter" else rest
 
 
 def check_value(claim: Claim, site: Site, inputs: Mapping[str, Tensor], *, measure: bool) -> float | None:

@@ -242,11 +242,13 @@ class Plan:
 
 
 def _row(site: PlannedSite) -> tuple[str, ...]:
+    layout = site.spec.layout
     return (
         " & ".join(" = ".join(member.names) for member in site.spec.members),
         site.rule,
         " >> ".join(site.chain)
         + "".join(f" ({first}–{last} as one)" for first, last in site.fused)
+        + (f" on chunks {', '.join(map(str, layout.only))} of {layout.chunks}" if layout.only else "")
         + {None: "", True: " (trained)", False: " (frozen)"}[site.spec.trainable],
         "×".join(map(str, site.shape)) or "scalar",
         "present" if site.present else _moved(site.moved),
