@@ -14,8 +14,10 @@ from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
 from rewriter._copy import copied
+from rewriter._frozen import unfreeze_rest
 from rewriter._given import check_model
 from rewriter._originals import check_originals
+from rewriter._remap import Following
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings._pretrained import refuse_saving
 from rewriter.bindings.graph import lower_again, refuse_edited
@@ -40,13 +42,23 @@ class Baked:
 
 @overload
 def bake(
-    model: ExportedProgram, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
+    model: ExportedProgram,
+    *,
+    only: Sequence[str] | None = None,
+    keep: Keep = "value",
+    inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> ExportedProgram: ...
 
 
 @overload
 def bake(
-    model: nn.Module, *, only: Sequence[str] | None = None, keep: Keep = "value", inplace: bool = False
+    model: nn.Module,
+    *,
+    only: Sequence[str] | None = None,
+    keep: Keep = "value",
+    inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module: ...
 
 
@@ -58,6 +70,7 @@ def bake(
     only: Sequence[str] | None = None,
     keep: Keep = "value",
     inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module | ExportedProgram:
     """Return the model with its parametrizations evaluated into plain tensors.
 
@@ -76,6 +89,7 @@ def bake(
         only: rule names, globs of tensor names, and labels of single steps; the rest stays parametrized.
         keep: ``"value"``, or ``"original"`` to put the stored tensors back and so undo the parametrization.
         inplace: without a copy.
+        optimizer: over parameters of `model`; changed so that it trains the plain model, as with `rewrite`.
 
     Raises:
         PlanError: a pattern of `only` matches nothing, or a site keeps no tensor that could be put back; the model is
@@ -84,13 +98,17 @@ def bake(
     check_model(model, "bake")
     if keep not in ("value", "original"):
         raise PlanError(f"keep is 'value' or 'original', not {keep!r}")
+    following = Following(optimizer, model, "bake") if optimizer is not None else None
     if isinstance(model, ExportedProgram):
         from rewriter.program import bake_program
 
         return bake_program(model, only=only, keep=keep, inplace=inplace)
     refuse_mixed(model.modules())
     target = model if inplace else copied(model)
-    return _bake(target, only, keep)
+    plain = _bake(target, only, keep)
+    if following is not None:
+        following.follow(plain)
+    return plain
 
 
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
@@ -106,6 +124,8 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
         refuse_edited(module)
         if module.was_graph:
             refuse_replaced(module)
+    if len(chosen) == len(every):
+        unfreeze_rest(target)
     uses = Counter(id(parameter) for module in target.modules() for parameter in module._parameters.values())
     for one in baked:
         _put_back(one, uses)
@@ -179,8 +199,11 @@ def _values(site: Site, keep: Keep) -> list[Tensor]:
 
 
 def _originals(site: Site) -> list[Tensor]:
-    check_originals(site.spec.name, site.spec.chain, site.originals, site.spec.members)
-    return site.originals
+    record, originals = site.spec, site.originals
+    if record.layout.only and record.outer:
+        originals = [record.layout.join(*originals)]
+    check_originals(record.name, record.chain, originals, record.members)
+    return originals
 
 
 def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:
@@ -218,7 +241,7 @@ def _same_form(original: Tensor, value: Tensor) -> bool:
 
 def _trained(site: Site, before: bool) -> bool:
     frozen = any(getattr(step, "freezes_original", False) for step in site.steps)
-    if frozen or not site.originals:
+    if frozen or site.spec.trainable is not None or not site.originals:
         return before
     if site.trained_before is not None:
         return any(site.trained_before[name] for name in site.original_names)

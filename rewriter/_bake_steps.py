@@ -98,7 +98,9 @@ def without_step(site: Site, label: str, keep: Literal["value", "original"]) -> 
         ) from problem
     originals = [original.detach().clone(memory_format=torch.contiguous_format) for original in found.originals]
     if record.outer:
-        originals[0] = record.layout.outward(originals[0])
+        originals[0] = record.layout.part.outward(originals[0])
+    if record.layout.only:
+        originals.append(site.originals[-1].detach().clone())
     shorter = Shorter(site, kept, originals, found.stored, found.carries)
     _check(shorter, steps, value, name, label)
     return shorter

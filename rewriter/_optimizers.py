@@ -17,8 +17,8 @@ from rewriter.errors import RewriterError
 from rewriter.sites import CONTAINER, Site
 
 _ADVICE = (
-    "Use rewriter.state.remap_optimizer(optimizer, before, after), or optimizer.add_param_group; freeze what is not to "
-    "be trained"
+    "Give rewrite or bake optimizer=, or use rewriter.state.remap_optimizer(optimizer, before, after); freeze what is "
+    "not to be trained"
 )
 _LOOKS = 10
 """How many steps are looked at before unused parameters count as meant."""

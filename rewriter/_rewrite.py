@@ -12,10 +12,12 @@ from torch.export import ExportedProgram
 
 from rewriter._attach import attach_sites, keep_parameters
 from rewriter._copy import copied
+from rewriter._frozen import freeze_rest
 from rewriter._given import check_model
 from rewriter._optimizers import watch_optimizers
 from rewriter._pause import collector_paused
 from rewriter._plan import plan_module
+from rewriter._remap import Following
 from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, open_graph_owners, open_path, refuse_replaced
 from rewriter.bindings.graph import lowered_model
@@ -39,6 +41,7 @@ def rewrite(
     capture: str = "auto",
     inplace: bool = False,
     without: Collection[str] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> ExportedProgram: ...
 
 
@@ -53,6 +56,7 @@ def rewrite(
     capture: str = "auto",
     inplace: bool = False,
     without: Collection[str] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module: ...
 
 
@@ -66,6 +70,7 @@ def rewrite(
     capture: str = "auto",
     inplace: bool = False,
     without: Collection[str] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module | ExportedProgram:
     """Return `model` with the parametrizations of `spec` in it.
 
@@ -90,10 +95,14 @@ def rewrite(
         capture: ``"auto"`` traces the model and falls back to keeping its class where it cannot be traced;
             ``"graph"`` and ``"module"`` ask for one of the two. ``"export"`` goes through `torch.export` and rewrites
             the graph of ATen operations.
-        inplace: reuse the model's own modules and Parameter objects, so that an optimizer stays valid. A model that
-            was traced still comes back as a new module, over the same tensors. If it fails, the model is as it was.
+        inplace: reuse the model's own modules and Parameter objects, where shape and dtype allow it. An optimizer lacks
+            the parameters that are new: give it as `optimizer`. A model that was traced still comes back as a new
+            module, over the same tensors. If it fails, the model is as it was.
         without: passes to leave out: any of ``"batch"``, ``"cast"``, ``"fuse"``, ``"hoist"``, ``"rows"`` and
             ``"transpose"``. They change how fast a model runs, and not what it computes.
+        optimizer: over parameters of `model`; changed so that it trains the rewritten model. Groups, names, settings
+            and schedulers stay, and state where the coordinates are the same, as `rewriter.state.remap_optimizer` says.
+            A warning names the tensors whose state is lost.
 
     Raises:
         SpecError: the spec cannot be read.
@@ -106,6 +115,7 @@ def rewrite(
     if unknown:
         raise RewriterError(f"without: {', '.join(sorted(unknown))} is none of {', '.join(names)}")
     check_model(model, "rewrite")
+    following = Following(optimizer, model, "rewrite") if optimizer is not None else None
     given = spec.origin if isinstance(spec, Plan) else None
     if given is None:
         read = spec if isinstance(spec, Spec) else load_spec(spec)
@@ -127,23 +137,35 @@ def rewrite(
         guard = undone_on_failure(model) if inplace else contextlib.nullcontext()
         if given is not None and tuple(without) == tuple(given.without) and not given.change(model):
             if not inplace:
-                return _execute(spec.copy(), without, before)
+                return _execute(spec.copy(), without, before, following)
             if spec.model is model:
                 with guard:
-                    return _execute(spec, without, before)
+                    return _execute(spec, without, before, following)
         target = model if inplace else copied(model)
         with guard:
             made = plan_module(target, read, capture, call, without)
             if given is not None:
                 made.require_same(spec, given.change(model))
-            return _execute(made, without, before)
+            return _execute(made, without, before, following)
 
 
-def _execute(plan: Plan, without: Collection[str], before: Sequence[nn.Parameter]) -> nn.Module:
+def _execute(
+    plan: Plan, without: Collection[str], before: Sequence[nn.Parameter], following: Following | None
+) -> nn.Module:
     """Put the sites of a plan into its model; `before` are the parameters that an optimizer may have."""
     model: nn.Module = plan.model
-    if not plan.new and not plan.absorbed:
-        return model
+    if plan.new or plan.absorbed:
+        model = _attached(plan, without)
+        watch_optimizers(model, before)
+    if plan.spec.trainable == "rewritten":
+        freeze_rest(model, plan)
+    if following is not None:
+        following.follow(model)
+    return model
+
+
+def _attached(plan: Plan, without: Collection[str]) -> nn.Module:
+    model: nn.Module = plan.model
     contexts = attach_sites(plan)
     fresh = [site for _, site in (*plan.new, *plan.absorbed)]
     in_place = plan.capture.root == "module"
@@ -153,7 +175,6 @@ def _execute(plan: Plan, without: Collection[str], before: Sequence[nn.Parameter
     if not in_place:
         model = _rewrite_graph(model, plan, without)
     keep_parameters(plan)
-    watch_optimizers(model, before)
     return model
 
 

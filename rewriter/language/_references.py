@@ -62,6 +62,9 @@ def _keys_together(index: int, rule: dict[str, Any]) -> Iterator[Problem]:
         if rule.get("joint") and key in rule:
             message = f"`{key}` is about one tensor, and `joint` makes the chain compute several"
             yield Problem(("rules", index, key), message, on_key=True)
+    per = rule.get("per")
+    if "from" in rule and isinstance(per, dict) and "only" in per:
+        yield Problem(("rules", index, "per", "only"), "a tensor with `from` stores no chunks that could stay plain")
 
 
 def _labels(index: int, rule: dict[str, Any]) -> Iterator[Problem]:

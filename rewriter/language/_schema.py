@@ -18,7 +18,7 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a spec, for editors.
 
     >>> sorted(json_schema()["properties"])
-    ['absorb', 'imports', 'reparam', 'rules']
+    ['absorb', 'imports', 'reparam', 'rules', 'trainable']
     """
     schema = Spec.model_json_schema(schema_generator=_Schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "reparam spec"}

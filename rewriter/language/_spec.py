@@ -101,6 +101,17 @@ def _shape(written: tuple[Any, ...]) -> tuple[Any, ...]:
 _Extent = Annotated[Literal["out", "in"] | int, Forms(number=int, text=Literal["out", "in"])]
 
 
+def _some(written: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    chunks = info.data.get("chunks")
+    if len(set(written)) < len(written):
+        raise ValueError("`only` names a chunk twice")
+    if chunks is not None and max(written) >= chunks:
+        raise ValueError(f"`only` counts from 0, and the last of {chunks} chunks is {chunks - 1}")
+    if chunks is not None and len(written) == chunks:
+        raise ValueError("`only` names all chunks; leave it out")
+    return tuple(sorted(written))
+
+
 class Per(Value):
     """The chain acts on equal chunks of the tensor, each on its own."""
 
@@ -108,6 +119,13 @@ class Per(Value):
     """The dimension that is cut; negative counts from the last."""
     chunks: Annotated[int, Field(ge=1)]
     """How many chunks there are."""
+    only: OrAbsent[Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_some)]] = (
+        Field(default=None, examples=[[0, 2]])
+    )
+    """The chunks that the chain acts on, counted from 0; the others stay plain."""
+
+    def __str__(self) -> str:
+        return f"dim={self.dim} chunks={self.chunks}" + (f" only={list(self.only)}" if self.only else "")
 
 
 class Rule(Value):
@@ -149,6 +167,8 @@ class Rule(Value):
     """Whether equal chains of several sites are evaluated as one batch."""
     memory: Literal["keep", "recompute"] = "keep"
     """Whether the chain's intermediate results are kept for backward or computed again."""
+    trainable: OrAbsent[bool] = None
+    """Whether the chain's parameters are trained; by default, if the tensor was."""
 
     _document: Document | None = PrivateAttr(None)
     _index: int = PrivateAttr(0)
@@ -190,6 +210,8 @@ class Spec(Value):
     """Take over what torch's own parametrize, weight_norm, spectral_norm and prune, and PEFT did to the model."""
     rules: tuple[Rule, ...] = ()
     """Which tensors get which chain; each tensor belongs to one rule at most."""
+    trainable: Literal["as_is", "rewritten"] = "as_is"
+    """What is trained: what was trained before, or only what the rules rewrite; all other parameters are frozen."""
 
     _document: Document | None = PrivateAttr(None)
 
@@ -220,4 +242,8 @@ class Spec(Value):
         return written
 
     def __str__(self) -> str:
-        return f"{self.source}: {len(self.rules)} rules" + (", absorb" if self.absorb else "")
+        return (
+            f"{self.source}: {len(self.rules)} rules"
+            + (", absorb" if self.absorb else "")
+            + (", the rest frozen" if self.trainable == "rewritten" else "")
+        )

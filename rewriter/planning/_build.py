@@ -16,7 +16,7 @@ from rewriter.planning._chain import BuildError, Chain, check_arity, first_line,
 from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
-from rewriter.sites import Member, Site, SiteSpec
+from rewriter.sites import Layout, Member, Site, SiteSpec
 from rewriter.sites._inverse import Inverse
 
 Description = tuple[tuple[str, ...], str]
@@ -35,10 +35,11 @@ def describe(rule: Rule) -> Description:
         "batch": rule.batch,
         "memory": rule.memory,
         "share": rule.share,
+        "trainable": rule.trainable,
         "settings": tuple(_settings(step.module) for step in rule.chain),
     }
     steps = len(rule.chain)
-    defaults = ("forward", None, None, None, (), ((),) * steps, "auto", "keep", False, ("",) * steps)
+    defaults = ("forward", None, None, None, (), ((),) * steps, "auto", "keep", False, None, ("",) * steps)
     shown = [f"{key}={value}" for (key, value), usual in zip(options.items(), defaults, strict=True) if value != usual]
     return tuple(str(step) for step in rule.chain), ", ".join(shown)
 
@@ -98,7 +99,7 @@ def build(
         steps = chain.steps
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
-        originals = [layout.outward(originals[0])]
+        originals = [layout.part.outward(originals[0])]
     printed, options = description
     record = SiteSpec(
         members=tuple(_member(entry) for entry in claim.entries),
@@ -115,8 +116,12 @@ def build(
         outer=outer,
         batch=rule.batch,
         memory=rule.memory,
+        trainable=rule.trainable,
     )
-    site = Site(steps, _stored_tensors(claim, steps, originals), record, contexts)
+    tensors = _stored_tensors(claim, steps, originals)
+    if layout.only:
+        tensors.append(_rest(claim.entries[0], layout))
+    site = Site(steps, tensors, record, contexts)
     site.train(claim.entries[0].owners[0][0].training)
     if chain is not None and chain.refits:
         chain.refit(site)
@@ -152,16 +157,28 @@ def _require_numbers(claim: Claim) -> None:
 def _stored_tensors(claim: Claim, steps: Sequence[nn.Module], originals: Sequence[Tensor]) -> list[Tensor]:
     first = claim.entries[0].infos[0]
     trained = any(entry.infos[0].requires_grad for entry in claim.entries)
+    trainable = claim.rule.trainable
     frozen = any(getattr(step, "freezes_original", False) for step in steps)
-    if not trained and not frozen:
+    if trainable is False or (trainable is None and not trained and not frozen):
         # The parameters of an adapter are trained although the tensor is frozen.
         for step in steps:
             step.requires_grad_(False)
+    trained = trained if trainable is None else trainable
     if first.kind == "buffer" or not all(
         original.is_floating_point() or original.is_complex() for original in originals
     ):
+        if trainable:
+            raise BuildError(
+                f"`trainable: true` needs a floating-point parameter, and this is a {first.kind} of {first.dtype}"
+            )
         return [nn.Parameter(o, requires_grad=False) if first.kind == "parameter" else o for o in originals]
     return [nn.Parameter(original, requires_grad=trained and not frozen) for original in originals]
+
+
+def _rest(entry: Entry, layout: Layout) -> Tensor:
+    """Return the chunks that no chain computes, trained as the tensor was."""
+    rest, info = layout.rest(value_of(entry)).contiguous(), entry.infos[0]
+    return nn.Parameter(rest, requires_grad=info.requires_grad) if info.kind == "parameter" else rest
 
 
 def check_value(claim: Claim, site: Site, inputs: Mapping[str, Tensor], *, measure: bool) -> float | None:

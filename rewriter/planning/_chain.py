@@ -51,11 +51,13 @@ class Chain:
         self.steps: list[nn.Module] = []
         self.refits: dict[int, Tensor] = {}
         """Stateful steps whose right inverse gives back its argument, with the value that they were fitted to."""
-        self._restart(values[0] if len(values) == 1 else tuple(values))
+        first = values[0]
+        self._restart(tuple(values) if len(values) > 1 else first if self.layout.plain else self.layout.inward(first))
         self._entering = self._entering_dtypes()
 
     def _restart(self, target: Any) -> None:
-        self.value = target if self.layout.plain else self.layout.inward(target)
+        """Start from a value in the chain's own view of the tensor."""
+        self.value = target
         self._index = len(self.rule.chain)
         self._parts: list[list[Tensor]] = []
         self._carries: list[int] = []
@@ -71,7 +73,7 @@ class Chain:
             if self.shared is None:
                 self._go_to(0, invert_first=False)
                 self.shared = self.steps
-            self._restart(_sample(self.shared, self.layout))
+            self._restart(_sample(self.shared))
         self._go_to(0)
         # A step without right inverse passes the model's own tensor through: originals are copies.
         originals = [
@@ -177,7 +179,7 @@ def layout_of_claim(claim: Claim) -> Layout:
     """
     rule = claim.rule
     try:
-        per = None if rule.per is None else (rule.per.dim, rule.per.chunks)
+        per = None if rule.per is None else (rule.per.dim, rule.per.chunks, rule.per.only or ())
         return layout_of(claim.entries[0].infos[0].shape, per, rule.reshape)
     except ValueError as problem:
         raise BuildError(str(problem)) from problem
@@ -220,7 +222,7 @@ def _make(
     return Chunked([one(chunk, {}) for chunk in weight.unbind(0)])
 
 
-def _sample(steps: Sequence[nn.Module], layout: Layout) -> Any:
+def _sample(steps: Sequence[nn.Module]) -> Any:
     """Draw a value from the last step that can draw one, and map it through the steps after it."""
     for index in reversed(range(len(steps))):
         draw: Any = getattr(steps[index], "sample", None)
@@ -228,7 +230,7 @@ def _sample(steps: Sequence[nn.Module], layout: Layout) -> Any:
             value = draw()
             for step in steps[index + 1 :]:
                 value = step(value)
-            return value if layout.plain else layout.outward(value)
+            return value
     raise BuildError("`init: sample` needs a step that can draw from its space, and none of the chain can")
 
 

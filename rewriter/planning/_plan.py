@@ -84,6 +84,7 @@ class PlannedSite:
             "moved": self.moved,
             "present": self.present,
             "fused": [list(group) for group in self.fused],
+            "trainable": self.spec.trainable,
         }
 
 
@@ -153,6 +154,21 @@ class Plan:
         return tuple(sites)
 
     @functools.cached_property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the trained parameters that ``trainable: rewritten`` freezes."""
+        if self.spec.trainable != "rewritten":
+            return ()
+        own = {id(entry.tensor) for claim, _ in self.new for entry in claim.entries}
+        sites = [site for _, site in (*self.present, *self.absorbed)]
+        own |= {id(parameter) for site in sites for parameter in site.parameters()}
+        own |= {id(entry.tensor) for entry, _ in self.absorbed}
+        return tuple(
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in own
+        )
+
+    @functools.cached_property
     def by_name(self) -> dict[str, PlannedSite]:
         """The sites by each of their names."""
         return {name: site for site in self.sites for name in site.names}
@@ -211,6 +227,7 @@ class Plan:
             "root": self.root,
             "why": self.why,
             "sites": [site.to_dict() for site in self.sites],
+            "frozen": list(self.frozen),
         }
 
     def __str__(self) -> str:
@@ -219,14 +236,20 @@ class Plan:
         rows = [("site", "rule", "chain", "shape", "moved", "capture"), *map(_row, self.sites)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        if self.spec.trainable == "rewritten":
+            lines += ["", f"other trained parameters, which are frozen until bake: {len(self.frozen)}"]
         return "\n".join([f"{self.source}: {head}, captured as {self.root}{why}", "", *lines])
 
 
 def _row(site: PlannedSite) -> tuple[str, ...]:
+    layout = site.spec.layout
     return (
         " & ".join(" = ".join(member.names) for member in site.spec.members),
         site.rule,
-        " >> ".join(site.chain) + "".join(f" ({first}–{last} as one)" for first, last in site.fused),
+        " >> ".join(site.chain)
+        + "".join(f" ({first}–{last} as one)" for first, last in site.fused)
+        + (f" on chunks {', '.join(map(str, layout.only))} of {layout.chunks}" if layout.only else "")
+        + {None: "", True: " (trained)", False: " (frozen)"}[site.spec.trainable],
         "×".join(map(str, site.shape)) or "scalar",
         "present" if site.present else _moved(site.moved),
         f"{site.capture}: {site.why}" if site.why and site.capture != "module" else site.capture,

@@ -126,7 +126,7 @@ def insert_site(edited: Edited, site: Site, path: str, values: Mapping[str, fx.N
         originals,
         stored,
         [node.name for node in inputs],
-        any(getattr(step, "freezes_original", False) for step in site.steps),
+        site.spec.trainable is not None or any(getattr(step, "freezes_original", False) for step in site.steps),
         aliases,
         graph_to_data(_as_functions(evaluation)) if apart else None,
         list(site.spec.labels),

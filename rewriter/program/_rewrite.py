@@ -21,6 +21,10 @@ def plan_program(program: ExportedProgram, spec: Spec, origin: Origin | None = N
     """Plan a program; it is only read."""
     if spec.absorb:
         raise PlanError("an ExportedProgram has nothing to absorb; absorb the model before it is exported")
+    if spec.trainable != "as_is":
+        raise PlanError(
+            f"`trainable: {spec.trainable}` needs a module: freeze parameters of the model before it is exported"
+        )
     table = ProgramTable(program)
     with nothing_drawn() if origin is not None else contextlib.nullcontext():
         return make_plan(table, spec, measure=origin is not None, origin=origin)

@@ -27,8 +27,8 @@ def invert(site: Site, value: Any, inputs: Sequence[Tensor] = ()) -> list[Tensor
         from_source=record.source is not None,
     ).originals
     if record.outer:
-        found[0] = record.layout.outward(found[0])
-    return found
+        found[0] = record.layout.part.outward(found[0])
+    return [*found, record.layout.rest(value)] if record.layout.only else found
 
 
 @torch.no_grad()

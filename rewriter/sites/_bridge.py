@@ -42,6 +42,41 @@ def copy_of(site: Site) -> Site:
 
 
 @torch.no_grad()
+def stored_value(site: Site, place: int) -> int | None:
+    """Return which original of `site` is the value itself, wherever the chain can give the value; None if none is.
+
+    It is so where the right inverses map the value to itself: `symmetric`, masks, the direction of `weight_norm`.
+
+    Arguments:
+        site: the site; it does not change.
+        place: which of its tensors.
+    """
+    inputs, members = site.read_inputs(), site.spec.members
+    try:
+        value = site.read(*inputs)
+        wanted: Tensor = value if len(members) == 1 else value[place]
+        if wanted.is_meta or not wanted.count_nonzero():  # zero times a scale is also zero
+            return None
+        with nothing_drawn():
+            clone = copy_of(site)
+            found = invert(clone, value, inputs)
+            for target, source in zip(clone.originals, found, strict=True):
+                target.copy_(source)
+            reached = clone.evaluate(*inputs)
+        # A step may have no right inverse. Power iterations come near to the value only.
+        if not _close(reached if len(members) == 1 else reached[place], wanted, 0.05):
+            return None
+        return next((index for index, one in enumerate(found) if _close(one, wanted, 1e-3)), None)
+    except Exception:  # a right inverse does not reach the value, or does not run on this kind of tensor
+        return None
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    same = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return same and bool((one - other).norm() <= tolerance * other.norm())
+
+
+@torch.no_grad()
 def stored_for(
     site: Site, name: str, found: Sequence[Found], inputs: Sequence[Tensor], assign: bool
 ) -> dict[str, Tensor]:

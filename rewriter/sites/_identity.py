@@ -11,8 +11,8 @@ from rewriter.sites._spec import SiteSpec
 KEY = "reparam"
 """The name of the entry in a site's metadata."""
 
-_SPEED = re.compile(r"(?:^|, )(?:cache|batch|memory|share)=\w+")
-"""Options that change when a chain is evaluated, and not what its stored tensors mean."""
+_SPEED = re.compile(r"(?:^|, )(?:cache|batch|memory|share|trainable)=\w+")
+"""Options that change when a chain is evaluated or trained, and not what its stored tensors mean."""
 
 
 def identity(record: SiteSpec) -> dict[str, Any] | None:

@@ -27,5 +27,5 @@ def refit(site: Site, loaded: Set[str]) -> None:
         fit: Any = getattr(step, "right_inverse", None)
         if getattr(step, "stateful", False) and fit is not None and state and not state & loaded:
             before = site.settled()
-            first = record.layout.inward(before.originals[0]) if record.outer else before.originals[0]
+            first = record.layout.part.inward(before.originals[0]) if record.outer else before.originals[0]
             fit(apply_steps(record, before.steps[:index], before.originals, ()) if index else first)

@@ -50,9 +50,11 @@ class SiteSpec:
         inputs: for each step, names of the further tensors of the model that it reads.
         source: the tensor that the chain starts from, where it is not stored (`from`).
         layout: the view that the chain works on.
-        outer: whether the one stored tensor has the tensor's own shape rather than the view's.
+        outer: whether the one tensor that the chain stores has the tensor's own shape rather than the view's, or that
+            of the chunks that the chain works on. The other chunks are one more stored tensor, the last.
         batch: ``"auto"``, ``"never"`` or ``"always"``.
         memory: ``"keep"`` or ``"recompute"``.
+        trainable: whether its parameters are trained; ``None`` if the tensor decided that.
     """
 
     members: tuple[Member, ...]
@@ -69,6 +71,7 @@ class SiteSpec:
     outer: bool
     batch: str = "auto"
     memory: str = "keep"
+    trainable: bool | None = None
     simple: bool = field(init=False, repr=False, compare=False)
     """Whether the first step takes all stored tensors as they are, and each other step only the result before it."""
 

@@ -37,7 +37,10 @@ def apply_chain(
     value = apply_steps(record, steps, originals, inputs, done, value)
     if len(record.members) > 1:
         return tuple(value[index] for index in range(len(record.members)))
-    return value if record.layout.plain else record.layout.outward(value)
+    layout = record.layout
+    if layout.plain:
+        return value
+    return layout.outward(value, originals[-1] if layout.only else None)
 
 
 def apply_steps(
@@ -52,7 +55,7 @@ def apply_steps(
     layout = record.layout
     stored = list(originals)
     if record.outer:
-        stored[0] = layout.inward(stored[0])
+        stored[0] = layout.part.inward(stored[0])
     further = iter(inputs)
     if record.source is not None:
         value = layout.inward(next(further))
