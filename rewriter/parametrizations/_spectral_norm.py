@@ -10,6 +10,7 @@ from rewriter.errors import RewriterError
 from rewriter.parametrizations._base import Parametrization
 from rewriter.parametrizations.maths._eager import at_hand
 from rewriter.parametrizations.maths._precision import widen
+from rewriter.parametrizations.maths._unit_norm import as_matrix, over_norm
 
 
 class SpectralNorm(Parametrization, name="spectral_norm"):
@@ -52,7 +53,7 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
             raise RewriterError(f"spectral_norm: n_power_iterations must be positive, not {self.n_power_iterations}")
         self.outputs: int = dim % weight.ndim
         self._fitted = 0.0
-        M = self._matrix(widen(weight.detach()))
+        M = as_matrix(widen(weight.detach()), self.outputs)
         self._u: Tensor
         self._v: Tensor
         for name, size in zip(("_u", "_v"), M.shape, strict=True):
@@ -62,8 +63,13 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
             self._fitted = self._estimate(M)
 
     def forward(self, X: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            turns = self.n_power_iterations if self.training else 0
+            value = over_norm(X, self.outputs, self._u, self._v, turns, self.eps) if turns else None
+            if value is not None:
+                return value
         W = widen(X)
-        M = self._matrix(W)
+        M = as_matrix(W, self.outputs)
         if self.training:
             self._advance(M.detach(), self.n_power_iterations)
         # Copies: the next forward advances the buffers in place while this graph still needs them.
@@ -81,7 +87,7 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Return `value` itself, after fitting the singular vectors to it."""
-        M = self._matrix(widen(value.detach()))
+        M = as_matrix(widen(value.detach()), self.outputs)
         # The site builds the module from the tensor and assigns the same tensor right after. A closer fit there
         # would give other values than torch gives with the same seed.
         if M.device.type != "meta" and self._estimate(M) != self._fitted:
@@ -90,11 +96,6 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
 
     def _divided(self, W: Tensor, sigma: Tensor) -> Tensor:
         return W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)
-
-    def _matrix(self, W: Tensor) -> Tensor:
-        if self.outputs != 0:
-            W = W.movedim(self.outputs, 0)
-        return W if W.dim() == 2 else W.flatten(1)
 
     def _advance(self, M: Tensor, steps: int) -> None:
         with torch.no_grad():

@@ -147,6 +147,36 @@ def test_spectral_norm_advances_and_differentiates_as_torch_does(dim: int, dtype
             torch.testing.assert_close(buffer, theirs.state_dict()[key])
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_spectral_norm_has_the_second_derivatives_of_torch(dim: int) -> None:
+    weight = torch.randn(4, 3, 2, dtype=torch.float64)
+    theirs, ours = TorchSpectralNorm(weight, 1, dim), SpectralNorm(1, dim, weight=weight)
+    ours.load_state_dict(theirs.state_dict())
+    stored, G = weight.clone().requires_grad_(), torch.randn_like(weight).requires_grad_()
+    seconds = []
+    for step in (ours, theirs):
+        first = torch.autograd.grad(step(stored), stored, G, create_graph=True)[0]
+        seconds.append(torch.autograd.grad(first.square().sum(), (stored, G)))
+    torch.testing.assert_close(seconds[0], seconds[1])
+
+
+def test_spectral_norm_gives_the_gradients_of_a_batch() -> None:
+    step = SpectralNorm(weight=torch.randn(4, 3, dtype=torch.float64))
+    X, G = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, 3, dtype=torch.float64)
+    value = step(X)
+    (together,) = torch.autograd.grad(value, X, G, retain_graph=True, is_grads_batched=True)
+    alone = [torch.autograd.grad(value, X, g, retain_graph=True)[0] for g in G]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_spectral_norm_of_large_and_small_numbers() -> None:
+    for size in (1e-9, 1e15):
+        X = size * torch.randn(6, 4)
+        step = SpectralNorm(n_power_iterations=3, weight=X)
+        step.right_inverse(X)
+        assert torch.linalg.matrix_norm(step(X), 2).item() == pytest.approx(1, abs=1e-3)
+
+
 def test_spectral_norm_is_the_same_evaluated_and_scripted() -> None:
     weight = torch.randn(4, 3, dtype=torch.float64)
     step = SpectralNorm(weight=weight)
