@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from rewriter._given import kind_of
 from rewriter.language import Step
 from rewriter.parametrizations._registry import construct
+from rewriter.parametrizations.maths._checks import require_no_kernel
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.sites import Chunked, Layout, Site, layout_of
 from rewriter.sites._inverse import Inverse, carry_of, parts_of, right_inverse
 from rewriter.sites._steps import apply_steps
+
+_CONV1D = (nn.Conv1d, nn.ConvTranspose1d)
 
 Extra = Mapping[int, Sequence[Mapping[str, Any]]]
 """Constructor arguments decided over all sites of a rule: by the step's index, one mapping for each chunk."""
@@ -97,6 +100,8 @@ class Chain:
         weight = first_of(self._seen_by(index)) if weight is None else weight
         step = self.rule.chain[index]
         try:
+            if _is_kernel_of_conv1d(self.claim, self.layout) and "no kernel" in getattr(step.factory, "takes", ()):
+                require_no_kernel(step.name, self.claim.entries[0].tensor, most=2)
             return _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
         except Exception as problem:
             raise BuildError(f"step {index + 1}, {step}: {first_line(problem)}") from problem
@@ -196,6 +201,12 @@ def transposed(claim: Claim) -> bool:
     """Say whether a claim's tensor is the kernel of a transposed convolution, whose outputs are dimension 1."""
     owners = claim.entries[0].owners
     return bool(owners) and isinstance(owners[0][0], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+
+
+def _is_kernel_of_conv1d(claim: Claim, layout: Layout) -> bool:
+    """Say whether a chain would take the kernel of a one-dimensional convolution for a stack of matrices."""
+    owners = claim.entries[0].owners
+    return len(layout.shape) == 3 and not layout.matrix and bool(owners) and isinstance(owners[0][0], _CONV1D)
 
 
 def _make(
