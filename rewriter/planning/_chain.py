@@ -101,7 +101,7 @@ class Chain:
         step = self.rule.chain[index]
         try:
             if _is_kernel_of_conv1d(self.claim, self.layout) and "no kernel" in getattr(step.factory, "takes", ()):
-                require_no_kernel(step.name, self.claim.entries[0].tensor, most=2)
+                require_no_kernel(step.name, value_of(self.claim.entries[0]), most=2)
             return _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
         except Exception as problem:
             raise BuildError(f"step {index + 1}, {step}: {first_line(problem)}") from problem

@@ -16,7 +16,6 @@ from rewriter.context._random import devices_of, nothing_drawn, random_states, s
 from rewriter.context._recompute import recomputed
 from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
 from rewriter.context._tracers import as_autocast, autocast_anywhere, ordinary, others_trace
-from rewriter.context._writes import watch_writes
 from rewriter.errors import CaptureError
 from rewriter.sites._identity import difference, note_identity
 from rewriter.sites._reference import Reference
@@ -100,7 +99,7 @@ class Site(nn.Module):
             slot: which of them is this site's.
 
         Raises:
-            CaptureError: a tracer that knows nothing of sites would spec the value as a constant.
+            CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
         if self.policy.versioned and not torch.compiler.is_compiling():
             valid = self.contexts.running.valid
@@ -122,7 +121,7 @@ class Site(nn.Module):
     def _value(self, inputs: Sequence[Tensor]) -> Any:
         if others_trace():
             raise CaptureError(
-                f"torch.fx would spec the value of {self.spec.name} as a constant, which nothing trains: rewrite "
+                f"torch.fx would record the value of {self.spec.name} as a constant, which nothing trains: rewrite "
                 "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
                 "rewritten or after bake()"
             )
@@ -279,7 +278,6 @@ class Site(nn.Module):
         if context is None:
             value = self.read(*self.read_inputs())
             if not torch.compiler.is_compiling():
-                watch_writes(self.spec.name, self.spec.chain, value, self.originals)
                 self.policy.read(self, value)
             return value
         if self.spec.cache == "never":
