@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
 from rewriter.context._random import devices_of, random_states, same_states
-from rewriter.context._writes import ReadOutside, Watch, read_outside, warn_of_write, watch_writes
+from rewriter.context._writes import ReadOutside, Watches, read_outside, warn_of_write, watch_writes
 
 if TYPE_CHECKING:
     from rewriter.context._fused import Merged
@@ -65,7 +65,7 @@ class Policy:
         """The `evaluate_once` of each thread, by the thread's number: a thread ends no context but its own."""
         self.outside: ReadOutside | None = None
         """The last value that was read outside a forward."""
-        self.watches: Sequence[Watch] = ()
+        self.watches = Watches()
         """What warns of writes to that value."""
         self._lock = threading.Lock()
 

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,30 @@ from rewriter.context._fingerprint import PLAIN, transformed
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-Watch: TypeAlias = "weakref.finalize[..., Any]"
+class Watches:
+    """What warns of writes to the parts of one value."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self) -> None:
+        self._parts: list[weakref.finalize[..., Any]] = []
+
+    def add(self, part: Tensor, name: str, chain: Sequence[str]) -> None:
+        """Watch `part`."""
+        shadow = part.detach()  # counts with it
+        watch = weakref.finalize(part, _compare, name, tuple(chain), shadow, shadow._version)
+        watch.atexit = False
+        self._parts.append(watch)
+
+    def forgive(self, value: object) -> None:
+        """Stop watching a value that was assigned: its change is not lost."""
+        for watch in self._parts:
+            alive = watch.peek()
+            if alive is not None and alive[0] is value:
+                watch.detach()
 
 
-def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[Tensor]) -> list[Watch]:
+def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[Tensor]) -> Watches:
     """Warn, once nobody has `value` any more, if it was written to meanwhile.
 
     Arguments:
@@ -35,26 +55,16 @@ def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[T
         stored: the tensors it is computed from; a value in their memory keeps what is written to it.
 
     Returns:
-        What will warn; `forgive` stops it.
+        What will warn.
     """
-    watches: list[Watch] = []
+    watches = Watches()
     if transformed():
         return watches
     homes = {tensor.untyped_storage()._cdata for tensor in stored if type(tensor) in PLAIN}
     for part in value if isinstance(value, tuple) else (value,):
         if type(part) in PLAIN and not part.is_inference() and part.untyped_storage()._cdata not in homes:
-            shadow = part.detach()  # counts with it
-            watches.append(weakref.finalize(part, _compare, name, tuple(chain), shadow, shadow._version))
-            watches[-1].atexit = False
+            watches.add(part, name, chain)
     return watches
-
-
-def forgive(watches: Sequence[Watch], value: object) -> None:
-    """Stop watching a value that was assigned: its change is not lost."""
-    for watch in watches:
-        alive = watch.peek()
-        if alive is not None and alive[0] is value:
-            watch.detach()
 
 
 class ReadOutside:

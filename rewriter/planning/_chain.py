@@ -245,7 +245,8 @@ def _sample(steps: Sequence[nn.Module], layout: Layout) -> Any:
 
 def _check_parts(index: int, step: Step, module: nn.Module, parts: Sequence[Any], value: Tensor) -> None:
     """Refuse what a right inverse must not return; it is stored as a Parameter or goes to the step before."""
-    number = value.is_floating_point() or value.is_complex()
+    other = hasattr(module, "storage_dtype") or getattr(module, "preserves_dtype", True) is False
+    number = (value.is_floating_point() or value.is_complex()) and not other
     for part in parts:
         wrong = ""
         if not isinstance(part, Tensor):
@@ -254,13 +255,22 @@ def _check_parts(index: int, step: Step, module: nn.Module, parts: Sequence[Any]
             wrong = f"a tensor on {part.device} for a tensor on {value.device}"
         elif type(part) not in (Tensor, nn.Parameter, type(value)):
             wrong = f"a {type(part).__name__}, a subclass of Tensor"
-        elif number and not (part.is_floating_point() or part.is_complex() or hasattr(module, "storage_dtype")):
+        elif number and part.dtype != value.dtype and not _complex_or_not(part, value):
             wrong = f"{dtype_name(part.dtype)} for {dtype_name(value.dtype)}"
         if wrong:
             raise BuildError(
                 f"step {index + 1}, {step}: its right inverse returns {wrong}; it has to return the tensor, or the "
                 "sequence of tensors, that its forward maps to the value"
             )
+
+
+def _complex_or_not(part: Tensor, value: Tensor) -> bool:
+    """Say whether one of two numbers is complex and the other is its real or imaginary part."""
+    return (
+        {part.is_complex(), value.is_complex()}
+        == {True, False}
+        == {part.is_floating_point(), value.is_floating_point()}
+    )
 
 
 def check_arity(step: nn.Module, named: Step, given: int) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rewriter._given import kind_of
-from rewriter.context._writes import forgive
 from rewriter.errors import PlanError, RewriterError
 from rewriter.sites._inverse import invert_chain
 from rewriter.sites._site import Site
@@ -73,7 +72,7 @@ def assign_value(site: Site, name: str, value: Any) -> None:
             target.copy_(source)
         site.policy.invalidate()
         check_reached(site, value, site.read(*inputs))
-        forgive(site.policy.watches, value)  # `module.counter += 1` writes to what it read, and then assigns it
+        site.policy.watches.forgive(value)  # `module.counter += 1` writes to what it read, and then assigns it
     except Exception as problem:
         for tensor, content in zip(tensors, before, strict=True):
             tensor.copy_(content)
