@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_MOST_NAMES = 20
+"""How many names a message lists."""
+
 
 def printable(text: str, keep: str = "") -> str:
     r"""Return `text` with every character that a terminal does not show as itself written as ``\uXXXX``.
@@ -16,6 +19,16 @@ def printable(text: str, keep: str = "") -> str:
     ('a\\u001b[2Kb', 'a\nb\\t')
     """
     return "".join(mark if mark.isprintable() or mark in keep else json.dumps(mark)[1:-1] for mark in text)
+
+
+def listing(names: Sequence[str]) -> str:
+    """Return the names as a list in words, shortened where it is long.
+
+    >>> listing(["0.weight", "1.weight"])
+    '0.weight, 1.weight'
+    """
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 class RewriterError(Exception):

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from rewriter._torch import autocast_on
 from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
 from rewriter.context._random import devices_of, random_states, same_states
-from rewriter.context._writes import ReadOutside, read_outside, warn_of_write
+from rewriter.context._writes import ReadOutside, Watches, read_outside, warn_of_write, watch_writes
 
 if TYPE_CHECKING:
     from rewriter.context._fused import Merged
@@ -66,6 +66,8 @@ class Policy:
         """The `evaluate_once` of each thread, by the thread's number: a thread ends no context but its own."""
         self.outside: ReadOutside | None = None
         """The last value that was read outside a forward."""
+        self.watches = Watches()
+        """What warns of writes to that value."""
         self._lock = threading.Lock()
 
     def invalidate(self) -> None:
@@ -143,6 +145,9 @@ class Policy:
 
     def read(self, site: Site, value: Any) -> None:
         """Remember a value that was read outside a forward, to warn of a write that is lost."""
+        if self.outside is not None:
+            self._check_outside(site)
+        self.watches = watch_writes(site.spec.name, site.spec.chain, value, site.originals)
         self.outside = read_outside(value, site.originals)
         self._update()
 
@@ -150,7 +155,7 @@ class Policy:
         outside, self.outside = self.outside, None
         self._update()
         if outside is not None and outside.changed():
-            warn_of_write(site.spec.name, site.spec.chain, "is lost", stacklevel=6)
+            warn_of_write(site.spec.name, site.spec.chain, "is lost", line=outside.line)
 
     def cache(self, key: str, site: Site, count: int, inputs: Sequence[Tensor], evaluate: Callable[..., Any]) -> Any:
         """Return the value cached under `key` if it is valid, else evaluate and cache.

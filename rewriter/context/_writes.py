@@ -6,9 +6,12 @@ nothing keeps what they wrote.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 import weakref
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,8 +19,33 @@ from torch import Tensor
 
 from rewriter.context._fingerprint import PLAIN, transformed
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
-def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[Tensor]) -> None:
+
+class Watches:
+    """What warns of writes to the parts of one value."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self) -> None:
+        self._parts: list[weakref.finalize[..., Any]] = []
+
+    def add(self, part: Tensor, name: str, chain: Sequence[str]) -> None:
+        """Watch `part`."""
+        shadow = part.detach()  # counts with it
+        watch = weakref.finalize(part, _compare, name, tuple(chain), shadow, shadow._version)
+        watch.atexit = False
+        self._parts.append(watch)
+
+    def forgive(self, value: object) -> None:
+        """Stop watching a value that was assigned: its change is not lost."""
+        for watch in self._parts:
+            alive = watch.peek()
+            if alive is not None and alive[0] is value:
+                watch.detach()
+
+
+def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[Tensor]) -> Watches:
     """Warn, once nobody has `value` any more, if it was written to meanwhile.
 
     Arguments:
@@ -25,14 +53,18 @@ def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[T
         chain: what computes it.
         value: a tensor, or a tuple of them.
         stored: the tensors it is computed from; a value in their memory keeps what is written to it.
+
+    Returns:
+        What will warn.
     """
+    watches = Watches()
     if transformed():
-        return
+        return watches
     homes = {tensor.untyped_storage()._cdata for tensor in stored if type(tensor) in PLAIN}
     for part in value if isinstance(value, tuple) else (value,):
         if type(part) in PLAIN and not part.is_inference() and part.untyped_storage()._cdata not in homes:
-            shadow = part.detach()  # counts with it
-            weakref.finalize(part, _compare, name, tuple(chain), shadow, shadow._version).atexit = False
+            watches.add(part, name, chain)
+    return watches
 
 
 class ReadOutside:
@@ -46,6 +78,8 @@ class ReadOutside:
         self.shadow = value.detach()
         self.version = self.shadow._version
         self.content = torch.hash_tensor(self.shadow)
+        self.line = _line_of_caller()
+        """File and line of the read: a write through ``.data`` stands at the same line."""
 
     def changed(self) -> bool:
         """Whether the content changed, and torch counted no write to it."""
@@ -61,13 +95,34 @@ def read_outside(value: Any, stored: Sequence[Tensor]) -> ReadOutside | None:
     return ReadOutside(value)
 
 
-def warn_of_write(name: str, chain: Sequence[str], change: str, stacklevel: int = 2) -> None:
-    """Warn that `name` was written to, and say what becomes of the change."""
-    warnings.warn(
+def warn_of_write(
+    name: str, chain: Sequence[str], change: str, stacklevel: int = 2, line: tuple[str, int] | None = None
+) -> None:
+    """Warn that `name` was written to, and say what becomes of the change.
+
+    Arguments:
+        name: the tensor.
+        chain: what computes it.
+        change: what becomes of the change.
+        stacklevel: of the line to blame, where `line` is not known.
+        line: file and line to blame.
+    """
+    text = (
         f"{name} was changed in place; it is computed by {' >> '.join(chain)}, and the change {change}: assign to it, "
-        f"as in module.{name.rpartition('.')[2]} = value, or use rewriter.state.set_value",
-        stacklevel=stacklevel,
+        f"as in module.{name.rpartition('.')[2]} = value, or use rewriter.state.set_value"
     )
+    if line is None:
+        warnings.warn(text, stacklevel=stacklevel)
+    else:
+        warnings.warn_explicit(text, UserWarning, *line)
+
+
+def _line_of_caller() -> tuple[str, int]:
+    """Return file and line of the innermost frame outside this package."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return ("<unknown>", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
 def _compare(name: str, chain: Sequence[str], shadow: Tensor, version: int) -> None:

@@ -261,6 +261,8 @@ class LoKr(_Dropped, name="lokr"):
         decompose_factor: size of the first matrix; -1 for about the square root of each dimension.
         rank_dropout_scale: divide by the share of rows that dropout leaves.
         init_weights: ``true``: the first matrix is zero, ``lycoris``: the second, ``false``: none.
+
+    For the kernel of a Conv1d and a second matrix that is not factored, the product has its entries in PEFT's order.
     """
 
     cost = "O(entries), and O(r · entries of the factors)"
@@ -292,7 +294,11 @@ class LoKr(_Dropped, name="lokr"):
 
     def delta(self) -> Tensor:
         first = _whole(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b)
-        return torch.kron(first, _whole(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b)) * self.scaling
+        second = _whole(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b)
+        if self.lokr_w2 is not None and self.shape is not None and len(self.shape) == 3:
+            # PEFT multiplies the first matrix with a kernel of three dimensions here, and kron aligns the last ones.
+            second = second.reshape(second.shape[0], -1, self.shape[-1])
+        return torch.kron(first, second) * self.scaling
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

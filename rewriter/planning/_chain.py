@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from rewriter._given import kind_of
 from rewriter.language import Step
 from rewriter.parametrizations._registry import construct
+from rewriter.parametrizations.maths._checks import require_no_kernel
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.sites import Chunked, Layout, Site, layout_of
 from rewriter.sites._inverse import Inverse, carry_of, parts_of, right_inverse
 from rewriter.sites._steps import apply_steps
+
+_CONV1D = (nn.Conv1d, nn.ConvTranspose1d)
 
 Extra = Mapping[int, Sequence[Mapping[str, Any]]]
 """Constructor arguments decided over all sites of a rule: by the step's index, one mapping for each chunk."""
@@ -99,6 +102,8 @@ class Chain:
         weight = first_of(self._seen_by(index)) if weight is None else weight
         step = self.rule.chain[index]
         try:
+            if _is_kernel_of_conv1d(self.claim, self.layout) and "no kernel" in getattr(step.factory, "takes", ()):
+                require_no_kernel(step.name, value_of(self.claim.entries[0]), most=2)
             return _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
         except Exception as problem:
             raise BuildError(f"step {index + 1}, {step}: {first_line(problem)}") from problem
@@ -200,6 +205,12 @@ def transposed(claim: Claim) -> bool:
     return bool(owners) and isinstance(owners[0][0], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
 
+def _is_kernel_of_conv1d(claim: Claim, layout: Layout) -> bool:
+    """Say whether a chain would take the kernel of a one-dimensional convolution for a stack of matrices."""
+    owners = claim.entries[0].owners
+    return len(layout.shape) == 3 and not layout.matrix and bool(owners) and isinstance(owners[0][0], _CONV1D)
+
+
 def _make(
     step: Step, weight: Tensor, layout: Layout, extra: Sequence[Mapping[str, Any]], transposed: bool
 ) -> nn.Module:
@@ -236,7 +247,8 @@ def _sample(steps: Sequence[nn.Module]) -> Any:
 
 def _check_parts(index: int, step: Step, module: nn.Module, parts: Sequence[Any], value: Tensor) -> None:
     """Refuse what a right inverse must not return; it is stored as a Parameter or goes to the step before."""
-    number = value.is_floating_point() or value.is_complex()
+    other = hasattr(module, "storage_dtype") or getattr(module, "preserves_dtype", True) is False
+    number = (value.is_floating_point() or value.is_complex()) and not other
     for part in parts:
         wrong = ""
         if not isinstance(part, Tensor):
@@ -245,13 +257,22 @@ def _check_parts(index: int, step: Step, module: nn.Module, parts: Sequence[Any]
             wrong = f"a tensor on {part.device} for a tensor on {value.device}"
         elif type(part) not in (Tensor, nn.Parameter, type(value)):
             wrong = f"a {type(part).__name__}, a subclass of Tensor"
-        elif number and not (part.is_floating_point() or part.is_complex() or hasattr(module, "storage_dtype")):
+        elif number and part.dtype != value.dtype and not _complex_or_not(part, value):
             wrong = f"{dtype_name(part.dtype)} for {dtype_name(value.dtype)}"
         if wrong:
             raise BuildError(
                 f"step {index + 1}, {step}: its right inverse returns {wrong}; it has to return the tensor, or the "
                 "sequence of tensors, that its forward maps to the value"
             )
+
+
+def _complex_or_not(part: Tensor, value: Tensor) -> bool:
+    """Say whether one of two numbers is complex and the other is its real or imaginary part."""
+    return (
+        {part.is_complex(), value.is_complex()}
+        == {True, False}
+        == {part.is_floating_point(), value.is_floating_point()}
+    )
 
 
 def check_arity(step: nn.Module, named: Step, given: int) -> None:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from rewriter.errors import Diagnostic, PlanError
+from rewriter.errors import Diagnostic, PlanError, listing
 from rewriter.planning._resolve import Claim
 
-_MOST = 20
-"""How many names a message lists."""
+_NUMBERS = re.compile(r"\d+(, \d+)*")
+
+
+class _Group(NamedTuple):
+    """Tensors of a rule with one problem.
+
+    Arguments:
+        claim: of the first tensor; its rule has the place.
+        texts: the problem for one tensor, and for several.
+        hint: what to do.
+        names: the tensors.
+        wordings: the texts, which may differ in numbers.
+    """
+
+    claim: Claim
+    key: str
+    texts: tuple[str, str]
+    hint: str
+    names: list[str]
+    wordings: set[str]
 
 
 class Problems:
@@ -20,7 +40,7 @@ class Problems:
 
     def __init__(self, found: Iterable[Diagnostic] = ()) -> None:
         self._found: list[Diagnostic] = list(found)
-        self._groups: dict[tuple[str, str, str, str, str], tuple[Claim, list[str]]] = {}
+        self._groups: dict[tuple[str, ...], _Group] = {}
 
     def __bool__(self) -> bool:
         return bool(self._found or self._groups)
@@ -40,13 +60,17 @@ class Problems:
             name: the tensor, where it is not the claim's first.
             many: the text for several tensors, where it is another one.
         """
-        group = (claim.rule.name, key, text, hint, many or text)
-        self._groups.setdefault(group, (claim, []))[1].append(name or claim.name)
+        self._collect(claim, key, (f"is {text}", f"are {many or text}"), hint, name or claim.name)
 
     def build_failed(self, claim: Claim, text: str) -> None:
         """Add the reason why a chain cannot be built."""
-        group = (claim.rule.name, "chain", text, "", "")
-        self._groups.setdefault(group, (claim, []))[1].append(claim.name)
+        self._collect(claim, "chain", ("", text), "", claim.name)
+
+    def _collect(self, claim: Claim, key: str, texts: tuple[str, str], hint: str, name: str) -> None:
+        like = _NUMBERS.sub("#", texts[1].replace(name, ""))
+        group = self._groups.setdefault((claim.rule.name, key, like), _Group(claim, key, texts, hint, [], set()))
+        group.names.append(name)
+        group.wordings.add(texts[1])
 
     def raise_any(self) -> None:
         """Raise what was collected.
@@ -57,18 +81,12 @@ class Problems:
         if not self:
             return
         diagnostics = list(self._found)
-        for (rule, key, text, hint, many), (claim, names) in self._groups.items():
-            about = f"is {text}" if len(names) == 1 else f"are {many}"
-            message = f"{listing(names)} {about}" if many else f"rule {rule!r} on {listing(names)}: {text}"
+        for claim, key, (one, many), hint, names, wordings in self._groups.values():
+            tensors = listing(names)
+            message = f"{tensors} {one if len(names) == 1 else many}"
+            if not one:
+                message = f"rule {claim.rule.name!r} on {tensors}: {many}"
+            if len(wordings) > 1:
+                message += f" (the numbers are those of {names[0]})"
             diagnostics.append(claim.rule.where(key).diagnose(message, hint))
         raise PlanError.of(diagnostics)
-
-
-def listing(names: Sequence[str]) -> str:
-    """Return the names as a list in words, shortened where it is long.
-
-    >>> listing(["0.weight", "1.weight"])
-    '0.weight, 1.weight'
-    """
-    more = len(names) - _MOST
-    return ", ".join(names[:_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch.nn.parameter import is_lazy
 
-from rewriter.errors import Diagnostic
+from rewriter.errors import Diagnostic, listing
 from rewriter.language import Rule, Selector, Spec
 from rewriter.planning._survey import Entry
 
@@ -137,7 +137,7 @@ def _settle_overlaps(claims: list[Claim], problems: list[Diagnostic]) -> list[Cl
         for entry in claim.entries:
             by_entry.setdefault(id(entry), []).append(claim)
     dropped: set[int] = set()
-    reported: set[tuple[str, ...]] = set()
+    contested: dict[tuple[str, ...], list[Claim]] = {}
     for rivals in by_entry.values():
         if len(rivals) == 1:
             continue
@@ -145,16 +145,8 @@ def _settle_overlaps(claims: list[Claim], problems: list[Diagnostic]) -> list[Cl
         left = [claim for claim in rivals if claim.rule.name not in beaten]
         dropped.update(id(claim) for claim in rivals if claim.rule.name in beaten)
         rules = tuple(claim.rule.name for claim in left)
-        if len(left) > 1 and rules not in reported:
-            reported.add(rules)
-            problems.append(
-                left[1]
-                .rule.where("select")
-                .diagnose(
-                    f"{left[1].name} is claimed by the rules {', '.join(map(repr, rules))}",
-                    f"narrow one of them, or let one win: `overrides: [{rules[0]}]` in rule {rules[1]!r}",
-                )
-            )
+        if len(left) > 1:
+            contested.setdefault(rules, []).append(left[1])
         elif not left:
             problems.append(
                 rivals[0]
@@ -165,6 +157,11 @@ def _settle_overlaps(claims: list[Claim], problems: list[Diagnostic]) -> list[Cl
                     "let only one of them override",
                 )
             )
+    for rules, rivals in contested.items():
+        names = listing([claim.name for claim in rivals])
+        hint = f"narrow one of them, or let one win: `overrides: [{rules[0]}]` in rule {rules[1]!r}"
+        message = f"{names} {'is' if len(rivals) == 1 else 'are'} claimed by the rules {', '.join(map(repr, rules))}"
+        problems.append(rivals[0].rule.where("select").diagnose(message, hint))
     return [claim for claim in claims if id(claim) not in dropped]
 
 

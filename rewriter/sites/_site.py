@@ -17,7 +17,6 @@ from rewriter.context._random import devices_of, nothing_drawn, random_states, s
 from rewriter.context._recompute import recomputed
 from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
 from rewriter.context._tracers import as_autocast, autocast_anywhere, ordinary, others_trace
-from rewriter.context._writes import watch_writes
 from rewriter.errors import CaptureError
 from rewriter.sites._identity import difference, note_identity
 from rewriter.sites._reference import Reference
@@ -101,7 +100,7 @@ class Site(nn.Module):
             slot: which of them is this site's.
 
         Raises:
-            CaptureError: a tracer that knows nothing of sites would spec the value as a constant.
+            CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
         if self.policy.versioned and not torch.compiler.is_compiling():
             valid = self.contexts.running.valid
@@ -123,7 +122,7 @@ class Site(nn.Module):
     def _value(self, inputs: Sequence[Tensor]) -> Any:
         if others_trace():
             raise CaptureError(
-                f"torch.fx would spec the value of {self.spec.name} as a constant, which nothing trains: rewrite "
+                f"torch.fx would record the value of {self.spec.name} as a constant, which nothing trains: rewrite "
                 "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
                 "rewritten or after bake()"
             )
@@ -280,7 +279,6 @@ class Site(nn.Module):
         if context is None:
             value = self.read(*self.read_inputs())
             if not torch.compiler.is_compiling():
-                watch_writes(self.spec.name, self.spec.chain, value, self.originals)
                 self.policy.read(self, value)
             return value
         if self.spec.cache == "never":
@@ -316,6 +314,13 @@ class Site(nn.Module):
         """Return `current` for one of the tensors computed, by its name at the owner."""
         value = self.current()
         return value if len(self.spec.members) == 1 else value[self.position(tensor)]
+
+    def __prepare_scriptable__(self) -> Site:
+        # torch.jit.script asks each module. A graph answers for all of its own, with a module without sites.
+        raise CaptureError(
+            f"torch.jit.script cannot compile a model with module capture, in which {self.spec.name} is read from "
+            "Python: bake first, as in torch.jit.script(rewriter.bake(model))"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in ("append", "is_tensor"):  # which torch.nn.utils.parametrize asks of what computes a tensor

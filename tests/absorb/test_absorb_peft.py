@@ -213,3 +213,23 @@ def test_an_adapter_that_changes_the_bias_says_so():
     config = peft.IA3Config(target_modules=["fc"], feedforward_modules=[])
     with pytest.raises(rewriter.PlanError, match="its bias included"):
         rewriter.absorb(peft.get_peft_model(Net(), config))
+
+
+@pytest.mark.parametrize("chain", ["orthogonal", "weight_norm"])
+def test_merging_adapters_into_a_computed_weight_warns_at_the_line(chain, ids):
+    net = Net()
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "fc.weight", "chain": [chain]}]}
+    new = rewriter.rewrite(net, spec, capture="module")
+    model = peft.get_peft_model(new, peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match=r"fc\.weight was changed in place.* lost") as caught:
+        model.merge_and_unload()(ids)
+    assert "peft" in next(warning.filename for warning in caught if "lost" in str(warning.message))
+
+
+def test_an_adapter_around_a_module_of_a_graph_is_refused(ids):
+    net = Net()
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "fc.weight", "chain": ["orthogonal"]}]}
+    new = rewriter.rewrite(net, spec, capture="graph")
+    model = peft.get_peft_model(new, peft.LoraConfig(r=2, target_modules=["fc"]))
+    with pytest.raises(rewriter.RewriterError, match=r"fc was replaced .* after the model was rewritten"):
+        model(ids)

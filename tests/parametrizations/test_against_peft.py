@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 LAYERS = {
     "linear": lambda: nn.Linear(8, 6),
     "kernel": lambda: nn.Conv2d(4, 6, 3),
+    "kernel 1d": lambda: nn.Conv1d(4, 6, 3),
     "embedding": lambda: nn.Embedding(6, 8),
 }
 CASES: list[tuple[str, str, dict[str, Any], str, dict[str, Any]]] = [
@@ -29,6 +30,11 @@ CASES: list[tuple[str, str, dict[str, Any], str, dict[str, Any]]] = [
     ("lokr", "LoKrConfig", {}, "linear", {"r": 1, "decompose_both": True, "decompose_factor": 4}),
     ("lokr", "LoKrConfig", {}, "kernel", {"r": 1, "alpha": 3}),
     ("lokr", "LoKrConfig", {}, "kernel", {"r": 8, "alpha": 3}),
+    ("lokr", "LoKrConfig", {}, "kernel 1d", {"r": 1, "alpha": 3}),
+    ("lokr", "LoKrConfig", {}, "kernel 1d", {"r": 8, "alpha": 3}),
+    ("lokr", "LoKrConfig", {}, "kernel 1d", {"r": 1, "decompose_both": True}),
+    ("loha", "LoHaConfig", {}, "kernel 1d", {"r": 2, "alpha": 3}),
+    ("lora", "LoraConfig", {}, "kernel 1d", {"r": 2, "lora_alpha": 3}),
     ("vera", "VeraConfig", {}, "linear", {"r": 3}),
     ("ia3", "IA3Config", {"feedforward_modules": []}, "linear", {}),
     ("ia3", "IA3Config", {"feedforward_modules": ["0"]}, "linear", {"feedforward": True}),

@@ -81,6 +81,27 @@ def test_a_bias_is_refused_with_the_selector_that_leaves_it_out(name: str) -> No
         rewrite(nn.Sequential(nn.Linear(4, 4)), spec)
 
 
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.ConvTranspose1d])
+def test_a_kernel_of_three_dimensions_is_no_stack_of_matrices(conv: type[nn.Module]) -> None:
+    rule = {"name": "r", "select": "0.weight", "chain": ["orthogonal"]}
+    model = nn.Sequential(conv(4, 4, 3))
+    with pytest.raises(PlanError, match=r"`reshape: \[out, -1\]` .* `reshape: \[-1, 4, 3\]`"):
+        rewrite(model, {"reparam": 1, "rules": [rule]})
+    with pytest.raises(PlanError, match=r"`reshape: \[out, -1\]`"):
+        rewrite(model, {"reparam": 1, "rules": [{**rule, "per": {"dim": 0, "chunks": 2}}]})
+    asked = rewrite(model, {"reparam": 1, "rules": [{**rule, "reshape": [-1, 4, 3]}]})
+    slices = rewriter.state.get_value(asked, "0.weight")
+    torch.testing.assert_close(slices.mT @ slices, torch.eye(3).expand(4, 3, 3), atol=1e-5, rtol=0)
+
+
+def test_a_stack_of_matrices_that_is_no_kernel_needs_no_reshape() -> None:
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.randn(2, 4, 3, generator=torch.manual_seed(0)))
+    new = rewrite(model, {"reparam": 1, "rules": [{"name": "r", "select": "experts", "chain": ["orthogonal"]}]})
+    value = rewriter.state.get_value(new, "experts")
+    torch.testing.assert_close(value.mT @ value, torch.eye(3).expand(2, 3, 3), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["orthogonal", "special_orthogonal", "stiefel", "grassmann", "almost_orthogonal"])
 def test_a_kernel_is_refused_with_the_two_ways_to_reshape_it(name: str) -> None:
     rule = {"name": "r", "select": "0.weight", "chain": [{name: NEEDED.get(name, {})}]}

@@ -138,6 +138,27 @@ def test_all_problems_are_reported_together(model: nn.Module) -> None:
     assert len(caught.value.diagnostics) >= 3
 
 
+@pytest.mark.parametrize(
+    ("rules", "problem"),
+    [
+        ([{"name": "a", "chain": ["skew"]}], "acts on square matrices, this tensor has shape [5, 4]"),
+        ([{"name": "a", "chain": ["orthogonal"], "from": "nope"}], "computed from 'nope'"),
+        (
+            [{"name": "a", "chain": ["symmetric"]}, {"name": "b", "chain": ["symmetric"]}],
+            "claimed by the rules 'a', 'b'",
+        ),
+    ],
+    ids=["sizes differ", "hints differ", "rivals"],
+)
+def test_one_problem_of_ten_tensors_is_one_diagnostic_with_ten_names(rules: list[Spec], problem: str) -> None:
+    many = nn.Sequential(*[nn.Linear(4, 5 + 4 * size) for size in range(10)])
+    with pytest.raises(PlanError) as caught:
+        plan(many, {"reparam": 1, "rules": [{**rule, "select": "*.weight"} for rule in rules]})
+    (diagnostic,) = caught.value.diagnostics
+    assert problem in diagnostic.message
+    assert all(f"{index}.weight" in diagnostic.message for index in range(10))
+
+
 def test_problems_of_a_text_spec_have_positions(model: nn.Module) -> None:
     text = "reparam: 1\nrules:\n  - name: a\n    select: 'o.weight'\n    chain: [skew]\n"
     with pytest.raises(PlanError) as caught:

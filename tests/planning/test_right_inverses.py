@@ -103,6 +103,7 @@ class Sub(Tensor):
 
 RETURNED = {
     "bool": lambda w: w.bool(),
+    "another float dtype": lambda w: w.double(),
     "integers": lambda w: w.int(),
     "meta": lambda w: w.to("meta"),
     "None": lambda w: None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import warnings
 from typing import Any
 
@@ -72,16 +74,25 @@ def test_a_counter_in_the_place_of_a_buffer_counts(capture: str) -> None:
     model[0].register_buffer("counter", torch.zeros(3))
     new = rewritten({"shift": {"offset": 1.0}}, capture, model, "0.counter")
     before = get_value(new, "0.counter")
-    new[0].counter += 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        new[0].counter += 1
+        gc.collect()
+    assert not told
     torch.testing.assert_close(get_value(new, "0.counter"), before + 1)
 
 
 @pytest.mark.parametrize("fill", [lambda data: nn.init.normal_(data, 0, 0.02), lambda data: data.zero_()])
-def test_a_write_through_data_warns(fill: Any, capture: str) -> None:
+def test_a_write_through_data_warns_at_its_line(fill: Any, capture: str) -> None:
     new = rewritten("weight_norm", capture)
+    line = inspect.currentframe().f_lineno + 1  # type: ignore[union-attr]
     fill(new[0].weight.data)
-    with pytest.warns(UserWarning, match=r"0\.weight was changed in place.*is lost.*set_value"):
+    with pytest.warns(UserWarning, match=r"0\.weight was changed in place.*is lost.*set_value") as told:
         new(torch.ones(1, 4))
+    assert (told[0].filename, told[0].lineno) == (__file__, line)
+    fill(new[0].weight.data)
+    with pytest.warns(UserWarning, match="is lost"):
+        new[0].weight  # noqa: B018
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         new(torch.ones(1, 4))

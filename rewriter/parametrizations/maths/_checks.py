@@ -18,10 +18,14 @@ def require_matrix(name: str, weight: Tensor) -> None:
         )
 
 
-def require_no_kernel(name: str, weight: Tensor) -> None:
-    """Raise RewriterError for fewer than two dimensions, and for the kernel of a convolution."""
+def require_no_kernel(name: str, weight: Tensor, most: int = 3) -> None:
+    """Raise RewriterError for fewer than two dimensions, and for the kernel of a convolution.
+
+    Arguments:
+        most: the dimensions that are allowed. Three can be a stack of matrices, or the kernel of a Conv1d.
+    """
     require_matrix(name, weight)
-    if weight.ndim > 3:
+    if weight.ndim > most:
         slices = ", ".join(map(str, weight.shape[-2:]))
         raise RewriterError(
             f"{name} acts on matrices, this tensor has shape {list(weight.shape)}; use `reshape: [out, -1]` for one "
