@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import threading
@@ -20,6 +19,7 @@ from rewriter.errors import ModelFileError, printable
 from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
 from rewriter.serialization._inspect import ModelFile, inspect_file
 from rewriter.serialization._names import import_object, is_listed, known_object
+from rewriter.serialization._safetensors import read_safetensors
 from rewriter.serialization._vet import check_depth, vetted_reading
 
 ModelFactory = Callable[[], nn.Module]
@@ -79,7 +79,7 @@ def load_model(
 
 def _read(file: ModelFile, allow: tuple[str, ...], trust: bool) -> Any:
     if file.kind == "safetensors":
-        return _read_safetensors(file.path)
+        return read_safetensors(file.path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -162,17 +162,6 @@ def _warning(name: str) -> str:
     return ""
 
 
-def _read_safetensors(path: Path) -> Any:
-    try:
-        load_file = importlib.import_module("safetensors.torch").load_file
-    except ImportError:
-        raise ModelFileError(f"reading {path} needs safetensors (pip install safetensors)") from None
-    try:
-        return load_file(path)
-    except Exception as problem:
-        raise ModelFileError(f"{path} cannot be read as safetensors: {problem}") from problem
-
-
 def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # A safetensors file has tied tensors under one of their names.
     tensors = module.state_dict(keep_vars=True)
@@ -206,8 +195,9 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     if not isinstance(module, nn.Module):
         raise ModelFileError(f"the model factory made {kind_of(module)}, not a torch.nn.Module")
     weights = without_prefixes(weights, module.state_dict().keys())
+    weights.update({name: tensor for name, tensor in _tied(module, weights).items() if name not in weights})
     try:
-        module.load_state_dict({**_tied(module, weights), **weights})
+        module.load_state_dict(weights)
     except RuntimeError as problem:
         lines = [printable(line.strip()) for line in str(problem).split("\n")]
         raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem
