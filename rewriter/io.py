@@ -1,7 +1,10 @@
-"""Model files: `load_model` reads one without running code of it, `save_model` writes the whole file or nothing."""
+"""Model files: `load_model` reads one without running code of it, `save_model` writes the whole file or nothing.
+
+`read_adapter` reads an adapter that PEFT saved.
+"""
 
 from __future__ import annotations
 
-from rewriter.serialization import load_model, save_model
+from rewriter.serialization import load_model, read_adapter, save_model
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load_model", "read_adapter", "save_model"]

@@ -17,9 +17,11 @@ def refuse_directory(path: Path) -> None:
     """Refuse a directory as a model file, with the list of the model files in it.
 
     Raises:
-        ModelFileError: it is a directory.
+        ModelFileError: it is a directory, and not that of a PEFT adapter.
     """
-    if not os.path.isdir(path):  # `Path.is_dir` raises for a name that is too long.
+    if not os.path.isdir(path) or os.path.isfile(
+        path / "adapter_config.json"
+    ):  # `Path.is_dir` raises for a name that is too long.
         return
     found = [str(file) for file in sorted(path.iterdir()) if file.suffix in _MODEL_SUFFIXES]
     if not found:

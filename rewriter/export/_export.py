@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from rewriter._given import check_model
 from rewriter.errors import CaptureError, ModelFileError, RewriterError
 from rewriter.serialization._atomic import written_atomically
+from rewriter.serialization._safetensors import header_of
 from rewriter.serialization._save import check_suffix, write_model
 
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
@@ -189,7 +190,7 @@ def _write_safetensors(model: nn.Module | ExportedProgram, path: Path, inputs: I
     safetensors: Any = importlib.import_module("safetensors.torch")
     if isinstance(model, nn.Module):
         # Tied tensors are stored once, with the other names in the metadata.
-        safetensors.save_model(model, os.fspath(path), metadata={"format": "pt"})
+        safetensors.save_model(model, os.fspath(path), metadata=header_of(model))
     else:
         from rewriter.program import tied
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -50,8 +51,10 @@ def weights_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
     raise ModelFileError(f"{path} holds a dict with the keys {_listed(loaded)}, which is no state dict")
 
 
-def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
+def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]) -> OrderedDict[str, torch.Tensor]:
     """Return the weights under the model's names, without the prefixes of wrappers; warn if there were any.
+
+    The metadata of a state dict stays, under the paths without the prefixes.
 
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")
@@ -61,24 +64,35 @@ def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]
     Arguments:
         names: the state-dict keys of the model.
     """
-    renamed: dict[str, torch.Tensor] = {}
+    renamed: OrderedDict[str, torch.Tensor] = OrderedDict()
     removed: dict[str, int] = {}
     for name, tensor in weights.items():
-        short, prefixes = name, []
-        for prefix in _WRAPPERS if name not in names else ():
-            segments = short.split(".")
-            if prefix[:-1] in segments and short not in names:
-                short = ".".join(segment for segment in segments if segment != prefix[:-1])
-                prefixes.append(prefix)
-        if short not in names:
-            short, prefixes = name, []
+        short, prefixes = _shortened(name, names)
         renamed[short] = tensor
         for prefix in prefixes:
             removed[prefix] = removed.get(prefix, 0) + 1
+    paths = {"", *(name[:end] for name in names for end, letter in enumerate(name) if letter == ".")}
+    metadata = getattr(weights, "_metadata", {})
+    renamed._metadata = {  # type: ignore[attr-defined]
+        _shortened(path, paths)[0]: entry
+        for path, entry in (metadata.items() if isinstance(metadata, Mapping) else ())
+        if isinstance(path, str) and isinstance(entry, Mapping)
+    }
     for prefix, count in removed.items():
         what = "1 name" if count == 1 else f"{count} names"
         warnings.warn(f"removed the prefix {prefix!r} of {_WRAPPERS[prefix]} from {what}", stacklevel=2)
     return renamed
+
+
+def _shortened(name: str, names: Collection[str]) -> tuple[str, list[str]]:
+    """Return the name without the prefixes that it has too many, and these; the name itself if that is none."""
+    short, prefixes = name, []
+    for prefix in _WRAPPERS if name not in names else ():
+        segments = short.split(".")
+        if prefix[:-1] in segments and short not in names:
+            short = ".".join(segment for segment in segments if segment != prefix[:-1])
+            prefixes.append(prefix)
+    return (short, prefixes) if short in names else (name, [])
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +17,11 @@ from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
 from rewriter.errors import ModelFileError, printable
+from rewriter.serialization._adapter import is_adapter, read_adapter_with
 from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
 from rewriter.serialization._inspect import ModelFile, inspect_file
 from rewriter.serialization._names import import_object, is_listed, known_object
+from rewriter.serialization._safetensors import read_safetensors
 from rewriter.serialization._vet import check_depth, vetted_reading
 
 ModelFactory = Callable[[], nn.Module]
@@ -49,7 +51,8 @@ def load_model(
     be trusted. docs/security.md says what each format can do. Tensors are read to the CPU.
 
     Arguments:
-        path: ``.pt`` (module or state dict), ``.pt2`` or ``.safetensors``. The content decides, not the name.
+        path: ``.pt`` (module or state dict), ``.pt2`` or ``.safetensors``. The content decides, not the name. Or the
+            folder of a PEFT adapter, see `read_adapter`, for a model with ``lora`` or ``dora``.
         model: for weights, the function that makes their module: ``"package.module:factory"`` or a callable.
         key: the entry of a training checkpoint that is the model; not needed for the usual ones.
         allow: dotted names that the file may use, or ``package.*``.
@@ -58,6 +61,8 @@ def load_model(
     Raises:
         ModelFileError: the file cannot be read, is of another kind, or uses names that are not allowed.
     """
+    if is_adapter(Path(path)):
+        return _with_adapter(Path(path), model, key)
     file = inspect_file(Path(path))
     if file.kind == "exported":
         if model is not None:
@@ -74,12 +79,44 @@ def load_model(
     weights = weights_of(file.path, loaded)
     if factory is None:
         raise ModelFileError(f"{path} holds weights without their model; say whose (--model package.module:factory)")
-    return _filled(file.path, factory, weights)
+    return _filled(file.path, _made(factory), weights)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> OrderedDict[str, torch.Tensor]:
+    """Return an adapter that PEFT saved, as a state dict for `load_state_dict` of a rewritten model.
+
+    The model has ``lora`` or ``dora`` where the adapter changes a weight. Loading compares ranks, scales and places,
+    and keeps the model's other tensors, the base of each site among them.
+
+    Arguments:
+        path: the folder that PEFT's ``save_pretrained`` wrote. LoRA, rsLoRA and DoRA are read.
+
+    Raises:
+        ModelFileError: a file is missing or damaged, or the adapter is of another kind.
+    """
+    return read_adapter_with(lambda file: weights_of(file, _read(inspect_file(file), (), False)), Path(path))
+
+
+def _with_adapter(path: Path, model: str | ModelFactory | None, key: str | None) -> nn.Module:
+    factory = _factory(model)
+    if factory is None:
+        raise ModelFileError(
+            f"{path} holds a PEFT adapter without its model; say whose (--model package.module:factory)"
+        )
+    if key is not None:
+        raise ModelFileError(f"{path} holds a PEFT adapter, which has no entry {key!r}; leave the key out")
+    weights, module = read_adapter(path), _made(factory)
+    if not any(name.endswith(".0.lora_A") for name in module.state_dict()):
+        raise ModelFileError(
+            f"{path} holds a PEFT adapter, and no tensor of the {type(module).__name__} is computed by lora or dora: "
+            "let the factory rewrite the model"
+        )
+    return _filled(path, module, weights)
 
 
 def _read(file: ModelFile, allow: tuple[str, ...], trust: bool) -> Any:
     if file.kind == "safetensors":
-        return _read_safetensors(file.path)
+        return read_safetensors(file.path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -162,17 +199,6 @@ def _warning(name: str) -> str:
     return ""
 
 
-def _read_safetensors(path: Path) -> Any:
-    try:
-        load_file = importlib.import_module("safetensors.torch").load_file
-    except ImportError:
-        raise ModelFileError(f"reading {path} needs safetensors (pip install safetensors)") from None
-    try:
-        return load_file(path)
-    except Exception as problem:
-        raise ModelFileError(f"{path} cannot be read as safetensors: {problem}") from problem
-
-
 def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # A safetensors file has tied tensors under one of their names.
     tensors = module.state_dict(keep_vars=True)
@@ -192,7 +218,7 @@ def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
     return cast("ModelFactory", factory)
 
 
-def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor]) -> nn.Module:
+def _made(factory: ModelFactory) -> nn.Module:
     name = getattr(factory, "__qualname__", type(factory).__name__)
     try:
         inspect.signature(factory).bind()
@@ -205,9 +231,14 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     module = factory()
     if not isinstance(module, nn.Module):
         raise ModelFileError(f"the model factory made {kind_of(module)}, not a torch.nn.Module")
+    return module
+
+
+def _filled(path: Path, module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
     weights = without_prefixes(weights, module.state_dict().keys())
+    weights.update({name: tensor for name, tensor in _tied(module, weights).items() if name not in weights})
     try:
-        module.load_state_dict({**_tied(module, weights), **weights})
+        module.load_state_dict(weights)
     except RuntimeError as problem:
         lines = [printable(line.strip()) for line in str(problem).split("\n")]
         raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem

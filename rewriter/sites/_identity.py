@@ -6,10 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from rewriter.serialization._safetensors import KEY
 from rewriter.sites._spec import SiteSpec
-
-KEY = "reparam"
-"""The name of the entry in a site's metadata."""
 
 _SPEED = re.compile(r"(?:^|, )(?:cache|batch|memory|share|trainable)=\w+")
 """Options that change when a chain is evaluated or trained, and not what its stored tensors mean."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.sites._adapter_states import from_adapter, is_adapter_state
 from rewriter.sites._bridge import REMEDY, StateError, stored_for, value_from
 from rewriter.sites._container import sites_of
 from rewriter.sites._forms import Found, find_form
@@ -108,12 +109,18 @@ class Translation:
         model: the model whose sites decide the form.
         state: the state dict; it stays as it is.
         assign: whether tensors keep their own precision and device.
+
+    Raises:
+        StateError: the state is that of a PEFT adapter which the model does not compute.
     """
 
     def __init__(self, model: nn.Module, state: Mapping[str, Any], assign: bool = False) -> None:
         self.state, self.metadata = _without_prefixes(model, state)
         self.assign = assign
         self.places = list(all_places(model))
+        if is_adapter_state(self.state):
+            self.state = from_adapter(self.places, self.state, self.metadata, model.state_dict())
+            self.metadata = {}
         self.paths = {id(module): path for path, module in model.named_modules()}
         self._running: list[str] = []
 

@@ -12,7 +12,8 @@ from rewriter._given import check_model, kind_of
 from rewriter._rewrite import rewrite
 from rewriter.errors import RewriterError
 from rewriter.planning import Plan, survey
-from rewriter.sites._identity import KEY, note_identity
+from rewriter.serialization._safetensors import KEY
+from rewriter.sites._identity import note_identity
 from rewriter.sites._translation import Translation
 
 Form = Literal["plain", "rewritten", "torch"]
