@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from rewriter.streaming._checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from rewriter.streaming._checkpoint import Checkpoint, open_checkpoint
 from rewriter.streaming._plan import CheckpointPlan, plan_checkpoint
-from rewriter.streaming._verbs import apply_checkpoint, bake_checkpoint
+from rewriter.streaming._verbs import Streamed, apply_checkpoint, bake_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointPlan",
+    "Streamed",
     "apply_checkpoint",
     "bake_checkpoint",
-    "is_checkpoint",
     "open_checkpoint",
     "plan_checkpoint",
 ]

@@ -72,11 +72,6 @@ class Checkpoint:
         return found
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is one that `open_checkpoint` takes: a folder, an index, or a safetensors file."""
-    return os.path.isdir(path) or path.name.endswith((INDEX, ".safetensors"))
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of a safetensors file, of the shards of an index, or of a folder.
 

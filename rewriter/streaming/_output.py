@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ from rewriter.streaming._layout import Shard
 from rewriter.streaming._write import Report, Writer, checksum
 
 MANIFEST = ".reparam.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Arguments:
+        shards: the names of the files with tensors.
+        kept: those that an earlier run had written.
+        nbytes: the size of all tensors.
+    """
+
+    shards: list[str]
+    kept: list[str]
+    nbytes: int
 
 
 def cores() -> int:
@@ -62,8 +78,8 @@ def write_output(
     force: bool = False,
     resume: bool = False,
     workers: int | None = None,
-    report: Report = lambda count: None,
-) -> list[str]:
+    report: Report = lambda count, total: None,
+) -> Written:
     """Write the shards, the index and the other files of a checkpoint.
 
     Arguments:
@@ -74,17 +90,18 @@ def write_output(
         force: replace what is there.
         resume: keep the complete shards of a run that ended early.
         workers: how many sites are evaluated at a time; the default is the number of cores.
-        report: takes the number of bytes that were written.
+        report: hears of the bytes that were written.
 
-    Returns:
-        The shards that were kept.
+    Raises:
+        ModelFileError: the output cannot be written, or an input cannot be read.
+        PlanError: chains refuse values; every value is named, and nothing is written under a final name.
     """
     check_output(checkpoint, shards, output, force)
     writer = Writer(shards, workers or cores(), report)
     if checkpoint.is_file:
         with written_atomically(output, force=force) as temporary:
             writer.write(shards[0], temporary)
-        return []
+        return Written([shard.file for shard in shards], [], writer.nbytes)
     output = Path(os.path.realpath(output))
     partial = output.parent / f".{output.name}.partial"
     try:
@@ -94,7 +111,7 @@ def write_output(
             _publish(partial, output, force)
     except OSError as problem:
         raise ModelFileError(f"{output} cannot be written: {problem.strerror or problem}") from problem
-    return kept
+    return Written([shard.file for shard in shards], kept, writer.nbytes)
 
 
 @contextlib.contextmanager

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewriter.language import Spec, load_spec
+from rewriter.planning import Plan
 from rewriter.streaming._layout import shards_of
-from rewriter.streaming._output import write_output
+from rewriter.streaming._output import Written, write_output
 from rewriter.streaming._plan import CheckpointPlan, Factory, plan_checkpoint
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a verb did.
+
+    Arguments:
+        plan: which rule owns which tensors.
+        names: of the tensors that were computed.
+        written: the files.
+    """
+
+    plan: Plan
+    names: list[str]
+    written: Written
 
 
 def bake_checkpoint(
     path: str | os.PathLike[str], spec: Any, output: str | os.PathLike[str], *, model: Factory | None = None, **how: Any
-) -> CheckpointPlan:
+) -> Streamed:
     """Write the plain tensors of a checkpoint, one site in memory at a time.
 
     >>> import tempfile, torch
@@ -46,7 +63,7 @@ def bake_checkpoint(
 
 def apply_checkpoint(
     path: str | os.PathLike[str], spec: Any, output: str | os.PathLike[str], *, model: Factory | None = None, **how: Any
-) -> CheckpointPlan:
+) -> Streamed:
     """Write a checkpoint of the model that `rewrite` gives, one site in memory at a time.
 
     The keys are those of its state dict. What constructors draw at random depends on the name of the tensor.
@@ -64,8 +81,8 @@ def _spec(spec: Any) -> Spec:
     return spec if isinstance(spec, Spec) else load_spec(spec)
 
 
-def _write(verb: str, made: CheckpointPlan, output: str | os.PathLike[str], how: dict[str, Any]) -> CheckpointPlan:
-    shards = shards_of(made.checkpoint, made.baked() if verb == "bake" else made.rewritten())
+def _write(verb: str, made: CheckpointPlan, output: str | os.PathLike[str], how: dict[str, Any]) -> Streamed:
+    work = made.baked() if verb == "bake" else made.rewritten()
     job = {"verb": verb, "spec": made.plan.spec.to_dict()}
-    write_output(made.checkpoint, shards, Path(output), job, **how)
-    return made
+    written = write_output(made.checkpoint, shards_of(made.checkpoint, work), Path(output), job, **how)
+    return Streamed(made.plan, [one.name for one in work], written)

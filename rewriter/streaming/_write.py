@@ -23,7 +23,8 @@ PIECE = 64 << 20
 AT_ONCE = 64 << 20
 """Sites run at the same time if together they hold at most this, or no more than the largest site alone."""
 
-Report = Callable[[int], None]
+Report = Callable[[int, int], None]
+"""Takes how many bytes of the output were written since the last call, and how many it has."""
 
 
 @dataclass
@@ -54,13 +55,18 @@ class Writer:
     Arguments:
         shards: all that will be written.
         workers: how many threads.
-        report: takes the number of bytes that were written.
+        report: hears of the bytes that were written.
     """
 
     def __init__(self, shards: Sequence[Shard], workers: int, report: Report) -> None:
         largest = max((work.nbytes for shard in shards for work in shard.work), default=0)
         self.memory = Memory(max(largest, AT_ONCE))
-        self.workers, self.report = workers, report
+        self.workers, self._report = workers, report
+        self.nbytes = sum(shard.nbytes for shard in shards)
+
+    def report(self, count: int) -> None:
+        """Say that more bytes are written."""
+        self._report(count, self.nbytes)
 
     def write(self, shard: Shard, path: Path) -> None:
         """Write a shard to `path`, whatever is there.
