@@ -18,9 +18,12 @@ from rewriter.cli._options import (
     OptionalOutput,
     SpecFile,
     SpecOptions,
+    StreamOptions,
     Way,
 )
 from rewriter.cli._outcome import Outcome
+from rewriter.cli._streaming import plan as plan_stream
+from rewriter.cli._streaming import refuse_options, run, streamed
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
@@ -38,16 +41,26 @@ def apply(
     spec_options: SpecOptions,
     model_options: ModelOptions,
     example: ExampleOptions,
+    stream: StreamOptions,
     output: OptionalOutput = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     capture: Capture = "auto",
     force: Force = False,
 ) -> Outcome:
-    """Put the parametrizations of SPEC into MODEL, check the values, and write OUT."""
+    """Put the parametrizations of SPEC into MODEL, check the values, and write OUT.
+
+    A folder of shards, an index, or one safetensors file for another is streamed: its values are not checked.
+    """
     if dry_run:
         return plan(spec, model_file, spec_options, model_options, example, capture)
     if output is None:
         raise typer.BadParameter("say where to write the model: -o OUT (or --dry-run)")
+    if streamed(model_file, output.suffix == ".safetensors"):
+        from rewriter.streaming import apply_checkpoint
+
+        refuse_options({"--example": example.example, "--capture": capture != "auto"})
+        return run(apply_checkpoint, model_file, output, spec, spec_options, model_options, stream, force)
+    stream.refuse()
     import rewriter
     from rewriter.cli._verify import verify_rewritten
     from rewriter.serialization import check_suffix, check_writable, save_model
@@ -85,6 +98,9 @@ def plan(
     capture: Capture = "auto",
 ) -> Outcome:
     """Show which rule of SPEC owns which tensors of MODEL, and how far each would move."""
+    if streamed(model_file, model_options.model is None):
+        refuse_options({"--example": example.example, "--capture": capture != "auto"})
+        return plan_stream(model_file, spec, spec_options, model_options)
     import rewriter
 
     examples = example.read()

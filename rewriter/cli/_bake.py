@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from rewriter.cli._app import command
 from rewriter.cli._console import stderr, step
-from rewriter.cli._inputs import no_inputs
+from rewriter.cli._inputs import no_inputs, refuse_directory
 from rewriter.cli._models import entries_of
-from rewriter.cli._options import ExampleOptions, Force, ModelFile, ModelOptions, Output
+from rewriter.cli._options import ExampleOptions, Force, ModelFile, ModelOptions, Output, SpecOptions, StreamOptions
 from rewriter.cli._outcome import Outcome
+from rewriter.cli._streaming import refuse_options, run, streamed
 from rewriter.cli._text import counted
-from rewriter.errors import RewriterError
-
-if TYPE_CHECKING:
-    pass
+from rewriter.errors import ModelFileError, RewriterError
 
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
 
@@ -26,12 +25,19 @@ Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
     "reparam bake rewritten.pt -o part.pt --only 0.weight",
     "reparam bake rewritten.pt -o scripted.ts",
     "reparam bake rewritten.pt -o plain.pt2 --example float32[2,4]",
+    "reparam bake FOLDER --spec spec.yaml -o OUT",
 )
 def bake(
     model_file: ModelFile,
     output: Output,
     model_options: ModelOptions,
     example: ExampleOptions,
+    spec_options: SpecOptions,
+    stream: StreamOptions,
+    spec: Annotated[
+        Path | None,
+        typer.Option("--spec", metavar="SPEC", readable=False, help="The spec, for a checkpoint: it has no chains."),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,7 +52,24 @@ def bake(
     ] = "value",
     force: Force = False,
 ) -> Outcome:
-    """Replace each computed tensor of MODEL by its value and write OUT."""
+    """Replace each computed tensor of MODEL by its value and write OUT.
+
+    With --spec, MODEL is a folder of shards, an index or a safetensors file, which is streamed.
+    """
+    if spec is not None or streamed(model_file, False):
+        from rewriter.streaming import bake_checkpoint
+
+        if spec is None:
+            raise RewriterError(f"{model_file} is a checkpoint, and its chains are in a spec: --spec SPEC")
+        if not streamed(model_file, True):
+            refuse_directory(model_file)
+            if not model_file.exists():
+                raise ModelFileError(f"{model_file} does not exist")
+            raise RewriterError(f"{model_file} has its chains with it; --spec is for folders and safetensors files")
+        other = format not in (None, "safetensors")
+        refuse_options({"--example": example.example, "--only": only, "--keep": keep != "value", "--format": other})
+        return run(bake_checkpoint, model_file, output, spec, spec_options, model_options, stream, force)
+    stream.refuse()
     from torch import nn
 
     import rewriter

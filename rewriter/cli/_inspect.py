@@ -10,6 +10,7 @@ from rewriter.cli._app import command
 from rewriter.cli._models import entries_of
 from rewriter.cli._options import ModelFile, ModelOptions
 from rewriter.cli._outcome import Outcome
+from rewriter.cli._streaming import streamed, tensors_of
 from rewriter.cli._text import counted, shape_text, table
 
 if TYPE_CHECKING:
@@ -22,9 +23,12 @@ def inspect(
     model_options: ModelOptions,
 ) -> Outcome:
     """List the tensors of MODEL, with the chain and the rule of each computed tensor."""
-    read = model_options.read(model_file)
-    tensors = [_described(entry) for entry in entries_of(read)]
-    document = {"model": str(model_file), "class": type(read).__name__, "tensors": tensors}
+    if streamed(model_file, model_options.model is None):
+        kind, tensors = "Checkpoint", tensors_of(model_file)
+    else:
+        read = model_options.read(model_file)
+        kind, tensors = type(read).__name__, [_described(entry) for entry in entries_of(read)]
+    document = {"model": str(model_file), "class": kind, "tensors": tensors}
     rows = [
         (
             " = ".join(tensor["names"]),
@@ -37,7 +41,7 @@ def inspect(
         for tensor in tensors
     ]
     computed = sum(tensor["chain"] is not None for tensor in tensors)
-    head = f"{model_file}: {type(read).__name__}, {counted(len(tensors), 'tensor')}, {computed} of them computed"
+    head = f"{model_file}: {kind}, {counted(len(tensors), 'tensor')}, {computed} of them computed"
     return Outcome(document, Group(head, "", table(("tensor", "kind", "shape", "dtype", "chain", "rule"), rows)))
 
 

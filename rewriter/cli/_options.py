@@ -10,6 +10,7 @@ import typer
 
 from rewriter.cli import _inputs
 from rewriter.cli._console import set_verbosity, step
+from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", readable=False, help="The spec, a YAML file; - for stdin.")]
 ModelFile = Annotated[
     Path,
-    typer.Argument(metavar="MODEL", readable=False, help="A saved module (.pt), ExportedProgram (.pt2) or weights."),
+    typer.Argument(
+        metavar="MODEL", readable=False, help="A saved module (.pt), ExportedProgram (.pt2), weights, or their folder."
+    ),
 ]
 _OUTPUT = typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
 Output = Annotated[Path, _OUTPUT]
@@ -98,6 +101,24 @@ class ModelOptions:
             allow = self.allow or []
             with script_of(path, self.model) as (factory, classes):
                 return load_model(path, model=factory, key=self.key, allow=[*allow, *classes], trust=self.trust)
+
+
+@dataclass
+class StreamOptions:
+    """How to write a checkpoint that is streamed."""
+
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Folders: keep the complete shards of a run that ended early.")
+    ] = False
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Checkpoints: tensors evaluated at a time. Default: cores."),
+    ] = None
+
+    def refuse(self) -> None:
+        """Refuse the options for a model that is read whole."""
+        if self.resume or self.workers:
+            raise RewriterError("--resume and --workers are for folders, indexes and safetensors files")
 
 
 @dataclass

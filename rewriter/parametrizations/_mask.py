@@ -31,6 +31,8 @@ class FixedMask(Parametrization):
     """Its right inverse is the identity, and `plan_sites` sees the masks of adjacent earlier steps."""
     plans_alone: ClassVar[bool] = False
     """Whether `plan_sites` is needed without other masks beside this one."""
+    one_by_one: ClassVar[bool] = True
+    """Whether `plan_sites` decides on each tensor without the others."""
 
     chosen_mask: Tensor | None = None
 

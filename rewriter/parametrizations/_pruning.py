@@ -150,6 +150,7 @@ class LnStructured(_Pruning, name="ln_structured"):
 class _Global(_Pruning):
     reference = "torch.nn.utils.prune.global_unstructured"
     plans_alone = True
+    one_by_one = False
     criterion: ClassVar[Callable[..., Any]]
 
     amount: int | float

@@ -65,7 +65,7 @@ def written_atomically(path: str | os.PathLike[str], *, force: bool = False) -> 
     temporary = Path(name)
     try:
         with contextlib.suppress(OSError):
-            _lock(handle)
+            lock(handle)
         yield temporary
         _publish(temporary, target, force)
     except OSError as problem:
@@ -79,11 +79,12 @@ def _remove_partial(folder: Path, prefix: str, suffix: str) -> None:
     """Remove temporary files of saves that were killed: the system has released their locks."""
     for partial in folder.glob(f"{glob.escape(prefix)}*{glob.escape(suffix)}"):
         with contextlib.suppress(OSError), partial.open("rb+") as file:
-            _lock(file.fileno())
+            lock(file.fileno())
             partial.unlink()
 
 
-def _lock(handle: int) -> None:
+def lock(handle: int) -> None:
+    """Lock an open file, or raise OSError: BlockingIOError if another process has it."""
     # Without locks, as on some network disks, temporary files of others are left alone.
     if fcntl is None:
         raise OSError("this system has no file locks")

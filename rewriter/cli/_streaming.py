@@ -1,0 +1,123 @@
+"""Commands on checkpoints: folders, shard indexes and safetensors files, streamed and never whole in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rewriter.cli import _inputs
+from rewriter.cli._console import stderr
+from rewriter.cli._options import ModelOptions, SpecOptions, StreamOptions
+from rewriter.cli._outcome import Outcome
+from rewriter.cli._text import counted
+from rewriter.errors import RewriterError
+
+if TYPE_CHECKING:
+    from rewriter.streaming import Streamed
+
+    Verb = Callable[..., Streamed]
+
+
+def streamed(path: Path, files: bool) -> bool:
+    """Whether a model is streamed: a folder of shards or an index always, a safetensors file if `files` says so."""
+    if path.suffix == ".safetensors" and not os.path.isdir(path):
+        return files
+    return path.name.endswith(".safetensors.index.json") or bool(glob.glob(f"{glob.escape(str(path))}/*.safetensors*"))
+
+
+def refuse_options(given: Mapping[str, Any]) -> None:
+    """Refuse options that have no meaning for a checkpoint."""
+    for option, value in given.items():
+        if value:
+            raise RewriterError(f"{option} works on a model, and a checkpoint has only tensors; leave it out")
+
+
+def run(
+    verb: Verb,
+    path: Path,
+    output: Path,
+    spec: Path,
+    spec_options: SpecOptions,
+    model_options: ModelOptions,
+    stream: StreamOptions,
+    force: bool,
+) -> Outcome:
+    """Bake or rewrite a checkpoint."""
+    read = spec_options.read(spec)
+    if output.exists() and spec.exists() and output.samefile(spec):
+        raise RewriterError(f"{output} is the spec itself; choose another name for the output")
+    with factory(path, model_options) as model, progress(output) as report:
+        how = {"model": model, "force": force, "resume": stream.resume, "workers": stream.workers, "report": report}
+        done = verb(path, read, output, **how)
+    written = done.written
+    verb_done = "baked" if verb.__name__.startswith("bake") else "rewritten"
+    count, shards = counted(len(done.names), "tensor"), counted(len(written.shards), "shard")
+    kept = f", {len(written.kept)} of them kept" if written.kept else ""
+    stderr.print(f"wrote {output}: {count} {verb_done}, {shards}{kept}")
+    document = {verb_done: done.names, "left": [], "output": str(output), "format": "safetensors"}
+    files = {"shards": written.shards, "kept": written.kept, "bytes": written.nbytes}
+    return Outcome({**done.plan.to_dict(), **document, **files})
+
+
+@contextlib.contextmanager
+def factory(path: Path, options: ModelOptions) -> Iterator[Any]:
+    """Give the body the function that makes the model, if one is named."""
+    refuse_options({"--key": options.key, "--allow": options.allow, "--trust": options.trust})
+    if options.model is None:
+        yield None
+        return
+    with _inputs.working_folder_importable(True):
+        from rewriter.cli._script import script_of
+        from rewriter.serialization._load import factory_of
+
+        with script_of(path, options.model) as (named, _):
+            yield factory_of(named)
+
+
+@contextlib.contextmanager
+def progress(output: Path) -> Iterator[Callable[[int, int], None]]:
+    """Show bytes, speed and the time left on a terminal."""
+    from rich import progress as rich
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn())
+    times = (rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+    hidden = not stderr.is_terminal
+    with rich.Progress(*columns, *times, console=stderr, transient=True, disable=hidden) as shown:
+        task = shown.add_task(f"writing {output}", total=None)
+        yield lambda count, total: shown.update(task, advance=count, total=total)
+
+
+def plan(path: Path, spec: Path, spec_options: SpecOptions, model_options: ModelOptions) -> Outcome:
+    """Plan a checkpoint from its headers."""
+    from rewriter.streaming import plan_checkpoint
+
+    read = spec_options.read(spec)
+    with factory(path, model_options) as model:
+        made = plan_checkpoint(path, read, model).plan
+    return Outcome(made.to_dict(), str(made))
+
+
+def tensors_of(path: Path) -> list[dict[str, Any]]:
+    """Describe the tensors of a checkpoint as its headers have them."""
+    from rewriter.planning import dtype_name
+    from rewriter.streaming import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    names = {name: [name] for name in checkpoint.tensors}
+    for alias, kept in checkpoint.aliases.items():
+        names[kept].append(alias)
+    unknown = dict.fromkeys(("requires_grad", "chain", "rule", "cache"))
+    return [
+        {
+            "names": names[stored.name],
+            "kind": "tensor",
+            "shape": list(stored.shape),
+            "dtype": dtype_name(stored.dtype),
+            **unknown,
+        }
+        for stored in checkpoint.tensors.values()
+    ]

@@ -1,0 +1,169 @@
+"""A checkpoint on disk: its shards, tensors and the files beside them, known from headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriter.errors import ModelFileError
+from rewriter.streaming._header import Header, Stored, check_name, parsed, read_header
+
+INDEX = ".safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pt2", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
+RECORDS = "reparam"
+"""The key of a file's metadata with what `apply` knows of the computed tensors in it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Safetensors files that are one set of weights.
+
+    Arguments:
+        path: the file or folder.
+        shards: the headers, in the order of the file names.
+        index: the name of the shard index, if there is one.
+        index_metadata: what the index says beside the names.
+        others: files to copy: configuration, tokenizer.
+    """
+
+    path: Path
+    shards: tuple[Header, ...]
+    index: str = ""
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[Path, ...] = ()
+    tensors: dict[str, Stored] = field(init=False)
+    aliases: dict[str, str] = field(init=False)
+    """Names of tied tensors → the name under which the tensor is stored."""
+
+    def __post_init__(self) -> None:
+        tensors = {stored.name: stored for shard in self.shards for stored in shard.tensors}
+        object.__setattr__(self, "tensors", tensors)
+        texts = [item for shard in self.shards for item in shard.metadata.items()]
+        tied = {name: kept for name, kept in texts if kept in tensors and name not in tensors}
+        object.__setattr__(self, "aliases", tied)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is one file and no folder."""
+        return not self.path.is_dir() and not self.index
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def records(self) -> dict[str, Any]:
+        """Return what `apply` wrote of the computed tensors, by name.
+
+        Raises:
+            ModelFileError: it is no such record.
+        """
+        found: dict[str, Any] = {}
+        for shard in self.shards:
+            if RECORDS in shard.metadata:
+                found.update(parsed(shard.metadata[RECORDS].encode(), shard.file))
+        return found
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of a safetensors file, of the shards of an index, or of a folder.
+
+    Raises:
+        ModelFileError: a file is missing or damaged, or the index and the shards contradict each other.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if path.name.endswith(INDEX):
+        return _indexed(path, path)
+    if not path.exists():
+        raise ModelFileError(f"{path} does not exist")
+    return Checkpoint(path, (read_header(path),))
+
+
+def _folder(folder: Path) -> Checkpoint:
+    found = sorted(folder.glob("*.safetensors"))
+    indexes = sorted(folder.glob(f"*{INDEX}"))
+    if len(indexes) > 1:
+        raise ModelFileError(f"{folder} has several indexes: {_names(indexes)}; name the one to read")
+    if indexes:
+        return _indexed(indexes[0], folder)
+    usual = [file for file in found if file.name == "model.safetensors"] or found
+    if not usual:
+        raise ModelFileError(f"{folder} has no safetensors file")
+    if len(usual) > 1:
+        raise ModelFileError(f"{folder} has several safetensors files and no index: {_names(usual)}; name one")
+    return Checkpoint(folder, (read_header(usual[0]),), others=_others(folder))
+
+
+def _indexed(index: Path, path: Path) -> Checkpoint:
+    folder = index.parent
+    try:
+        found = parsed(index.read_bytes(), index)
+    except OSError as problem:
+        raise ModelFileError(f"{index} cannot be read: {problem.strerror or problem}") from problem
+    places, metadata = found.get("weight_map"), found.get("metadata", {})
+    if not isinstance(places, dict) or not places or not isinstance(metadata, dict):
+        raise ModelFileError(f"{index} is damaged: it has no weight_map of names and files")
+    for name, file in places.items():
+        check_name(index, name)
+        if not isinstance(file, str) or not file.endswith(".safetensors") or os.path.basename(file) != file:
+            raise ModelFileError(f"{index} is damaged: {name!r} is in {file!r}, which is no file of its folder")
+    shards = tuple(read_header(folder / file) for file in sorted(set(places.values())))
+    _check_index(index, places, shards)
+    return Checkpoint(path, shards, index.name, metadata, _others(folder))
+
+
+def _check_index(index: Path, places: Mapping[str, str], shards: Iterable[Header]) -> None:
+    seen: dict[str, str] = {}
+    for shard in shards:
+        for stored in shard.tensors:
+            if stored.name in seen:
+                raise ModelFileError(f"{stored.name!r} is in {seen[stored.name]} and in {shard.file.name}")
+            seen[stored.name] = shard.file.name
+    for name in {**places, **seen}:
+        if places.get(name) != seen.get(name):
+            said, there = places.get(name, "no file"), seen.get(name, "no shard of the index")
+            raise ModelFileError(f"{index} says that {name!r} is in {said}, and it is in {there}")
+
+
+def _others(folder: Path) -> tuple[Path, ...]:
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return tuple(file for file in files if not file.name.endswith((*WEIGHTS, INDEX, ".bin.index.json")))
+
+
+def _names(files: Iterable[Path]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+def read_tensor(stored: Stored) -> Tensor:
+    """Read one tensor into memory of its own. A mapped file would count as memory until it is closed.
+
+    Raises:
+        ModelFileError: the file is shorter than its header said when it was checked.
+    """
+    content = torch.empty(stored.nbytes, dtype=torch.uint8)
+    view = content.numpy().data
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            done = 0
+            while done < len(view):
+                count = os.preadv(file.fileno(), [view[done:]], stored.start + done)
+                if not count:
+                    raise ModelFileError(f"{stored.file} became shorter while it was read")
+                done += count
+    except OSError as problem:
+        raise ModelFileError(f"{stored.file} cannot be read: {problem.strerror or problem}") from problem
+    return content.view(stored.dtype).reshape(stored.shape)
+
+
+def index_text(metadata: Mapping[str, Any], places: Mapping[str, str], nbytes: int) -> str:
+    """Return a shard index as transformers writes it."""
+    found = {"metadata": {**metadata, "total_size": nbytes}, "weight_map": dict(places)}
+    return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -1,0 +1,200 @@
+"""The output as a whole: one file or a folder, under its final name only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewriter.errors import ModelFileError, PlanError
+from rewriter.serialization import check_writable, written_atomically
+from rewriter.serialization._atomic import lock
+from rewriter.streaming._checkpoint import Checkpoint, index_text
+from rewriter.streaming._layout import Shard
+from rewriter.streaming._write import Report, Writer, checksum
+
+MANIFEST = ".reparam.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Arguments:
+        shards: the names of the files with tensors.
+        kept: those that an earlier run had written.
+        nbytes: the size of all tensors.
+    """
+
+    shards: list[str]
+    kept: list[str]
+    nbytes: int
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_output(checkpoint: Checkpoint, shards: Sequence[Shard], output: Path, force: bool) -> None:
+    """Refuse an output that cannot be written, before anything is evaluated.
+
+    Raises:
+        ModelFileError: the output exists, is the input, has the wrong name, or finds no room on the disk.
+    """
+    folder = Path(os.path.realpath(output)).parent
+    if checkpoint.is_file:
+        if output.suffix != ".safetensors":
+            raise ModelFileError(f"{output}: one safetensors file gives one; name the output something.safetensors")
+        check_writable(output, force)
+    else:
+        source = Path(os.path.realpath(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent))
+        target = Path(os.path.realpath(output))
+        if output.suffix == ".safetensors" or (output.exists() and not output.is_dir()):
+            raise ModelFileError(f"{output}: a folder of shards gives a folder; name one as the output")
+        if source == target or source in target.parents or target in source.parents:
+            raise ModelFileError(f"{output} is or contains the input, or lies in it; choose another folder")
+        if not force and output.is_dir() and any(output.iterdir()):
+            raise ModelFileError(f"{output} exists and is not empty; --force (or force=True) replaces it")
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ModelFileError(f"{output} cannot be written: {folder} is no folder that can be written to")
+    wanted, free = sum(shard.nbytes for shard in shards), shutil.disk_usage(folder).free
+    if wanted > free:
+        raise ModelFileError(f"{output} takes {wanted} bytes, and the disk has {free} left")
+
+
+def write_output(
+    checkpoint: Checkpoint,
+    shards: Sequence[Shard],
+    output: Path,
+    job: Mapping[str, Any],
+    *,
+    force: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
+    report: Report = lambda count, total: None,
+) -> Written:
+    """Write the shards, the index and the other files of a checkpoint.
+
+    Arguments:
+        checkpoint: the input.
+        shards: the output's shards.
+        output: a file for a file, a folder for anything else.
+        job: everything that decides the bytes; a shard is kept only from the same job.
+        force: replace what is there.
+        resume: keep the complete shards of a run that ended early.
+        workers: how many sites are evaluated at a time; the default is the number of cores.
+        report: hears of the bytes that were written.
+
+    Raises:
+        ModelFileError: the output cannot be written, or an input cannot be read.
+        PlanError: chains refuse values; every value is named, and nothing is written under a final name.
+    """
+    check_output(checkpoint, shards, output, force)
+    writer = Writer(shards, workers or cores(), report)
+    if checkpoint.is_file:
+        with written_atomically(output, force=force) as temporary:
+            writer.write(shards[0], temporary)
+        return Written([shard.file for shard in shards], [], writer.nbytes)
+    output = Path(os.path.realpath(output))
+    partial = output.parent / f".{output.name}.partial"
+    try:
+        with _locked(partial):
+            kept = _write_shards(shards, partial, writer, _digest(checkpoint, shards, job), resume)
+            _write_rest(checkpoint, shards, partial)
+            _publish(partial, output, force)
+    except OSError as problem:
+        raise ModelFileError(f"{output} cannot be written: {problem.strerror or problem}") from problem
+    return Written([shard.file for shard in shards], kept, writer.nbytes)
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    partial.mkdir(exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            lock(handle)
+        except BlockingIOError:
+            raise ModelFileError(f"another process writes {partial} now; wait for it") from None
+        except OSError:  # as on some network disks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_shards(shards: Sequence[Shard], partial: Path, writer: Writer, digest: str, resume: bool) -> list[str]:
+    manifest = partial / MANIFEST
+    kept = _verified(partial, manifest, digest) if resume else {}
+    for file in partial.iterdir():
+        if file.name not in kept and not (kept and file == manifest):
+            file.unlink()
+    done = dict(kept)
+    refused: list[PlanError] = []
+    for shard in shards:
+        if shard.file in done:
+            writer.report(shard.nbytes)
+            continue
+        temporary, final = partial / f".{shard.file}.tmp", partial / shard.file
+        try:
+            writer.write(shard, temporary)
+        except PlanError as problem:
+            refused.append(problem)  # the other shards may have more
+            continue
+        done[shard.file] = {"size": temporary.stat().st_size, "crc32": checksum(temporary)}
+        temporary.replace(final)
+        with written_atomically(manifest, force=True) as file:
+            file.write_text(json.dumps({"job": digest, "shards": done}, indent=2))
+    if refused:
+        raise PlanError.of([found for problem in refused for found in problem.diagnostics])
+    return sorted(kept)
+
+
+def _verified(partial: Path, manifest: Path, digest: str) -> dict[str, Any]:
+    """Return the entries of the shards that are as the manifest says, if it is of this job."""
+    try:
+        found = json.loads(manifest.read_text())
+        shards = dict(found["shards"]) if found["job"] == digest else {}
+        return {
+            name: entry
+            for name, entry in shards.items()
+            if os.path.basename(name) == name
+            and (partial / name).stat().st_size == entry["size"]
+            and checksum(partial / name) == entry["crc32"]
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _digest(checkpoint: Checkpoint, shards: Sequence[Shard], job: Mapping[str, Any]) -> str:
+    inputs = [[str(shard.file), shard.size, shard.file.stat().st_mtime_ns] for shard in checkpoint.shards]
+    headers = [[shard.file, hashlib.sha256(shard.header()).hexdigest()] for shard in shards]
+    return hashlib.sha256(json.dumps([inputs, headers, job], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _write_rest(checkpoint: Checkpoint, shards: Sequence[Shard], partial: Path) -> None:
+    for file in checkpoint.others:
+        shutil.copyfile(file, partial / file.name)
+    if checkpoint.index:
+        places = {output.name: shard.file for shard in shards for output in shard.outputs}
+        text = index_text(checkpoint.index_metadata, places, sum(shard.nbytes for shard in shards))
+        (partial / checkpoint.index).write_text(text, encoding="utf-8")
+
+
+def _publish(partial: Path, output: Path, force: bool) -> None:
+    (partial / MANIFEST).unlink(missing_ok=True)
+    if output.is_dir() and force and any(output.iterdir()):
+        old = output.parent / f".{output.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        output.replace(old)
+        partial.replace(output)
+        shutil.rmtree(old)
+    else:
+        partial.replace(output)

@@ -1,0 +1,177 @@
+"""Writing one shard: copied bytes and computed tensors, each at its place, with a bound on what is in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rewriter.errors import ModelFileError, NumericError, PlanError
+from rewriter.streaming._header import Stored
+from rewriter.streaming._layout import Output, Shard, Work
+
+PIECE = 64 << 20
+"""How many bytes are copied at a time."""
+AT_ONCE = 64 << 20
+"""Sites run at the same time if together they hold at most this, or no more than the largest site alone."""
+
+Report = Callable[[int, int], None]
+"""Takes how many bytes of the output were written since the last call, and how many it has."""
+
+
+@dataclass
+class Memory:
+    """Let work start while what runs holds less than a limit; work larger than the limit runs alone."""
+
+    limit: int
+    used: int = 0
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Wait until there is room for `nbytes`, and hold them while the body runs."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.used or self.used + nbytes <= self.limit)
+            self.used += nbytes
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= nbytes
+                self.changed.notify_all()
+
+
+class Writer:
+    """Writes shards with several threads.
+
+    Arguments:
+        shards: all that will be written.
+        workers: how many threads.
+        report: hears of the bytes that were written.
+    """
+
+    def __init__(self, shards: Sequence[Shard], workers: int, report: Report) -> None:
+        largest = max((work.nbytes for shard in shards for work in shard.work), default=0)
+        self.memory = Memory(max(largest, AT_ONCE))
+        self.workers, self._report = workers, report
+        self.nbytes = sum(shard.nbytes for shard in shards)
+
+    def report(self, count: int) -> None:
+        """Say that more bytes are written."""
+        self._report(count, self.nbytes)
+
+    def write(self, shard: Shard, path: Path) -> None:
+        """Write a shard to `path`, whatever is there.
+
+        Raises:
+            PlanError: chains refuse values; all of them are named.
+            ModelFileError: a file cannot be read or written.
+        """
+        header = shard.header()
+        with path.open("wb") as file:
+            os.pwrite(file.fileno(), header, 0)
+            os.truncate(file.fileno(), len(header) + shard.nbytes)
+            self._fill(shard, file.fileno(), len(header))
+            os.fsync(file.fileno())
+
+    def _fill(self, shard: Shard, target: int, start: int) -> None:
+        places: dict[str, int] = {}
+        for output in shard.outputs:
+            places[output.name] = start
+            start += output.nbytes
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            tasks = [pool.submit(self._compute, work, target, places) for work in shard.work]
+            tasks += [pool.submit(self._copy, run, target, places[run[0].name]) for run in _runs(shard.outputs)]
+            _finish(tasks)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _compute(self, work: Work, target: int, places: dict[str, int]) -> None:
+        with self.memory.holding(work.nbytes), torch.inference_mode(False), torch.no_grad():
+            for output, value in zip(work.outputs, work.run(), strict=True):
+                found = (value.dtype, tuple(value.shape))
+                if found != (output.dtype, output.shape):
+                    raise NumericError(
+                        f"{output.name} is {found}, and was planned as {(output.dtype, output.shape)}: the form of "
+                        "what the chain stores depends on the values of the tensor. Rewrite the model in memory"
+                    )
+                _put(target, value, places[output.name])
+                self.report(output.nbytes)
+
+    def _copy(self, outputs: Sequence[Output], target: int, place: int) -> None:
+        first = outputs[0].source
+        assert first is not None
+        left, offset = sum(output.nbytes for output in outputs), first.start
+        with first.file.open("rb", buffering=0) as source:
+            while left:
+                count = _copy_piece(source.fileno(), target, min(left, PIECE), offset, place)
+                if not count:
+                    raise ModelFileError(f"{first.file} became shorter while it was read")
+                left, offset, place = left - count, offset + count, place + count
+                self.report(count)
+
+
+def _finish(tasks: Sequence[Future[None]]) -> None:
+    """Wait for all tasks. Refused values are collected, any other error ends the rest."""
+    pending, refused = set(tasks), []
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_EXCEPTION)
+        for task in done:
+            problem = task.exception()
+            if isinstance(problem, PlanError):
+                refused.append(problem)
+            elif problem is not None:
+                raise problem
+    if refused:
+        raise PlanError.of([found for problem in refused for found in problem.diagnostics])
+
+
+def _runs(outputs: Sequence[Output]) -> list[list[Output]]:
+    """Return the outputs that are copied; those that follow each other in both files are one run."""
+    runs: list[list[Output]] = []
+    before: Output | None = None
+    for output in outputs:
+        if output.source is not None:
+            if before is not None and before.source is not None and _follows(output.source, before.source):
+                runs[-1].append(output)
+            else:
+                runs.append([output])
+        before = output
+    return runs
+
+
+def _follows(stored: Stored, before: Stored) -> bool:
+    return stored.file == before.file and stored.start == before.start + before.nbytes
+
+
+def _copy_piece(source: int, target: int, count: int, offset: int, place: int) -> int:
+    try:
+        return os.copy_file_range(source, target, count, offset, place)
+    except (AttributeError, OSError):  # another system, or files on two file systems
+        return os.pwrite(target, os.pread(source, min(count, PIECE >> 4), offset), place)
+
+
+def _put(target: int, value: Tensor, place: int) -> None:
+    content = value.detach().contiguous().reshape(-1)
+    rest = content.view(torch.uint8).numpy().data if content.numel() else memoryview(b"")
+    while len(rest):
+        count = os.pwrite(target, rest, place)
+        rest, place = rest[count:], place + count
+
+
+def checksum(path: Path) -> str:
+    """Return the CRC-32 of a file, which finds what a disk or a kill did to it."""
+    total = 0
+    with path.open("rb") as file:
+        while piece := file.read(4 << 20):
+            total = zlib.crc32(piece, total)
+    return f"{total:08x}"

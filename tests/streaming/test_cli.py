@@ -1,0 +1,99 @@
+"""The commands on folders, indexes and safetensors files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.cli.conftest import reparam as reparam
+from tests.streaming.conftest import read_folder, write_folder
+
+SPEC = """\
+reparam: 1
+rules:
+  - {name: even, select: "*.weight", chain: [symmetric]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a spec and a checkpoint of two shards."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    shards = [{"a.weight": torch.randn(4, 4)}, {"b.weight": torch.randn(4, 4), "b.bias": torch.randn(4)}]
+    write_folder(tmp_path / "model", shards, config_json="{}")
+    save_file(shards[0], tmp_path / "one.safetensors")
+    (tmp_path / "made.py").write_text("from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(4, 4))\n")
+    return tmp_path
+
+
+def even(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor + tensor.mT) / 2
+
+
+@pytest.mark.parametrize("given", ["model", "model/model.safetensors.index.json"])
+def test_a_folder_and_its_index_are_rewritten_and_baked(reparam: Any, folder: Path, given: str) -> None:
+    applied = reparam("apply", "spec.yaml", given, "-o", "stored", "--json")
+    assert applied.code == 0, applied.err
+    assert [site["name"] for site in applied.json["sites"]] == ["a.weight", "b.weight"]
+    assert "a.parametrizations.weight.original" in read_folder(folder / "stored")
+    baked = reparam("bake", "stored", "--spec", "spec.yaml", "-o", "plain", "--json", "--workers", 1)
+    assert baked.json["baked"] == ["a.weight", "b.weight"]
+    assert (folder / "plain/config.json").exists()
+    found, before = read_folder(folder / "plain"), read_folder(folder / "model")
+    torch.testing.assert_close(found, {**before, **{name: even(before[name]) for name in ("a.weight", "b.weight")}})
+
+
+def test_a_file_gives_a_file(reparam: Any, folder: Path) -> None:
+    assert reparam("bake", "one.safetensors", "--spec", "spec.yaml", "-o", "out.safetensors").code == 0
+    before = load_file(folder / "one.safetensors")["a.weight"]
+    torch.testing.assert_close(load_file(folder / "out.safetensors")["a.weight"], even(before))
+    assert reparam("bake", "one.safetensors", "--spec", "spec.yaml", "-o", "out.safetensors").code == 6
+    assert reparam("bake", "one.safetensors", "--spec", "spec.yaml", "-o", "out.safetensors", "--force").code == 0
+
+
+def test_plan_and_inspect_read_headers(reparam: Any, folder: Path) -> None:
+    planned = reparam("plan", "spec.yaml", "model")
+    assert "2 sites" in planned.out and "4×4" in planned.out
+    assert [one["shape"] for one in reparam("inspect", "model", "--json").json["tensors"]] == [[4, 4], [4], [4, 4]]
+
+
+def test_a_module_selector_works_with_the_model(reparam: Any, folder: Path) -> None:
+    save_file(nn.Sequential(nn.Linear(4, 4)).state_dict(), folder / "net.safetensors")
+    (folder / "linear.yaml").write_text(SPEC.replace('"*.weight"', "{module: Linear, tensor: weight}"))
+    refused = reparam("bake", "net.safetensors", "--spec", "linear.yaml", "-o", "out.safetensors")
+    assert refused.code == 4
+    assert "linear.yaml:3:26: rule 'even': select" in refused.err and "--model" in refused.err
+    command = ("bake", "net.safetensors", "--spec", "linear.yaml", "-o", "out.safetensors", "--model", "made:make")
+    assert reparam(*command).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("bake", "model", "-o", "out"), 2, "--spec"),
+        (("bake", "model", "--spec", "spec.yaml", "-o", "out", "--only", "even"), 2, "--only"),
+        (("bake", "model", "--spec", "spec.yaml", "-o", "out", "--format", "onnx"), 2, "--format"),
+        (("bake", "made.py", "--spec", "spec.yaml", "-o", "out"), 2, "has its chains with it"),
+        (("bake", "missing", "--spec", "spec.yaml", "-o", "out"), 6, "does not exist"),
+        (("bake", "missing.safetensors", "--spec", "spec.yaml", "-o", "out.safetensors"), 6, "does not exist"),
+        (("bake", "one.safetensors", "--spec", "spec.yaml", "-o", "out.pt"), 6, "something.safetensors"),
+        (("bake", "model", "--spec", "spec.yaml", "-o", "out.safetensors"), 6, "a folder of shards gives a folder"),
+        (("bake", "model", "--spec", "spec.yaml", "-o", "model", "--force"), 6, "is or contains the input"),
+        (("apply", "spec.yaml", "model", "-o", "out", "--capture", "graph"), 2, "--capture"),
+        (("apply", "spec.yaml", "made.py", "-o", "out", "--resume"), 2, "--resume"),
+        (("apply", "spec.yaml", "one.safetensors", "-o", "out.pt"), 6, "--model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_calls_say_what_to_do(reparam: Any, folder: Path, arguments: Any, code: int, message: str) -> None:
+    before = sorted(folder.rglob("*"))
+    result = reparam(*arguments)
+    assert result.code == code, result.err
+    assert message in result.err
+    assert sorted(folder.rglob("*")) == before
