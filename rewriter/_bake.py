@@ -16,7 +16,7 @@ from rewriter._bake_steps import without_step
 from rewriter._copy import copied
 from rewriter._frozen import unfreeze_rest
 from rewriter._given import check_model
-from rewriter._originals import check_originals
+from rewriter._originals import NOTHING_TO_BAKE, check_originals
 from rewriter._remap import Following
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings._pretrained import refuse_saving
@@ -115,7 +115,7 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Modul
     every = _present(target)
     rewritten = (isinstance(module, RewrittenModule) or CONTEXTS in module.__dict__ for module in target.modules())
     if not every and not any(rewritten):
-        warnings.warn("bake found no computed tensor: the model was not rewritten, or is baked already", stacklevel=5)
+        warnings.warn(NOTHING_TO_BAKE, stacklevel=5)
     labels, chosen = _chosen(every, only)
     shorter = [without_step(site, label, keep) for site, label in labels]
     baked = [Baked(site, entries, _values(site, keep)) for site, entries in chosen.items()]

@@ -21,6 +21,9 @@ class Replaced(Protocol):
     def dtype(self) -> str: ...
 
 
+NOTHING_TO_BAKE = "bake found no computed tensor: the model was not rewritten, or is baked already"
+
+
 def check_originals(name: str, chain: Sequence[str], originals: Sequence[Tensor], replaced: Sequence[Replaced]) -> None:
     """Refuse to put stored tensors in the places of what they were made of, where these had another form.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rewriter.program._bake import bake_program
 from rewriter.program._insert import tied
+from rewriter.program._recognise import sites_of_program
 from rewriter.program._rewrite import plan_program, rewrite_program
-from rewriter.program._sites import sites_of_program
 from rewriter.program._table import ProgramTable
 
 __all__ = [

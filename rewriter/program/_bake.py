@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from rewriter._originals import check_originals
+from rewriter._originals import NOTHING_TO_BAKE, check_originals
 from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
 from rewriter.program._insert import Edited, _fake
-from rewriter.program._sites import ProgramSite, evaluate, note, placeholder_values, sites_of_program
+from rewriter.program._recognise import sites_of_program, unknown_chains
+from rewriter.program._sites import ProgramSite, evaluate, note, placeholder_values
 
 
 def bake_program(
@@ -23,9 +25,17 @@ def bake_program(
     """Return the program with its computed tensors as plain ones; see `rewriter.bake`.
 
     Raises:
-        PlanError: a pattern of `only` matches nothing, or there is no original to put back.
+        PlanError: a pattern of `only` matches nothing, there is no original to put back, or a chain is not known.
     """
     sites = sites_of_program(program)
+    unknown = unknown_chains(program, sites) if only is None else {}
+    if unknown:
+        raise PlanError(
+            f"{', '.join(unknown)} of the program cannot be baked: {'; '.join(dict.fromkeys(unknown.values()))}. "
+            "Use bake on the model, in eval mode, and export what it returns"
+        )
+    if not sites:
+        warnings.warn(NOTHING_TO_BAKE, stacklevel=5)
     chosen = _chosen(sites, only)
     edited = Edited(program, share=inplace)
     known = placeholder_values(program)

@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from rewriter._torch import detect_fake_mode, pytree
 from rewriter.errors import CaptureError
 from rewriter.planning import Plan
-from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, write_site
+from rewriter.program._sites import Computed, ProgramSite, Slot, mark, note, store_records, write_site
 from rewriter.serialization._graph_data import graph_to_data
 from rewriter.sites import Site
 from rewriter.sites._container import path_for
@@ -59,6 +59,7 @@ class Edited:
         order = [str(spec.target) for spec in self.specs if spec.target in self.state]
         self.state = {name: self.state[name] for name in dict.fromkeys([*order, *self.state])}
         self.graph.lint()
+        store_records(self.module)
         self.module.recompile()
         return self.program._update(self.module, self.signature, state_dict=self.state, constants=self.constants)
 

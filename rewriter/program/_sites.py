@@ -113,9 +113,31 @@ def note(node: fx.Node) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def sites_of_program(program: Any) -> list[ProgramSite]:
-    """Return the sites of a program, in the order in which they are computed."""
-    return [_read(note(node)["site"]) for node in program.graph.nodes if "site" in note(node)]
+def site_at(node: fx.Node) -> ProgramSite:
+    """Return the record at a node that has one.
+
+    Raises:
+        ModelFileError: it is damaged.
+    """
+    return _read(note(node)["site"])
+
+
+def store_records(graph_module: fx.GraphModule) -> None:
+    """Keep the records of a graph in its metadata too: decompositions remove nodes that do nothing."""
+    records = [note(node)["site"] for node in graph_module.graph.nodes if "site" in note(node)]
+    custom = {name: value for name, value in (graph_module.meta.get(CUSTOM) or {}).items() if name != KEY}
+    graph_module.meta[CUSTOM] = {**custom, **({KEY: {"sites": records}} if records else {})}
+
+
+def stored_records(graph_module: fx.GraphModule) -> list[ProgramSite]:
+    """Return the records in the metadata of a graph.
+
+    Raises:
+        ModelFileError: one is damaged.
+    """
+    custom = graph_module.meta.get(CUSTOM)
+    entry = custom.get(KEY) if isinstance(custom, dict) else None
+    return [_read(data) for data in (entry.get("sites") or () if isinstance(entry, dict) else ())]
 
 
 def _read(data: Any) -> ProgramSite:

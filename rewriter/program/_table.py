@@ -12,10 +12,11 @@ from rewriter.capture import Capture
 from rewriter.planning import Entry, survey
 from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim
-from rewriter.planning._writes import writer
 from rewriter.program._insert import Edited, tied
-from rewriter.program._sites import ProgramSite, evaluate, placeholder_values, sites_of_program
+from rewriter.program._recognise import sites_of_program
+from rewriter.program._sites import ProgramSite, evaluate, placeholder_values
 from rewriter.program._skeleton import is_training, put_in_order, skeleton, with_computed
+from rewriter.program._written import is_written
 from rewriter.sites import Layout, Member, Site, SiteSpec
 
 _WHY = "the program's graph"
@@ -38,7 +39,7 @@ class ProgramTable:
         values = values_of(self.model)
         for claim in claims:
             for entry in claim.entries:
-                if any(_is_written(self.model, name, values[name]) for name in entry.names):
+                if any(is_written(self.model, name, values[name]) for name in entry.names):
                     problems.about(
                         claim,
                         "select",
@@ -153,18 +154,3 @@ def values_of(program: ExportedProgram | Edited) -> dict[str, fx.Node]:
         for member in site.members:
             found.update({slot.target: nodes[member.value] for slot in member.slots})
     return found
-
-
-def _is_written(program: ExportedProgram, name: str, node: fx.Node) -> bool:
-    """Whether the program writes to a tensor, such as the statistics of a batch norm in train mode."""
-    written = {spec.target for spec in program.graph_signature.output_specs if spec.target is not None}
-    return name in written or writer(node) is not None or any(_trains(user, node) for user in node.users)
-
-
-def _trains(user: fx.Node, node: fx.Node) -> bool:
-    """Whether `user` is a batch norm that writes its statistics, which its schema does not say."""
-    schema = getattr(user.target, "_schema", None)
-    arguments = {} if schema is None else dict(zip((a.name for a in schema.arguments), user.args, strict=False))
-    trains = arguments.get("training") is True or arguments.get("use_input_stats") is True
-    statistics = [arguments.get("running_mean"), arguments.get("running_var")] if trains else []
-    return any(value is node for value in statistics)

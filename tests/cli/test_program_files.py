@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import rewriter
 from rewriter.io import load_model
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -36,6 +37,14 @@ def rewritten(reparam, program):
     result = reparam("apply", "spec.yaml", program, "-o", "rewritten.pt2")
     assert result.code == 0, result.err
     return program.with_name("rewritten.pt2")
+
+
+@pytest.fixture
+def rewritten_module(folder):
+    """A rewritten module, exported by torch."""
+    new = rewriter.rewrite(load_model("model.pt").eval(), "spec.yaml")
+    torch.export.save(torch.export.export(new, (X,)).run_decompositions(), folder / "exported.pt2")
+    return folder / "exported.pt2"
 
 
 def test_apply_and_bake_a_program(reparam, program):
@@ -171,3 +180,9 @@ def test_tied_tensors_of_a_program_are_one_site(reparam, folder):
     assert [site["names"] for site in applied.json["sites"]] == [["0.weight", "1.weight"]]
     assert reparam("bake", "out.pt2", "-o", "out.safetensors").code == 0
     assert list(pytest.importorskip("safetensors.torch").load_file("out.safetensors")) == ["0.weight"]
+
+
+def test_bake_takes_the_chains_out_of_an_exported_module(reparam, rewritten_module):
+    result = reparam("bake", rewritten_module, "-o", "baked.pt2", "--json")
+    assert result.json["baked"] == ["0.weight", "2.weight"], result.err
+    assert not [name for name in load_model("baked.pt2", trust=True).state_dict if "parametrizations" in name]

@@ -1,0 +1,156 @@
+"""bake of programs that torch.export made of a rewritten model: a chain is found in the graph, or refused by name."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import rewriter
+from rewriter.errors import PlanError
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+SPEC = {
+    "reparam": 1,
+    "rules": [
+        {"name": "s", "select": "0.weight", "chain": ["spectral_norm"]},
+        {"name": "w", "select": "2.weight", "chain": ["weight_norm", {"scale": {"factor": 2.0}}]},
+    ],
+}
+
+
+def _plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
+
+
+def _as_it_is(program):
+    return program
+
+
+def _saved(program):
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+def _decomposed(program):
+    return program.run_decompositions()
+
+
+def _decomposed_and_saved(program):
+    return _saved(program.run_decompositions())
+
+
+def _calls(program):
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(
+    ("strict", "then"),
+    [(False, _as_it_is), (False, _saved), (False, _decomposed), (False, _decomposed_and_saved), (True, _as_it_is)],
+)
+@pytest.mark.parametrize("capture", ["graph", "module"])
+def test_an_export_of_a_rewritten_model_bakes(capture, strict, then):
+    model = rewriter.rewrite(_plain(), SPEC, capture=capture)
+    baked = rewriter.bake(then(torch.export.export(model, (X,), strict=strict)))
+    plain = rewriter.bake(model)
+    assert set(baked.state_dict) == set(plain.state_dict())
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(baked.state_dict[name], tensor)
+        assert isinstance(baked.state_dict[name], nn.Parameter)
+    torch.testing.assert_close(baked.module()(X), model(X))
+    assert _calls(baked) == _calls(then(torch.export.export(plain, (X,), strict=strict)))
+    _saved(baked)
+
+
+@pytest.mark.parametrize("then", [_decomposed, _decomposed_and_saved])
+def test_a_rewritten_program_bakes_after_decompositions(then):
+    program = rewriter.rewrite(torch.export.export(_plain(), (X,)), SPEC)
+    expected = program.module()(X)
+    new = then(program)
+    assert [site.rule for site in rewriter.plan(new, SPEC)] == ["s", "w"]
+    part = rewriter.bake(new, only=["w"])
+    assert {"0.parametrizations.weight.original", "2.weight"} <= set(part.state_dict)
+    for baked in (rewriter.bake(new), rewriter.bake(part)):
+        assert set(baked.state_dict) == set(_plain().state_dict())
+        torch.testing.assert_close(baked.module()(X), expected)
+        assert _calls(baked) == _calls(then(torch.export.export(_plain(), (X,))))
+
+
+def test_a_chain_with_another_value_in_training_keeps_its_evaluation_after_decompositions():
+    spec = {"reparam": 1, "rules": SPEC["rules"][:1]}
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    torch.manual_seed(0)
+    program = rewriter.rewrite(torch.export.export(model, (X,)), spec)
+    expected = rewriter.bake(program).state_dict["0.weight"]
+    try:
+        found = rewriter.bake(program.run_decompositions()).state_dict["0.weight"]
+    except PlanError as refused:
+        assert "0.weight" in str(refused)
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("then", [_as_it_is, _decomposed])
+def test_a_program_in_train_mode_is_refused_by_name(then):
+    model = rewriter.rewrite(_plain(), SPEC).train()
+    with pytest.raises(
+        PlanError, match=r"0\.weight .*writes to 0\.parametrizations\.weight\.0\._[uv]\. Use bake on the model"
+    ):
+        rewriter.bake(then(torch.export.export(model, (X,))))
+
+
+def test_a_chain_that_runs_at_each_use_is_refused_by_name():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.fc(x))
+
+    spec = {"reparam": 1, "rules": [{"name": "w", "select": "fc.weight", "chain": ["weight_norm"], "cache": "never"}]}
+    program = torch.export.export(rewriter.rewrite(Twice().eval(), spec), (X,))
+    with pytest.raises(PlanError, match=r"fc\.weight .*Use bake on the model"):
+        rewriter.bake(program)
+
+
+def test_a_chain_over_two_tensors_and_one_computed_from_another():
+    spec = {
+        "reparam": 1,
+        "rules": [
+            {"name": "w", "select": "0.weight", "chain": ["weight_norm"]},
+            {"name": "f", "select": "2.weight", "from": "0.weight", "chain": ["transpose"]},
+        ],
+    }
+    model = rewriter.rewrite(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)).eval(), spec)
+    baked = rewriter.bake(torch.export.export(model, (X,)))
+    torch.testing.assert_close(baked.state_dict["2.weight"], baked.state_dict["0.weight"].T)
+    torch.testing.assert_close(baked.module()(X), model(X))
+
+
+def test_what_torch_parametrized_bakes_too():
+    model = _plain()
+    nn.utils.parametrizations.weight_norm(model[0])
+    baked = rewriter.bake(torch.export.export(model, (X,)))
+    assert set(baked.state_dict) == set(_plain().state_dict())
+    torch.testing.assert_close(baked.module()(X), model(X))
+
+
+def test_an_unknown_chain_is_refused_by_name():
+    program = torch.export.export(rewriter.rewrite(_plain(), SPEC), (X,))
+    for node in program.graph.nodes:
+        node.meta.pop("nn_module_stack", None)
+    with pytest.raises(PlanError, match=r"0\.weight, 2\.weight .*Use bake on the model"):
+        rewriter.bake(program)
+
+
+def test_a_program_that_nobody_rewrote_warns():
+    with pytest.warns(UserWarning, match="bake found no computed tensor"):
+        rewriter.bake(torch.export.export(_plain(), (X,)))
+    with pytest.warns(UserWarning, match="bake found no computed tensor"):
+        rewriter.bake(_plain())
