@@ -17,9 +17,10 @@ from rewriter.language import Rule, Spec
 from rewriter.planning import Entry, ModuleTable, Plan, dtype_name, make_plan
 from rewriter.planning._plan import Pair
 from rewriter.planning._table import TensorTable
+from rewriter.serialization._safetensors import KEY
 from rewriter.sites import Site
 from rewriter.sites._container import path_for
-from rewriter.sites._identity import KEY, difference, identity
+from rewriter.sites._identity import difference, identity
 from rewriter.streaming._checkpoint import Checkpoint, open_checkpoint
 from rewriter.streaming._groups import Group, entries_of, groups_of, stored_form
 from rewriter.streaming._header import Stored
