@@ -200,7 +200,7 @@ def _values(site: Site, keep: Keep) -> list[Tensor]:
 
 def _originals(site: Site) -> list[Tensor]:
     record, originals = site.spec, site.originals
-    if record.layout.only and record.outer:
+    if record.layout.only and record.outer and len(originals) == 2:
         originals = [record.layout.join(*originals)]
     check_originals(record.name, record.chain, originals, record.members)
     return originals
