@@ -40,6 +40,10 @@ class Shorter:
         trained = any(original.requires_grad for original in site.originals)
         free = [original for original in site.originals if isinstance(original, nn.Parameter)]
         originals = [_parameter(original, free, trained) for original in self.originals]
+        if any(map(_freezes, site.steps)) and not any(map(_freezes, steps)) and site.trained_before is None:
+            trained = record.members[0].requires_grad if record.trainable is None else record.trainable
+            for original in originals:
+                original.requires_grad_(trained)
         shorter = replace(
             record,
             chain=tuple(record.chain[index] for index in self.kept),
@@ -49,6 +53,10 @@ class Shorter:
             carries=self.carries,
         )
         reassemble(site, steps, originals, shorter)
+
+
+def _freezes(step: nn.Module) -> bool:
+    return bool(getattr(step, "freezes_original", False))
 
 
 def _parameter(original: Tensor, free: list[nn.Parameter], trained: bool) -> nn.Parameter:

@@ -151,6 +151,7 @@ def test_a_labelled_step_comes_and_goes(capture: str, spec: Spec) -> None:
     again = bake(longer, only=["adapter"])
     torch.testing.assert_close(get_value(again, "second.weight"), get_value(longer, "second.weight"))
     torch.testing.assert_close(again(X), longer(X))
+    assert all(parameter.requires_grad for parameter in again.parameters())
     update(longer, "adapter", lora_alpha=16.0)
     set_value(longer, "second.weight", torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(get_value(longer, "second.weight"), torch.eye(4, dtype=torch.float64))
