@@ -188,7 +188,11 @@ def _contents(site: Site, wanted: Tensor) -> list[tuple[Tensor, Tensor]]:
     layout, inputs = site.spec.layout, site.read_inputs()
     value = site.read(*inputs)
     now = value if layout.plain else layout.inward(value)
-    if wanted.shape == now.shape and torch.equal(wanted.to(now), now):
+    if wanted.shape != now.shape:
+        raise BuildError(
+            f"the new steps start from a tensor of shape {list(wanted.shape)}, and the chain gives {list(now.shape)}"
+        )
+    if torch.equal(wanted.to(now), now):
         return []
     clone, rest = copy_of(site), _parted(site)[1]
     target = wanted.to(now) if layout.plain else layout.outward(wanted.to(now), *rest)
