@@ -236,6 +236,7 @@ def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:
 
 def _same_form(original: Tensor, value: Tensor) -> bool:
     same = (original.shape, original.dtype, original.device) == (value.shape, value.dtype, value.device)
+    same = same and type(original.detach()) is type(value)
     return same and (original.is_contiguous() or original.is_contiguous(memory_format=torch.channels_last))
 
 

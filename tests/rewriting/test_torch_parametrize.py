@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 
 from rewriter import PlanError, bake, rewrite
 from rewriter.io import load_model, save_model
@@ -388,3 +389,33 @@ def test_a_rule_gives_another_model_the_same_chain(capture: str) -> None:
     assert torch.equal(get_value(other, "0.weight"), get_value(new, "0.weight"))
     train(other)
     assert not torch.equal(get_value(other, "0.weight"), get_value(new, "0.weight"))
+
+
+@pytest.mark.parametrize("tensor", ["weight", "table"])
+@pytest.mark.parametrize(
+    ("before", "step", "after"), [(Tensor, lambda x: TwoTensor(x, x), TwoTensor), (TwoTensor, lambda x: x.a, Tensor)]
+)
+def test_a_step_gives_a_subclass_or_takes_one(capture: str, tensor: str, before: Any, step: Any, after: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_buffer("table", torch.randn(2, 2))
+    if before is TwoTensor:
+        model._apply(lambda tensor: TwoTensor(tensor, tensor))
+    was = getattr(model[0], tensor)
+    new = rewrite(model, spec(Function(step), select=f"0.{tensor}"), capture=capture)
+    site = new.get_submodule(f"0.parametrizations.{tensor}")
+    assert type(site.original.detach()) is before
+    value = getattr(new.get_submodule("0"), tensor)
+    assert type(value.detach()) is after
+    baked, undone = (getattr(bake(new, keep=keep)[0], tensor) for keep in ("value", "original"))
+    assert type(baked.detach()) is after
+    assert type(undone.detach()) is before
+    for one in (baked, undone):
+        assert isinstance(one, nn.Parameter) is (tensor == "weight")
+    plain = [one.a if type(one.detach()) is TwoTensor else one for one in (was, value, baked, undone)]
+    for one in plain[1:]:
+        torch.testing.assert_close(one.detach(), plain[0].detach())
+
+
+def test_a_right_inverse_that_gives_a_subclass_is_refused(capture: str) -> None:
+    with pytest.raises(PlanError, match="right inverse returns a TwoTensor, a subclass of Tensor"):
+        rewrite(layer(), spec(Function(right_inverse=lambda value: TwoTensor(value, value))), capture=capture)
