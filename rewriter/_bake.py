@@ -200,7 +200,7 @@ def _values(site: Site, keep: Keep) -> list[Tensor]:
 
 def _originals(site: Site) -> list[Tensor]:
     record, originals = site.spec, site.originals
-    if record.layout.only and record.outer:
+    if record.layout.only and record.outer and len(originals) == 2:
         originals = [record.layout.join(*originals)]
     check_originals(record.name, record.chain, originals, record.members)
     return originals
@@ -236,6 +236,7 @@ def _plain_tensors(baked: Baked, uses: Mapping[int, int]) -> list[Tensor]:
 
 def _same_form(original: Tensor, value: Tensor) -> bool:
     same = (original.shape, original.dtype, original.device) == (value.shape, value.dtype, value.device)
+    same = same and type(original.detach()) is type(value)
     return same and (original.is_contiguous() or original.is_contiguous(memory_format=torch.channels_last))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewriter.errors import PlanError
 from rewriter.sites import Site, invert_chain
+from rewriter.sites._assemble import reassemble
 from rewriter.sites._steps import apply_chain
 
 
@@ -38,18 +39,12 @@ class Shorter:
         steps = [site.steps[index] for index in self.kept]
         trained = any(original.requires_grad for original in site.originals)
         free = [original for original in site.originals if isinstance(original, nn.Parameter)]
-        for name in (*site.original_names, *map(str, range(len(record.chain)))):
-            delattr(site, name)
-        count = len(self.originals)
-        site.original_names = ("original",) if count == 1 else tuple(f"original{index}" for index in range(count))
-        for name, original in zip(site.original_names, self.originals, strict=True):
-            site.register_parameter(name, _parameter(original, free, trained))
-        for index, step in enumerate(steps):
-            site.add_module(str(index), step)
-        site.hoisted = 0
-        site.fused = ()
-        site.policy.invalidate()
-        site.spec = replace(
+        originals = [_parameter(original, free, trained) for original in self.originals]
+        if any(map(_freezes, site.steps)) and not any(map(_freezes, steps)) and site.trained_before is None:
+            trained = record.members[0].requires_grad if record.trainable is None else record.trainable
+            for original in originals:
+                original.requires_grad_(trained)
+        shorter = replace(
             record,
             chain=tuple(record.chain[index] for index in self.kept),
             labels=tuple(record.labels[index] for index in self.kept),
@@ -57,6 +52,11 @@ class Shorter:
             stored=self.stored,
             carries=self.carries,
         )
+        reassemble(site, steps, originals, shorter)
+
+
+def _freezes(step: nn.Module) -> bool:
+    return bool(getattr(step, "freezes_original", False))
 
 
 def _parameter(original: Tensor, free: list[nn.Parameter], trained: bool) -> nn.Parameter:

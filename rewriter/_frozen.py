@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from rewriter.planning import Plan
 from rewriter.sites import Site
 
 FROZEN = "_reparam_frozen"
 """The attribute of a module with the names of its parameters that were frozen."""
 
 
-def freeze_rest(model: nn.Module, plan: Plan) -> None:
-    """Freeze each parameter of `model` but those of the sites of `plan`, and note which were trained."""
-    sites = [site for _, site in (*plan.new, *plan.present, *plan.absorbed)]
+def freeze_rest(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Freeze each parameter of `model` but those of the given sites, and note which were trained."""
     own = {id(parameter) for site in sites for parameter in rewritten_parameters(site)}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -63,7 +63,7 @@ def plan(
     with collector_paused(), nothing_drawn((*model.parameters(), *model.buffers())):
         target = copied(model) if absorbable(model, read) else model
         made = plan_module(target, read, capture, call, without, origin)
-    _ = made.sites, made.frozen  # while the model is as it was planned
+    _ = made.sites, made.frozen, made.added  # while the model is as it was planned
     return made
 
 

@@ -132,9 +132,12 @@ def _behind(site: Site, place: int, known: dict[Any, int | None]) -> Iterator[tu
     form = (*record.identity, place, tuple((one.shape, one.dtype) for one in site.originals))
     if form not in known:
         known[form] = stored_value(site, place)
+    readers = [step for step, count in enumerate(record.stored) for _ in range(count)]
+    places = [("original", record.chain[step], readers.index(step) - index) for index, step in enumerate(readers)]
     for index, original in enumerate(site.originals):
         if isinstance(original, nn.Parameter):
-            yield VALUE if index == known[form] else ("original", *record.identity, index), original
+            own: Key = places[index] if index < len(places) else ("chunks that no chain computes",)
+            yield VALUE if index == known[form] else own, original
     for text, step in zip(record.chain, site.steps, strict=True):
         for name, parameter in step.named_parameters():
             yield ("step", text, seen[text], name), parameter

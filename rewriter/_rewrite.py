@@ -158,7 +158,7 @@ def _execute(
         model = _attached(plan, without)
         watch_optimizers(model, before)
     if plan.spec.trainable == "rewritten":
-        freeze_rest(model, plan)
+        freeze_rest(model, (site for _, site in (*plan.new, *plan.present, *plan.absorbed)))
     if following is not None:
         following.follow(model)
     return model

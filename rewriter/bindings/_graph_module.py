@@ -23,6 +23,7 @@ from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
 from rewriter.serialization._names import loadable
 from rewriter.serialization._vet import when_vetted
+from rewriter.sites._assign import assign_attribute
 from rewriter.sites._container import computed_slots, plain_class, refuse_override, sites_of
 from rewriter.sites._loading import converting, converting_owner
 from rewriter.sites._mixed import refuse_mixed
@@ -230,6 +231,9 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         return f"{nn.Module.__repr__(self)}\n\n{print_graph(self)}"
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if CONTAINER in self.__dict__.get("_modules", ()) and name in sites_of(self):
+            assign_attribute(sites_of(self)[name], name, value)
+            return
         refuse_late_change(self, name, value)
         super().__setattr__(name, value)
 

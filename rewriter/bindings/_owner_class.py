@@ -25,6 +25,7 @@ from rewriter.context._checkpoint import graph_task
 from rewriter.context._forward import Contexts, ForwardContext
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._names import loadable
+from rewriter.sites._assign import assign_attribute
 from rewriter.sites._container import called_sites, refuse_override, sites_of
 from rewriter.sites._loading import converting, converting_owner
 from rewriter.sites._mixed import refuse_mixed
@@ -162,14 +163,7 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
     def assign(self: Any, name: str, value: Any) -> None:
         if name in tensors:
-            from rewriter.sites._assign import assign_value, has_value
-
-            site = sites_of(self)[name]
-            if not has_value(site, name, value):  # tying weights that are tied already comes to that
-                assign_value(site, name, value)
-                running = site.contexts.running.context
-                if running is not None:
-                    running.forget(site)
+            assign_attribute(sites_of(self)[name], name, value)
         else:
             refuse_late_change(self, name, value)
             plain.__setattr__(self, name, value)

@@ -66,7 +66,13 @@ class Step:
     def __str__(self) -> str:
         if not self.arguments:
             return self.name
-        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.arguments.items())})"
+        return f"{self.name}({', '.join(f'{key}={_short(value)}' for key, value in self.arguments.items())})"
+
+
+def _short(value: Any) -> str:
+    """Print an argument; a tensor from Python would take many lines."""
+    text = str(value)
+    return "…" if "\n" in text else text
 
 
 def _one_key(written: Any) -> Any:

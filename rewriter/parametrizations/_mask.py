@@ -43,7 +43,7 @@ class FixedMask(Parametrization):
             mask = self.choose(weight, None, self)
         for field in self.fields:
             value = getattr(self, field)
-            if value is None or isinstance(value, Tensor):  # the buffer below has all of them
+            if value is None or isinstance(value, (Tensor, Mapping)):  # the buffer below has all of them
                 delattr(self, field)
         self.register_buffer("mask", as_mask(mask, weight))
         self.mask: Tensor

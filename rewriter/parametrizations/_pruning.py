@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -171,7 +171,8 @@ class _Global(_Pruning):
         if any(weight.is_meta for weight in weights):
             return [{} for _ in weights]
         place = weights[0].device
-        entries = torch.cat([weight.detach().flatten().to(place) for weight in weights])
+        scores = cls.scores(weights, names, **arguments)
+        entries = torch.cat([score.detach().flatten().to(place) for score in scores])
         left = None
         if any(mask is not None for mask in remaining):
             masks = [
@@ -185,6 +186,11 @@ class _Global(_Pruning):
             for part, weight in zip(chosen, weights, strict=True)
         ]
 
+    @classmethod
+    def scores(cls, weights: Sequence[Tensor], names: Sequence[str], **arguments: Any) -> Sequence[Tensor]:
+        """Return the tensors whose entries are compared."""
+        return weights
+
 
 class GlobalL1(_Global, name="global_l1"):
     """Prune the entries of smallest magnitude among all tensors of a rule, under one budget.
@@ -197,9 +203,22 @@ class GlobalL1(_Global, name="global_l1"):
     Arguments:
         amount: how many remaining entries of all the rule's tensors together (int), or which part of them, in [0, 1]
             (float), become zero. A tensor on its own prunes `amount`.
+        importance_scores: from Python, tensors by the names of those whose entries they stand for: their magnitudes are
+            compared instead.
     """
 
     criterion = prune.L1Unstructured
+    importance_scores: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def scores(cls, weights: Sequence[Tensor], names: Sequence[str], **arguments: Any) -> Sequence[Tensor]:
+        given = arguments.get("importance_scores") or {}
+        for name, score in given.items():
+            shapes = [list(weight.shape) for weight, own in zip(weights, names, strict=True) if own == name]
+            if list(score.shape) not in shapes or len(shapes) > 1:
+                wanted = f"{shapes} are wanted" if shapes else f"the rule has {', '.join(names)}"
+                raise RewriterError(f"global_l1: importance_scores of {name} have shape {list(score.shape)}; {wanted}")
+        return [given.get(name, weight) for name, weight in zip(names or [""] * len(weights), weights, strict=True)]
 
 
 class GlobalRandom(_Global, name="global_random"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +44,23 @@ def describe(rule: Rule) -> Description:
     defaults = ("forward", None, None, None, (), ((),) * steps, "auto", "keep", False, None, ("",) * steps)
     shown = [f"{key}={value}" for (key, value), usual in zip(options.items(), defaults, strict=True) if value != usual]
     return tuple(str(step) for step in rule.chain), ", ".join(shown)
+
+
+_OPTION = re.compile(r"(?:^|, )(cache|per|reshape|from|joint|inputs|batch|memory|share|trainable)=")
+
+
+def options_with(record: SiteSpec, rule: Rule) -> str:
+    """Return the options of a site to whose chain the steps of `rule` are appended, as `describe` prints them."""
+    shown, _, settings = record.options.partition("settings=")
+    _, *found = _OPTION.split(shown.rstrip(", "))
+    options = dict(zip(found[::2], found[1::2], strict=True))
+    if "inputs" in options:
+        options["inputs"] = str((*record.inputs, *(step.inputs for step in rule.chain)))
+    given = ast.literal_eval(settings) if settings else ("",) * len(record.chain)
+    given += tuple(_settings(step.module) for step in rule.chain)
+    if any(given):
+        options["settings"] = str(given)
+    return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 def _settings(module: nn.Module | None) -> str:

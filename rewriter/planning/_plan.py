@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+
 from rewriter._copy import copied
 from rewriter.capture import Capture
 from rewriter.errors import PlanError
@@ -16,7 +18,7 @@ from rewriter.planning._origin import Origin
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry
 from rewriter.planning._table import TensorTable
-from rewriter.sites import Site, SiteSpec
+from rewriter.sites import Site, SiteSpec, site_path
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,19 @@ class Plan:
         )
 
     @functools.cached_property
+    def added(self) -> tuple[str, ...]:
+        """Names of the trained parameters that an optimizer built before ``rewrite(…, inplace=True)`` lacks."""
+        names: list[str] = []
+        for claim, site in self.new:
+            kept = [_form(entry.tensor) for entry in claim.entries if isinstance(entry.tensor, nn.Parameter)]
+            for name, parameter in site.named_parameters():
+                if name in site.original_names and _form(parameter) in kept:
+                    kept.remove(_form(parameter))
+                elif parameter.requires_grad:
+                    names.append(f"{site_path(site)}.{name}")
+        return tuple(names)
+
+    @functools.cached_property
     def by_name(self) -> dict[str, PlannedSite]:
         """The sites by each of their names."""
         return {name: site for site in self.sites for name in site.names}
@@ -228,6 +243,7 @@ class Plan:
             "why": self.why,
             "sites": [site.to_dict() for site in self.sites],
             "frozen": list(self.frozen),
+            "added": list(self.added),
         }
 
     def __str__(self) -> str:
@@ -236,9 +252,15 @@ class Plan:
         rows = [("site", "rule", "chain", "shape", "moved", "capture"), *map(_row, self.sites)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        if self.added:
+            lines += ["", f"new trained parameters, which an optimizer built before lacks: {len(self.added)}"]
         if self.spec.trainable == "rewritten":
             lines += ["", f"other trained parameters, which are frozen until bake: {len(self.frozen)}"]
         return "\n".join([f"{self.source}: {head}, captured as {self.root}{why}", "", *lines])
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _row(site: PlannedSite) -> tuple[str, ...]:

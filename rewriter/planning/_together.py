@@ -12,14 +12,18 @@ from rewriter.errors import RewriterError
 from rewriter.language import Step
 from rewriter.planning._chain import BuildError, Chain, arguments_of
 from rewriter.planning._resolve import Claim
+from rewriter.sites import Chunked
 
 
-def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> dict[int, Chain]:
+def planned_together(
+    claims: Sequence[Claim], inputs: Mapping[str, Tensor], masks: Mapping[int, Sequence[Any]] | None = None
+) -> dict[int, Chain]:
     """Ask each step's ``plan_sites`` for the constructor arguments of every site.
 
     Arguments:
         claims: all claims of one rule.
         inputs: values of the further tensors that the chain reads, by name.
+        masks: for each claim, by its `id`, the masks of the chain to which its steps are appended.
 
     Returns:
         For each claim, by its `id`: its chain, constructed down to the first step that has such arguments. Empty for
@@ -29,7 +33,8 @@ def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> d
         BuildError: a planner refuses the tensors.
     """
     steps = claims[0].rule.chain
-    runs = [run for run in _runs(steps) if any(_plans(steps[index], len(run)) for index in run)]
+    masked = masks is not None and any(masks.values())
+    runs = [run for run in _runs(steps) if any(_plans(steps[index], len(run) + (masked and 0 in run)) for index in run)]
     if not runs:
         return {}
     chains = {id(claim): Chain(claim, inputs) for claim in claims}
@@ -46,6 +51,12 @@ def planned_together(claims: Sequence[Claim], inputs: Mapping[str, Tensor]) -> d
             names += [claim.name] * len(parts)
             counts.append(len(parts))
         remaining: list[Tensor | None] = [None] * len(weights)
+        if masks is not None and 0 in run:
+            remaining = [
+                _product(masks[id(claim)], part)
+                for claim, count in zip(claims, counts, strict=True)
+                for part in range(count)
+            ]
         for index in run:
             step = steps[index]
             found: Sequence[Mapping[str, Any]]
@@ -85,6 +96,14 @@ def _plans(step: Step, length: int) -> bool:
     """Return whether a step's arguments are decided for all sites; a mask alone in its run may choose by itself."""
     planner = getattr(step.factory, "plan_sites", None)
     return planner is not None and (length > 1 or getattr(step.factory, "plans_alone", True))
+
+
+def _product(masks: Sequence[Any], part: int) -> Tensor | None:
+    """Return the product of masks, of which some have a mask for each chunk."""
+    product: Tensor | None = None
+    for mask in masks:
+        product = _both(product, getattr(mask[part] if isinstance(mask, Chunked) else mask, "mask"))  # noqa: B009
+    return product
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -82,6 +82,15 @@ def assign_value(site: Site, name: str, value: Any) -> None:
         raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem
 
 
+def assign_attribute(site: Site, name: str, value: Any) -> None:
+    """Give a computed tensor a value because an attribute of its owner was assigned."""
+    if not has_value(site, name, value):  # tying weights that are tied already comes to that
+        assign_value(site, name, value)
+        running = site.contexts.running.context
+        if running is not None:
+            running.forget(site)
+
+
 def check_reached(site: Site, wanted: Tensor, reached: Tensor) -> None:
     """Refuse a value that the chain of `site` does not give, up to rounding in the coarser precision of the two.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from rewriter.context._replay import evaluated_again, note_state, settled_copy, 
 from rewriter.context._tracers import as_autocast, autocast_anywhere, ordinary, others_trace
 from rewriter.errors import CaptureError
 from rewriter.sites._identity import difference, note_identity
+from rewriter.sites._places import CONTAINER
 from rewriter.sites._reference import Reference
 from rewriter.sites._refit import refit
 from rewriter.sites._spec import Member, SiteSpec
@@ -79,7 +81,8 @@ class Site(nn.Module):
     @property
     def steps(self) -> list[nn.Module]:
         """The parametrizations in the order in which they are applied."""
-        return [module for module in self._modules.values() if module is not None]
+        # torch puts its own container here if it parametrizes an original.
+        return [module for name, module in self._modules.items() if module is not None and name != CONTAINER]
 
     @property
     def originals(self) -> list[Tensor]:
@@ -261,6 +264,13 @@ class Site(nn.Module):
     def __copy__(self) -> Site:
         clone: Site = self.__class__.__new__(self.__class__)
         clone.__setstate__(self.__getstate__())
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        clone: Site = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        # Of its own class: torch's subclass, for a parametrized original, has a state that cannot be read.
+        clone.__setstate__(copy.deepcopy(Site.__getstate__(self), memo))
         return clone
 
     # How a module that torch.fx cannot trace reads the value: an attribute access finds the running forward.

@@ -1,4 +1,4 @@
-"""Arguments of a step changed while a model is trained, and rules added to it."""
+"""Arguments of a step changed while a model is trained."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from rewriter._bake import _chosen, _present
 from rewriter._given import check_model
-from rewriter._rewrite import rewrite
 from rewriter.bindings import RewrittenModule
 from rewriter.bindings.graph import lower_again, refuse_edited
 from rewriter.context._fingerprint import settings_of
 from rewriter.context._random import nothing_drawn
-from rewriter.errors import PlanError, RewriterError
+from rewriter.errors import RewriterError
 from rewriter.language import Step, load_spec
 from rewriter.parametrizations._registry import arguments_of, construct, names
 from rewriter.sites import Chunked, Site
@@ -99,36 +98,6 @@ def update(model: nn.Module, site_or_rule: str, **arguments: Any) -> None:
     for graph in graphs:
         if any(change.site in graph.sites for change in changes):
             lower_again(graph)
-
-
-def extend(model: nn.Module, spec: Any, **options: Any) -> nn.Module:
-    """Return a rewritten model with further rules; the sites that it has stay.
-
-    >>> import torch, rewriter
-    >>> one, two = ([{"name": n, "select": f"{n}.weight", "chain": ["symmetric"]}] for n in "01")
-    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    >>> model = rewriter.rewrite(model, {"reparam": 1, "rules": one})
-    >>> list(rewriter.state.named_sites(extend(model, {"reparam": 1, "rules": two})))
-    ['0.weight', '1.weight']
-
-    Arguments:
-        model: a rewritten model.
-        spec: the further rules, as `rewrite` takes them.
-        options: of `rewrite`, such as ``inplace=True``.
-
-    Raises:
-        PlanError: a rule has the name of one that the model has, or selects a tensor that is computed already. Bake
-            that site first; `rewrite` with all rules in one spec gives both at once.
-    """
-    check_model(model, "extend", programs=False)
-    rules = {site.spec.rule for site in _present(model)}
-    if not rules:
-        raise RewriterError(f"{type(model).__name__} has no rule yet: use rewriter.rewrite")
-    read = load_spec(spec)
-    for rule in read.rules:
-        if rule.name in rules:
-            raise PlanError(f"the model has a rule {rule.name!r} already: give the further rule another name")
-    return rewrite(model, read, **options)
 
 
 def _one_step(site: Site, arguments: Mapping[str, Any], chosen: str) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import PlanError, plan, rewrite
+from rewriter.state import check_optimizer
 
 Spec = dict[str, Any]
 
@@ -273,3 +274,23 @@ def test_steps_are_in_the_mode_of_their_owner(training: bool, step_training: boo
     new = rewrite(model, spec({"select": "0.weight", "chain": [Count().train(step_training)]}))
     new(torch.ones(1, 2))
     assert new.state_dict()["0.parametrizations.weight.0.n"] == float(training)
+
+
+@pytest.mark.parametrize(
+    ("chain", "added"),
+    [
+        (["weight_norm"], ["original0"]),
+        (["symmetric"], []),
+        ([{"low_rank": {"rank": 1}}], ["original0", "original1"]),
+        ([{"lora": {"r": 1}}], ["0.lora_A", "0.lora_B"]),
+    ],
+)
+def test_plan_names_what_an_optimizer_lacks(chain: list[Any], added: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = plan(model, {"reparam": 1, "rules": [{"name": "a", "select": "0.weight", "chain": chain}]})
+    assert made.added == tuple(f"0.parametrizations.weight.{name}" for name in added)
+    assert made.to_dict()["added"] == [*made.added]
+    assert ("which an optimizer built before lacks: " in str(made)) is bool(added)
+    found = check_optimizer(optimizer, rewrite(model, made, inplace=True))
+    assert [text.partition(":")[0] for text in found if "no group" in text] == [*made.added]

@@ -132,3 +132,27 @@ def test_functional_call_takes_originals_and_refuses_values(capture: str) -> Non
     with pytest.raises(RewriterError, match="weight is computed by a chain, and functional_call cannot"):
         torch.func.functional_call(new, {"0.weight": torch.zeros(4, 4)}, (x,))
     new(x)
+
+
+class Root(nn.Module):
+    """A model with a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.table
+
+
+@pytest.mark.parametrize("kind", [lambda value: value, nn.Parameter], ids=["tensor", "Parameter"])
+def test_a_tensor_of_the_model_itself_is_assigned(kind: Any, capture: str) -> None:
+    rule = {"name": "s", "select": "table", "chain": ["symmetric"]}
+    new = rewrite(Root(), {"reparam": 1, "rules": [rule]}, capture=capture)
+    value = torch.arange(9.0).reshape(3, 3)
+    new.table = kind(value + value.T)
+    assert torch.equal(new(torch.eye(3)).detach(), value + value.T)
+    assert list(new.state_dict()) == ["parametrizations.table.original"]
+    with pytest.raises(PlanError, match="table cannot be set"):
+        new.table = kind(value)
+    assert torch.equal(bake(new).table.detach(), value + value.T)
