@@ -17,7 +17,7 @@ from rewriter._bake_steps import without_step
 from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._originals import check_originals
-from rewriter._shards import is_sharded, leave_fsdp, refuse_labels, reshard, without_fsdp
+from rewriter._shards import is_sharded, leave_fsdp, refuse_labels, refuse_offloaded, reshard, without_fsdp
 from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings._pretrained import refuse_saving
@@ -96,6 +96,7 @@ def bake(
 
         return bake_program(model, only=only, keep=keep, inplace=inplace)
     refuse_mixed(model.modules())
+    refuse_offloaded(model)
     if not is_sharded(model):
         return _bake(model if inplace else copied(model), only, keep)
     reshard(model)

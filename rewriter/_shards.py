@@ -1,4 +1,7 @@
-"""Models that `fully_shard` sharded: FSDP's classes and hooks leave them, and their parameters stay shards."""
+"""Models of which a process has only a part: `fully_shard` keeps shards, accelerate's `cpu_offload` keeps nothing.
+
+FSDP's classes and hooks leave a model that is baked, and its parameters stay shards.
+"""
 
 from __future__ import annotations
 
@@ -71,3 +74,18 @@ def refuse_labels(labels: Sequence[tuple[Site, str]]) -> None:
     if labels:
         names = ", ".join(site.spec.name for site, _ in labels)
         raise PlanError(f"{names}: a model that fully_shard sharded bakes whole sites, not single steps of a chain")
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Refuse a model whose parameters accelerate fetches for each forward: in between they have no values.
+
+    Raises:
+        PlanError: says how to get them back.
+    """
+    for path, module in model.named_modules():
+        hook = module.__dict__.get("_hf_hook")
+        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+            raise PlanError(
+                f"accelerate has offloaded the tensors of {path or 'the model'}, which have no values now: call "
+                "accelerate.hooks.remove_hook_from_submodules(model) before bake"
+            )
