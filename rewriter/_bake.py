@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from rewriter._frozen import unfreeze_rest
 from rewriter._given import check_model
 from rewriter._originals import NOTHING_TO_BAKE, check_originals
 from rewriter._remap import Following
+from rewriter._shards import is_sharded, leave_fsdp, refuse_labels, refuse_offloaded, reshard, without_fsdp
+from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings._pretrained import refuse_saving
 from rewriter.bindings.graph import lower_again, refuse_edited
@@ -27,6 +30,7 @@ from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, refuse_strays, survey
 from rewriter.sites import Site, refuse_mixed
 from rewriter.sites._places import CONTEXTS
+from rewriter.sites._shards import values_of
 
 Keep = Literal["value", "original"]
 
@@ -81,6 +85,9 @@ def bake(
     >>> type(plain).__name__, list(plain.state_dict())
     ('Sequential', ['0.weight', '0.bias'])
 
+    A model that `fully_shard` sharded comes back without FSDP, and its tensors stay shards (DTensors). Every process
+    calls bake, and the tensors of one site are whole at a time.
+
     The class, names, order and kinds of tensors are those of the model that was rewritten. The values are the ones
     that a forward in evaluation mode uses; no state of a parametrization advances.
 
@@ -104,21 +111,39 @@ def bake(
 
         return bake_program(model, only=only, keep=keep, inplace=inplace)
     refuse_mixed(model.modules())
-    target = model if inplace else copied(model)
-    plain = _bake(target, only, keep)
+    refuse_offloaded(model)
+    plain = _bake_module(model, only, keep, inplace)
     if following is not None:
         following.follow(plain)
     return plain
 
 
-def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep) -> nn.Module:
+def _bake_module(model: nn.Module, only: Sequence[str] | None, keep: Keep, inplace: bool) -> nn.Module:
+    if not is_sharded(model):
+        return _bake(model if inplace else copied(model), only, keep)
+    reshard(model)
+    if not inplace:
+        with without_fsdp(model):
+            target = copied(model)
+        return _bake(target, only, keep, shards=True)
+    with undone_on_failure(model):
+        leave_fsdp(model)
+        return _bake(model, only, keep, shards=True)
+
+
+def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep, shards: bool = False) -> nn.Module:
     every = _present(target)
     rewritten = (isinstance(module, RewrittenModule) or CONTEXTS in module.__dict__ for module in target.modules())
     if not every and not any(rewritten):
-        warnings.warn(NOTHING_TO_BAKE, stacklevel=5)
+        warnings.warn(NOTHING_TO_BAKE, stacklevel=6)
     labels, chosen = _chosen(every, only)
+    if shards:
+        refuse_labels(labels)
     shorter = [without_step(site, label, keep) for site, label in labels]
-    baked = [Baked(site, entries, _values(site, keep)) for site, entries in chosen.items()]
+    evaluate = functools.partial(_values, keep=keep)
+    if shards:
+        evaluate = functools.partial(values_of, evaluate=evaluate)
+    baked = [Baked(site, entries, evaluate(site)) for site, entries in chosen.items()]
     graphs = [(path, module) for path, module in target.named_modules() if isinstance(module, RewrittenModule)]
     for _, module in graphs:
         refuse_edited(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -30,7 +31,14 @@ def copied(value: T, model: nn.Module | None = None, same: Iterable[object] = ()
     if model is None:
         assert isinstance(value, nn.Module)
         model = value
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise CaptureError(
+            f"fully_shard sharded the {type(model).__name__}, and torch copies no such model: rewrite the model before "
+            "it is sharded; bake gives its values"
+        )
     known: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    known.update((id(grad), grad.clone()) for grad in _distributed_gradients(model))
     known.update((id(one), one) for one in same)
     try:
         return copy.deepcopy(value, known)
@@ -47,3 +55,10 @@ def _computed(model: nn.Module) -> Iterator[Tensor]:
         for value in module.__dict__.values():
             values = value if type(value) is list else [value]
             yield from (tensor for tensor in values if isinstance(tensor, Tensor) and not tensor.is_leaf)
+
+
+def _distributed_gradients(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the gradients that `copy.deepcopy` cannot copy: it asks for the storage of a DTensor, which has none."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and type(parameter.grad) is not Tensor:
+            yield parameter.grad

@@ -43,6 +43,12 @@ def check_model(model: Any, verb: str, *, programs: bool = True, wrapped: bool =
     raise RewriterError(f"{verb} takes {wanted}, not {found}{hint}")
 
 
+def is_distributed(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor; their module is imported by the code that makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _wrappers() -> tuple[type[nn.Module], ...]:
     """Return the classes that train a module as replicas or shards, of those that are imported."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

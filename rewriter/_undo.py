@@ -19,22 +19,43 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
 
     The values of the tensors are not covered.
     """
-    before = [_snapshot(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = _snapshots(model)
     try:
         yield
     except BaseException:
-        for module, kind, state, contents in before:
-            if type(module) is not kind:
-                object.__setattr__(module, "__class__", kind)
-            module.__dict__.clear()
-            module.__dict__.update(state)
-            for container, content in contents:
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+        _restore(before)
         raise
 
 
-def _snapshot(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any], list[tuple[Any, Any]]]:
+@contextlib.contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Restore what `undone_on_failure` does, however the body ends."""
+    before = _snapshots(model)
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+_Snapshot = tuple[nn.Module, type, dict[str, Any], list[tuple[Any, Any]]]
+
+
+def _snapshots(model: nn.Module) -> list[_Snapshot]:
+    return [_snapshot(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
+def _restore(before: list[_Snapshot]) -> None:
+    for module, kind, state, contents in before:
+        if type(module) is not kind:
+            object.__setattr__(module, "__class__", kind)
+        module.__dict__.clear()
+        module.__dict__.update(state)
+        for container, content in contents:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _snapshot(module: nn.Module) -> _Snapshot:
     state = dict(module.__dict__)
     contents = [(value, value.copy()) for value in state.values() if type(value) in _CONTAINERS]
     return module, type(module), state, contents

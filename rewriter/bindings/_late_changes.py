@@ -8,6 +8,7 @@ something else than the rewritten one.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ def _warning(register: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(register)
     def registering(self: Any, *args: Any, **kwargs: Any) -> Any:
         path = inlined_as(self)
+        if path and any(map(_is_of_fsdp, args)):
+            raise RewriterError(_sharded_in_vain(path))
         if path:
             warnings.warn(
                 f"this hook of module {path} will not run: the module is inlined in the graph of the rewritten model, "
@@ -58,6 +61,30 @@ def _warning(register: Callable[..., Any]) -> Callable[..., Any]:
         return register(self, *args, **kwargs)
 
     return registering
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+def _sharded_in_vain(path: str) -> str:
+    return (
+        f"fully_shard cannot shard {path} by itself: the module is inlined in the graph of the rewritten model, which "
+        "does not call it, so that nothing would gather its shards. Rewrite the model with capture='module' and shard "
+        "its blocks, or call fully_shard once, with the whole model"
+    )
+
+
+def refuse_sharded_parts(model: fx.GraphModule) -> None:
+    """Name a module that `fully_shard` sharded although the graph does not call it.
+
+    Raises:
+        RewriterError: there is one.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for module, path in _paths(model).items() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            raise RewriterError(_sharded_in_vain(path))
 
 
 def _refusing(change: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch import fx
 from torch.compiler import is_compiling
 
 from rewriter._torch import is_fx_symbolic_tracing
-from rewriter.bindings._late_changes import refuse_replaced
+from rewriter.bindings._late_changes import refuse_replaced, refuse_sharded_parts
 from rewriter.context._tracers import ordinary
 from rewriter.sites._site import Site
 
@@ -36,6 +36,10 @@ def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
                 return self.validated.run(forward, self, *args, **kwargs)
             except AttributeError:
                 refuse_replaced(self)
+                raise
+            except RuntimeError:
+                if not is_compiling():
+                    refuse_sharded_parts(self)
                 raise
         given = inspect.signature(forward).bind(self, *args, **kwargs)
         given.apply_defaults()

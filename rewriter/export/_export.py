@@ -20,7 +20,7 @@ from rewriter._given import check_model
 from rewriter.errors import CaptureError, ModelFileError, RewriterError
 from rewriter.serialization._atomic import written_atomically
 from rewriter.serialization._safetensors import header_of
-from rewriter.serialization._save import check_suffix, write_model
+from rewriter.serialization._save import check_suffix, refuse_distributed, write_model
 
 Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -73,6 +73,8 @@ def export_model(
     format = format_of(model, path) if format is None else format
     if format not in _WRITERS:
         raise ModelFileError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
+    if isinstance(model, nn.Module):
+        refuse_distributed(model)
     if isinstance(model, ExportedProgram) and format == "module":
         raise CaptureError("an ExportedProgram is no module any more; write it with the format pt2")
     _check_suffix(Path(path), format)

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from rewriter._given import check_model
+from rewriter._given import check_model, is_distributed
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._atomic import written_atomically
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
@@ -56,10 +56,24 @@ def check_suffix(model: nn.Module | ExportedProgram, path: str | os.PathLike[str
         raise ModelFileError(f"an ExportedProgram is saved as .pt2, not {suffix}")
 
 
+def refuse_distributed(model: nn.Module) -> None:
+    """Refuse a model of which this process has only a part of each tensor.
+
+    Raises:
+        ModelFileError: says how to save it.
+    """
+    if any(map(is_distributed, (*model.parameters(), *model.buffers()))):
+        raise ModelFileError(
+            f"the tensors of the {type(model).__name__} are distributed over processes: save model.state_dict() with "
+            "torch.distributed.checkpoint, which every process calls"
+        )
+
+
 def write_model(model: nn.Module | ExportedProgram, path: Path) -> None:
     """Write `model` to `path` in place, whatever is there."""
     if isinstance(model, nn.Module):
         check_depth(model)
+        refuse_distributed(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

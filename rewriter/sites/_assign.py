@@ -64,6 +64,11 @@ def assign_value(site: Site, name: str, value: Any) -> None:
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
     check_shape(record.name, record.members[0].shape, value)
+    if "_is_fsdp_managed_module" in site.__dict__:
+        raise PlanError(
+            f"{record.name} cannot be set: fully_shard keeps its tensors as shards, and puts them in place at each "
+            f"forward. Load a state dict, in which {record.name!r} may have the value as a DTensor"
+        )
     tensors = [*site.parameters(), *site.buffers()]
     before = [tensor.clone() for tensor in tensors]
     try:

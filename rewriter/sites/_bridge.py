@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rewriter._given import is_distributed
 from rewriter.context._random import nothing_drawn
 from rewriter.errors import PlanError, RewriterError
 from rewriter.sites._assign import check_reached, check_shape, invert
 from rewriter.sites._forms import Found
+from rewriter.sites._shards import as_shards, whole
 from rewriter.sites._site import Site
 
 REMEDY = (
@@ -29,15 +32,17 @@ class StateError(RewriterError, RuntimeError):
 
 
 def copy_of(site: Site) -> Site:
-    """Return a copy of a site in evaluation mode, over tensors of its own."""
+    """Return a copy of a site in evaluation mode, over tensors of its own, of which none is a shard."""
     clone = site.settled()
     copies: dict[int, nn.Parameter] = {}
     for module in clone.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                    copies[id(parameter)] = nn.Parameter(whole(parameter).detach().clone(), parameter.requires_grad)
                 module._parameters[name] = copies[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = whole(buffer)
     return clone
 
 
@@ -94,14 +99,16 @@ def stored_for(
     """
     record = site.spec
     shown = " >> ".join(record.chain)
+    like = found[0].value
     try:
+        found = [replace(one, value=whole(one.value), originals=tuple(map(whole, one.originals))) for one in found]
         for member, one in zip(record.members, found, strict=True):
             check_shape(member.names[0], member.shape, one.value)
         with nothing_drawn():
             clone = _placed(copy_of(site), found[0].value, assign)
             values = [_like(clone, one.value, inputs) for one in found]
             if len(found) == 1 and found[0].originals and _fits(clone, found[0], values[0], inputs):
-                return dict(clone.state_dict())
+                return _distributed(clone, name, like)
             for target, source in zip(
                 clone.originals, invert(clone, values[0] if len(values) == 1 else tuple(values), inputs), strict=True
             ):
@@ -112,7 +119,14 @@ def stored_for(
     except Exception as problem:
         text = str(problem) if isinstance(problem, PlanError) else f"{shown} cannot produce its value: {problem}"
         raise StateError(f"{name}: {text.removeprefix(f'{name} ')}. {REMEDY}") from problem
-    return dict(clone.state_dict())
+    return _distributed(clone, name, like)
+
+
+def _distributed(clone: Site, name: str, like: Tensor) -> dict[str, Tensor]:
+    """Return the state of a site, the parameters distributed as `like` is."""
+    parameters = {key for key, _ in clone.named_parameters()}
+    state: dict[str, Tensor] = clone.state_dict()
+    return {key: as_shards(name, tensor, like) if key in parameters else tensor for key, tensor in state.items()}
 
 
 @torch.no_grad()
@@ -131,12 +145,13 @@ def value_from(site: Site, name: str, state: Mapping[str, Any], inputs: Sequence
     try:
         with nothing_drawn():
             clone = copy_of(site)
-            nn.Module.load_state_dict(clone, state, assign=True)
+            nn.Module.load_state_dict(clone, {key: whole(tensor) for key, tensor in state.items()}, assign=True)
             value = clone.evaluate(*inputs)
     except Exception as problem:
         raise StateError(f"{name}: {' >> '.join(site.spec.chain)} cannot be evaluated: {problem}") from problem
     values = [value] if len(site.spec.members) == 1 else list(value)
-    return [one.detach().clone(memory_format=torch.contiguous_format) for one in values]
+    like = next(filter(is_distributed, state.values()), None)
+    return [as_shards(name, one.detach().clone(memory_format=torch.contiguous_format), like) for one in values]
 
 
 def _placed(clone: Site, value: Tensor, assign: bool) -> Site:

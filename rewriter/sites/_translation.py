@@ -15,6 +15,7 @@ from rewriter.sites._container import sites_of
 from rewriter.sites._forms import Found, find_form
 from rewriter.sites._identity import difference
 from rewriter.sites._places import CONTAINER
+from rewriter.sites._shards import whole
 from rewriter.sites._site import Site
 
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -178,7 +179,7 @@ class Translation:
             bridge(place, self.state, self._inputs(place), self.assign)
 
     def _inputs(self, place: Place) -> list[Tensor]:
-        return [self._tensor(reference.module, name) for reference, name in place.site._places]
+        return [whole(self._tensor(reference.module, name)) for reference, name in place.site._places]
 
     def _tensor(self, owner: nn.Module, name: str) -> Tensor:
         """Return the tensor that a chain reads: from the state, or as the model has it where the state lacks it."""

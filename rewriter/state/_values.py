@@ -13,6 +13,7 @@ from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
 from rewriter.sites import Site, assign_value, check_shape
+from rewriter.sites._shards import values_of
 
 
 def get_value(model: nn.Module, name: str) -> Tensor:
@@ -37,12 +38,15 @@ def get_value(model: nn.Module, name: str) -> Tensor:
         assert entry.tensor is not None
         return entry.tensor.detach()
     with torch.no_grad():
-        value = entry.site.read(*entry.site.read_inputs())
-    member: Tensor = value
-    if len(entry.site.spec.members) > 1:
-        member = value[entry.site.position(entry.owners[0][1])]
+        values = values_of(entry.site, _read)
+    member = values[entry.site.position(entry.owners[0][1])]
     # A chain may return the stored tensor itself, and a frozen site its cached value: callers must not write into them.
     return member.detach().clone()
+
+
+def _read(site: Site) -> Sequence[Tensor]:
+    value = site.read(*site.read_inputs())
+    return [value] if len(site.spec.members) == 1 else list(value)
 
 
 @torch.no_grad()
