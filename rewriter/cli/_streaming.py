@@ -72,10 +72,10 @@ def factory(path: Path, options: ModelOptions) -> Iterator[Any]:
         return
     with _inputs.working_folder_importable(True):
         from rewriter.cli._script import script_of
-        from rewriter.serialization._load import factory_of
+        from rewriter.serialization._load import _factory
 
         with script_of(path, options.model) as (named, _):
-            yield factory_of(named)
+            yield _factory(named)
 
 
 @contextlib.contextmanager
