@@ -81,6 +81,8 @@ def factory(path: Path, options: ModelOptions) -> Iterator[Any]:
 @contextlib.contextmanager
 def progress(output: Path) -> Iterator[Callable[[int, int], None]]:
     """Show bytes, speed and the time left on a terminal."""
+    # torch asks when it first needs much memory. Most of the time of a fast chain goes into touching small pages.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from rich import progress as rich
 
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn())

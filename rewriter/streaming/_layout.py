@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -78,6 +79,11 @@ class Shard:
     def header(self) -> bytes:
         """Return the start of the file."""
         return header_bytes([(one.name, one.dtype, one.shape) for one in self.outputs], self.metadata)
+
+    def places(self) -> dict[str, int]:
+        """Return where each tensor starts in the file."""
+        sizes = [len(self.header()), *(one.nbytes for one in self.outputs)]
+        return dict(zip([one.name for one in self.outputs], itertools.accumulate(sizes), strict=False))
 
     @property
     def nbytes(self) -> int:
