@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rewriter.absorbing._low_rank_change import LowRankChange
 from rewriter.absorbing._take_over import absorbable, absorbed_sites, foreign_entries, take_over, taken_over
 
-__all__ = ["absorbable", "absorbed_sites", "foreign_entries", "take_over", "taken_over"]
+__all__ = ["LowRankChange", "absorbable", "absorbed_sites", "foreign_entries", "take_over", "taken_over"]

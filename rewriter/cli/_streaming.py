@@ -72,15 +72,17 @@ def factory(path: Path, options: ModelOptions) -> Iterator[Any]:
         return
     with _inputs.working_folder_importable(True):
         from rewriter.cli._script import script_of
-        from rewriter.serialization._load import factory_of
+        from rewriter.serialization._load import _factory
 
         with script_of(path, options.model) as (named, _):
-            yield factory_of(named)
+            yield _factory(named)
 
 
 @contextlib.contextmanager
 def progress(output: Path) -> Iterator[Callable[[int, int], None]]:
     """Show bytes, speed and the time left on a terminal."""
+    # torch asks when it first needs much memory. Most of the time of a fast chain goes into touching small pages.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from rich import progress as rich
 
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn())

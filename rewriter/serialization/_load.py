@@ -68,7 +68,7 @@ def load_model(
         if model is not None:
             raise ModelFileError(f"{path} holds an ExportedProgram, a whole model; leave the model factory out")
         return _read_exported(file.path, trust)
-    factory = factory_of(model)
+    factory = _factory(model)
     loaded = _read(file, tuple(allow), trust)
     if key is not None:
         loaded = entry_of(file.path, loaded, key)
@@ -206,8 +206,7 @@ def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torc
     return {name: stored[id(tensor)] for name, tensor in tensors.items() if id(tensor) in stored}
 
 
-def factory_of(model: str | ModelFactory | None) -> ModelFactory | None:
-    """Return the function that makes a model, imported if it is given as ``package.module:factory``."""
+def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
     if not isinstance(model, str):
         return model
     module, colon, name = model.partition(":")

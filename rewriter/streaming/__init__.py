@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rewriter.streaming._checkpoint import Checkpoint, open_checkpoint
+from rewriter.streaming._merge import merge_checkpoint
 from rewriter.streaming._plan import CheckpointPlan, plan_checkpoint
 from rewriter.streaming._verbs import Streamed, apply_checkpoint, bake_checkpoint
 
@@ -12,6 +13,7 @@ __all__ = [
     "Streamed",
     "apply_checkpoint",
     "bake_checkpoint",
+    "merge_checkpoint",
     "open_checkpoint",
     "plan_checkpoint",
 ]

@@ -17,8 +17,10 @@ from rewriter.streaming._header import Header, Stored, check_name, parsed, read_
 
 INDEX = ".safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pt2", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
-RECORDS = "reparam"
-"""The key of a file's metadata with what `apply` knows of the computed tensors in it."""
+CHAINS = "reparam"
+"""The key of a file's metadata with the identity of each chain, by the path of its site."""
+FORMS = "reparam.tensors"
+"""The key with the names, shapes and dtypes of computed tensors, by the tensor's first name."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,16 @@ class Checkpoint:
         """The size of all tensors."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
-    def records(self) -> dict[str, Any]:
-        """Return what `apply` wrote of the computed tensors, by name.
+    def recorded(self, key: str) -> dict[str, Any]:
+        """Return what the metadata of the files says under `CHAINS` or `FORMS`.
 
         Raises:
-            ModelFileError: it is no such record.
+            ModelFileError: it is no mapping.
         """
         found: dict[str, Any] = {}
         for shard in self.shards:
-            if RECORDS in shard.metadata:
-                found.update(parsed(shard.metadata[RECORDS].encode(), shard.file))
+            if key in shard.metadata:
+                found.update(parsed(shard.metadata[key].encode(), shard.file))
         return found
 
 

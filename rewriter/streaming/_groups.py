@@ -19,7 +19,7 @@ from rewriter.planning._build import build, describe
 from rewriter.planning._chain import BuildError, Chain
 from rewriter.planning._prepare import reads_of
 from rewriter.sites import CONTAINER, Site
-from rewriter.streaming._checkpoint import Checkpoint
+from rewriter.streaming._checkpoint import FORMS, Checkpoint
 from rewriter.streaming._header import Stored
 from rewriter.streaming._table import entry_of
 
@@ -85,9 +85,9 @@ def entries_of(checkpoint: Checkpoint, groups: Mapping[str, Group], spec: Spec) 
         for name, group in groups.items()
         if group.plain
     }
-    for name, record in checkpoint.records().items():
+    for name, record in checkpoint.recorded(FORMS).items():
         try:
-            for member in record["members"]:
+            for member in record:
                 shape, dtype = tuple(map(int, member["shape"])), getattr(torch, member["dtype"])
                 entries[member["names"][0]] = entry_of(member["names"], shape, dtype)
         except (TypeError, KeyError, AttributeError, ValueError) as problem:

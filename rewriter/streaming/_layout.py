@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -11,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rewriter.streaming._checkpoint import RECORDS, Checkpoint
-from rewriter.streaming._header import Header, Stored, header_bytes
+from rewriter.sites._container import path_for
+from rewriter.streaming._checkpoint import CHAINS, FORMS, Checkpoint
+from rewriter.streaming._header import Header, Stored, header_bytes, parsed
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Work:
         outputs: what is written instead, in the order in which `run` returns it.
         run: computes the outputs.
         aliases: further names of the outputs → the name of each in the file.
-        record: what the file says of it.
+        records: what the file says of it, by the key of the metadata and a name.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Work:
     outputs: Sequence[Output]
     run: Callable[[], Sequence[Tensor]]
     aliases: Mapping[str, str] = field(default_factory=dict)
-    record: Mapping[str, object] | None = None
+    records: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +80,11 @@ class Shard:
         """Return the start of the file."""
         return header_bytes([(one.name, one.dtype, one.shape) for one in self.outputs], self.metadata)
 
+    def places(self) -> dict[str, int]:
+        """Return where each tensor starts in the file."""
+        sizes = [len(self.header()), *(one.nbytes for one in self.outputs)]
+        return dict(zip([one.name for one in self.outputs], itertools.accumulate(sizes), strict=False))
+
     @property
     def nbytes(self) -> int:
         """The size of its tensors."""
@@ -88,18 +95,32 @@ def shards_of(checkpoint: Checkpoint, work: Iterable[Work]) -> list[Shard]:
     """Return the shards of the output: those of the input, with what is computed in the place of what it replaces."""
     at: dict[str, list[Work]] = defaultdict(list)
     replaced: set[str] = set()
+    names: set[str] = set()
     for one in work:
+        names |= {one.name, path_for(one.name)}
         at[(*one.replaces, *one.reads)[0].name].append(one)
         replaced.update(stored.name for stored in one.replaces)
-    return [_shard(checkpoint.aliases, header, at, replaced) for header in checkpoint.shards]
+    shards = [_shard(header, at, replaced) for header in checkpoint.shards]
+    for shard, header in zip(shards, checkpoint.shards, strict=True):
+        _keep_texts(shard, header, checkpoint.aliases, replaced, names)
+    return shards
 
 
-def _shard(tied: Mapping[str, str], header: Header, at: Mapping[str, list[Work]], replaced: set[str]) -> Shard:
-    shard = Shard(header.file.name)
-    records: dict[str, object] = {}
+def _keep_texts(shard: Shard, header: Header, tied: Mapping[str, str], replaced: set[str], names: set[str]) -> None:
+    """Keep what the input's file says of tensors that stay."""
     for key, text in header.metadata.items():
-        if key != RECORDS and not (key in tied and text in replaced):
-            shard.metadata[key] = text
+        if key in (CHAINS, FORMS):
+            old = {name: record for name, record in parsed(text.encode(), header.file).items() if name not in names}
+            found = {**old, **json.loads(shard.metadata.get(key, "{}"))}
+            if found:
+                shard.metadata[key] = json.dumps(found, sort_keys=True)
+        elif not (key in tied and text in replaced):
+            shard.metadata.setdefault(key, text)
+
+
+def _shard(header: Header, at: Mapping[str, list[Work]], replaced: set[str]) -> Shard:
+    shard = Shard(header.file.name)
+    records: dict[str, dict[str, object]] = defaultdict(dict)
     for stored in header.tensors:
         if stored.name not in replaced:
             shard.outputs.append(Output(stored.name, stored.dtype, stored.shape, stored))
@@ -107,8 +128,7 @@ def _shard(tied: Mapping[str, str], header: Header, at: Mapping[str, list[Work]]
             shard.work.append(one)
             shard.outputs += one.outputs
             shard.metadata.update(one.aliases)
-            if one.record is not None:
-                records[one.name] = one.record
-    if records:
-        shard.metadata[RECORDS] = json.dumps(records, sort_keys=True)
+            for key, record in one.records.items():
+                records[key].update(record)
+    shard.metadata.update({key: json.dumps(record, sort_keys=True) for key, record in records.items()})
     return shard

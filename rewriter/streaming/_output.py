@@ -17,7 +17,7 @@ from rewriter.serialization import check_writable, written_atomically
 from rewriter.serialization._atomic import lock
 from rewriter.streaming._checkpoint import Checkpoint, index_text
 from rewriter.streaming._layout import Shard
-from rewriter.streaming._write import Report, Writer, checksum
+from rewriter.streaming._write import Report, Writer, is_complete
 
 MANIFEST = ".reparam.json"
 
@@ -132,7 +132,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _write_shards(shards: Sequence[Shard], partial: Path, writer: Writer, digest: str, resume: bool) -> list[str]:
     manifest = partial / MANIFEST
-    kept = _verified(partial, manifest, digest) if resume else {}
+    kept = _verified(shards, partial, digest) if resume else {}
     for file in partial.iterdir():
         if file.name not in kept and not (kept and file == manifest):
             file.unlink()
@@ -144,32 +144,29 @@ def _write_shards(shards: Sequence[Shard], partial: Path, writer: Writer, digest
             continue
         temporary, final = partial / f".{shard.file}.tmp", partial / shard.file
         try:
-            writer.write(shard, temporary)
+            done[shard.file] = writer.write(shard, temporary)
         except PlanError as problem:
             refused.append(problem)  # the other shards may have more
             continue
-        done[shard.file] = {"size": temporary.stat().st_size, "crc32": checksum(temporary)}
         temporary.replace(final)
-        with written_atomically(manifest, force=True) as file:
-            file.write_text(json.dumps({"job": digest, "shards": done}, indent=2))
+        temporary.write_text(json.dumps({"job": digest, "shards": done}, indent=2))
+        temporary.replace(manifest)
     if refused:
         raise PlanError.of([found for problem in refused for found in problem.diagnostics])
     return sorted(kept)
 
 
-def _verified(partial: Path, manifest: Path, digest: str) -> dict[str, Any]:
-    """Return the entries of the shards that are as the manifest says, if it is of this job."""
+def _verified(shards: Sequence[Shard], partial: Path, digest: str) -> dict[str, Any]:
+    """Return the checksums of the shards that an earlier run of the same job completed, if the files are still so."""
     try:
-        found = json.loads(manifest.read_text())
-        shards = dict(found["shards"]) if found["job"] == digest else {}
+        found = json.loads((partial / MANIFEST).read_text())
+        sums = found["shards"] if found["job"] == digest else {}
         return {
-            name: entry
-            for name, entry in shards.items()
-            if os.path.basename(name) == name
-            and (partial / name).stat().st_size == entry["size"]
-            and checksum(partial / name) == entry["crc32"]
+            shard.file: sums[shard.file]
+            for shard in shards
+            if shard.file in sums and is_complete(shard, partial / shard.file, sums[shard.file])
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

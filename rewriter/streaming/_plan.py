@@ -21,7 +21,7 @@ from rewriter.serialization._safetensors import KEY
 from rewriter.sites import Site
 from rewriter.sites._container import path_for
 from rewriter.sites._identity import difference, identity
-from rewriter.streaming._checkpoint import Checkpoint, open_checkpoint
+from rewriter.streaming._checkpoint import CHAINS, FORMS, Checkpoint, open_checkpoint
 from rewriter.streaming._groups import Group, entries_of, groups_of, stored_form
 from rewriter.streaming._header import Stored
 from rewriter.streaming._layout import Output, Work
@@ -110,8 +110,11 @@ class CheckpointPlan:
                 raise PlanError(f"{claim.name}: the chain stores {sorted(state)}, and was planned with {sorted(form)}")
             return list(state.values())
 
-        record = {"members": [_described(entry) for entry in claim.entries], KEY: identity(site.spec)}
-        return Work(claim.name, self.stored_of(pair), sources.inputs_of(pair), outputs, run, tied, record)
+        records: dict[str, dict[str, object]] = {
+            CHAINS: {prefix: identity(site.spec)},
+            FORMS: {claim.name: [_described(entry) for entry in claim.entries]},
+        }
+        return Work(claim.name, self.stored_of(pair), sources.inputs_of(pair), outputs, run, tied, records)
 
     def _refuse_together(self) -> None:
         for rule in {id(claim.rule): claim.rule for claim, _ in self.plan.new}.values():
@@ -155,13 +158,12 @@ def plan_checkpoint(path: Path, spec: Spec, model: Factory | None = None) -> Che
 
 def _check_sites(made: CheckpointPlan) -> None:
     """Refuse stored tensors that are not what the planned chains start from."""
-    records = made.checkpoint.records()
+    chains = made.checkpoint.recorded(CHAINS)
     for pair in made.plan.new:
         claim, site = pair
         if not made.is_rewritten(pair):
             continue
-        record = records.get(claim.name)
-        problem = difference(claim.name, site.spec, record if isinstance(record, dict) else {})
+        problem = difference(claim.name, site.spec, {KEY: chains.get(path_for(claim.name))})
         if problem:
             raise PlanError(problem)
         check_stored(pair, made.groups[claim.name], stored_form(site))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -68,8 +69,11 @@ class Writer:
         """Say that more bytes are written."""
         self._report(count, self.nbytes)
 
-    def write(self, shard: Shard, path: Path) -> None:
+    def write(self, shard: Shard, path: Path) -> dict[str, int]:
         """Write a shard to `path`, whatever is there.
+
+        Returns:
+            The CRC-32 of each tensor that was computed.
 
         Raises:
             PlanError: chains refuse values; all of them are named.
@@ -79,23 +83,20 @@ class Writer:
         with path.open("wb") as file:
             os.pwrite(file.fileno(), header, 0)
             os.truncate(file.fileno(), len(header) + shard.nbytes)
-            self._fill(shard, file.fileno(), len(header))
-            os.fsync(file.fileno())
+            return self._fill(shard, file.fileno(), shard.places())
 
-    def _fill(self, shard: Shard, target: int, start: int) -> None:
-        places: dict[str, int] = {}
-        for output in shard.outputs:
-            places[output.name] = start
-            start += output.nbytes
+    def _fill(self, shard: Shard, target: int, places: Mapping[str, int]) -> dict[str, int]:
+        sums: dict[str, int] = {}
         pool = ThreadPoolExecutor(self.workers)
         try:
-            tasks = [pool.submit(self._compute, work, target, places) for work in shard.work]
+            tasks = [pool.submit(self._compute, work, target, places, sums) for work in shard.work]
             tasks += [pool.submit(self._copy, run, target, places[run[0].name]) for run in _runs(shard.outputs)]
             _finish(tasks)
         finally:
             pool.shutdown(cancel_futures=True)
+        return sums
 
-    def _compute(self, work: Work, target: int, places: dict[str, int]) -> None:
+    def _compute(self, work: Work, target: int, places: Mapping[str, int], sums: dict[str, int]) -> None:
         with self.memory.holding(work.nbytes), torch.inference_mode(False), torch.no_grad():
             for output, value in zip(work.outputs, work.run(), strict=True):
                 found = (value.dtype, tuple(value.shape))
@@ -104,7 +105,7 @@ class Writer:
                         f"{output.name} is {found}, and was planned as {(output.dtype, output.shape)}: the form of "
                         "what the chain stores depends on the values of the tensor. Rewrite the model in memory"
                     )
-                _put(target, value, places[output.name])
+                sums[output.name] = _put(target, value, places[output.name])
                 self.report(output.nbytes)
 
     def _copy(self, outputs: Sequence[Output], target: int, place: int) -> None:
@@ -160,18 +161,38 @@ def _copy_piece(source: int, target: int, count: int, offset: int, place: int) -
         return os.pwrite(target, os.pread(source, min(count, PIECE >> 4), offset), place)
 
 
-def _put(target: int, value: Tensor, place: int) -> None:
+def _put(target: int, value: Tensor, place: int) -> int:
+    """Write a tensor, and return the CRC-32 of its bytes."""
     content = value.detach().contiguous().reshape(-1)
     rest = content.view(torch.uint8).numpy().data if content.numel() else memoryview(b"")
+    total = zlib.crc32(rest)
     while len(rest):
         count = os.pwrite(target, rest, place)
         rest, place = rest[count:], place + count
+    return total
 
 
-def checksum(path: Path) -> str:
-    """Return the CRC-32 of a file, which finds what a disk or a kill did to it."""
-    total = 0
+def is_complete(shard: Shard, path: Path, sums: Mapping[str, int]) -> bool:
+    """Whether a file is the shard to the last byte: its header, copies of the input, and computed tensors by CRC-32."""
+    header = shard.header()
     with path.open("rb") as file:
-        while piece := file.read(4 << 20):
-            total = zlib.crc32(piece, total)
-    return f"{total:08x}"
+        if os.fstat(file.fileno()).st_size != len(header) + shard.nbytes or file.read(len(header)) != header:
+            return False
+        for output in shard.outputs:
+            found = _checksum(file, output.nbytes)
+            if output.source is None:
+                wanted = sums.get(output.name)
+            else:
+                with output.source.file.open("rb") as source:
+                    source.seek(output.source.start)
+                    wanted = _checksum(source, output.nbytes)
+            if found != wanted:
+                return False
+    return True
+
+
+def _checksum(file: BinaryIO, count: int) -> int:
+    total = 0
+    while count and (piece := file.read(min(count, 4 << 20))):
+        total, count = zlib.crc32(piece, total), count - len(piece)
+    return total
