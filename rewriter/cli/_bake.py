@@ -46,8 +46,8 @@ def bake(
         str | None,
         typer.Option(
             "--dynamic",
-            metavar="NAME=[INPUT.]DIM,…",
-            help="Sizes that vary in pt2, aoti and onnx: batch=0 for dimension 0 of all inputs, time=tokens.1 for one.",
+            metavar="NAME=[INPUT.]DIM[:LOW..HIGH],…",
+            help="Sizes that vary in pt2, aoti and onnx: batch=0 for all inputs, time=tokens.1:2..512 for one, with limits.",
         ),
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Keep train mode. Default: export in eval mode.")] = False,

@@ -16,14 +16,14 @@ from rewriter.capture import Call
 from rewriter.capture._torch import pytree
 from rewriter.errors import RewriterError
 
-_ENTRY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(?:([A-Za-z_]\w*)\.)?(\d+)\s*")
+_ENTRY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(?:([A-Za-z_]\w*)\.)?(\d+)\s*(?::\s*(\d+)\s*\.\.\s*(\d+)\s*)?")
 
 
 def dynamic_shapes_of(model: nn.Module, text: str, call: Call) -> dict[str, Any]:
     """Return the `dynamic_shapes` of torch.export that `text` means for a call of `model`.
 
     ``batch=0`` lets dimension 0 of every tensor vary, by one size. ``time=tokens.1`` is dimension 1 of the argument
-    `tokens` alone. Commas separate entries, and a name may have several of them.
+    `tokens` alone, and ``time=1:2..512`` has limits. Commas separate entries, and a name may have several of them.
 
     >>> dynamic_shapes_of(nn.Linear(3, 2), "batch=0", Call((torch.ones(5, 3),)))
     {'input': {0: Dim('batch', min=0)}}
@@ -42,9 +42,10 @@ def dynamic_shapes_of(model: nn.Module, text: str, call: Call) -> dict[str, Any]
         match = _ENTRY.fullmatch(entry)
         if match is None:
             raise RewriterError(
-                f"a varying size is given as NAME=DIM or NAME=INPUT.DIM, such as batch=0, not {entry!r}"
+                f"a size that varies is given as NAME=[INPUT.]DIM[:LOW..HIGH], such as batch=0, not {entry!r}"
             )
         name, only, dim = match[1], match[2], int(match[3])
+        limits = {"min": int(match[4]), "max": int(match[5])} if match[4] else {}
         if only is not None and only not in arguments:
             raise RewriterError(
                 f"{entry.strip()}: the model has no input {only!r}; its inputs are {', '.join(arguments)}"
@@ -62,7 +63,7 @@ def dynamic_shapes_of(model: nn.Module, text: str, call: Call) -> dict[str, Any]
                 _check_size(name, f"{argument}.{dim}", leaf.shape[dim], sizes)
                 if dim in spec:
                     raise RewriterError(f"dimension {dim} of {argument} has two names: {spec[dim].__name__} and {name}")
-                spec[dim] = dims.setdefault(name, torch.export.Dim(name))
+                spec[dim] = dims.setdefault(name, torch.export.Dim(name, **limits))
         if not found:
             raise RewriterError(f"{entry.strip()}: no example input has a dimension {dim}")
     return shapes

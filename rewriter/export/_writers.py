@@ -30,9 +30,16 @@ EXTERNAL_OVER = 1_500_000_000
 
 
 def reason(problem: BaseException) -> str:
-    """Return the first line of an error's message."""
+    """Return the first line of an error's message, with torch.export's suggestion for a size that varies."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[0] if lines else type(problem).__name__
+    if not lines:
+        return type(problem).__name__
+    text = lines[0].partition(" For more information")[0]
+    if "Suggested fixes:" not in lines:
+        return text
+    fixes = lines[lines.index("Suggested fixes:") + 1 :]
+    found = "; ".join(line for line in fixes if " = " in line)
+    return f"{text} torch.export suggests {found}. As text, limits are time=1:2..512"
 
 
 def _write_module(job: Job, path: Path) -> None:
