@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
+from rewriter.bindings._bake_first import refuse_package, refuse_quantization, refuse_script
 from rewriter.bindings._late_changes import guarded_methods, refuse_late_change
 from rewriter.bindings._linear import linear_forward
 from rewriter.bindings._pretrained import is_pretrained, methods_of
@@ -170,6 +171,8 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
                 if running is not None:
                     running.forget(site)
         else:
+            if tensors:
+                refuse_quantization(self, name, value)
             refuse_late_change(self, name, value)
             plain.__setattr__(self, name, value)
 
@@ -199,6 +202,8 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
     return {
         "__reduce_ex__": reduce,
+        "__reduce_package__": refuse_package,
+        "__prepare_scriptable__": refuse_script,
         "__setattr__": assign,
         "__delattr__": delete,
         "register_parameter": register_parameter,

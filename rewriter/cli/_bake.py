@@ -47,7 +47,7 @@ def bake(
         typer.Option(
             "--dynamic",
             metavar="NAME=[INPUT.]DIM[:LOW..HIGH],…",
-            help="Sizes that vary in pt2, aoti and onnx: batch=0 for all inputs, time=tokens.1:2..512 for one, with limits.",
+            help="Sizes that vary (pt2, aoti, onnx): batch=0 for all inputs, time=tokens.1:2..512 for one, limited.",
         ),
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Keep train mode. Default: export in eval mode.")] = False,

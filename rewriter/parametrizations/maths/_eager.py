@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
+_SYMBOLS = (FakeTensor, FunctionalTensor)
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
@@ -22,7 +24,7 @@ def readable(X: Tensor) -> bool:
     return not (
         is_compiling()
         or _tracing_state() is not None
-        or isinstance(X, FakeTensor)
+        or isinstance(X, _SYMBOLS)
         or X.is_meta
         or torch._C._functorch.is_functorch_wrapped_tensor(X)
         or X.numel() == 0
