@@ -60,9 +60,7 @@ def check_name(path: Path, format: Format) -> None:
     """
     meant = formats_called(path)
     if meant and format not in meant:
-        ending = " or ".join(_SUFFIXES[format]) if format in _SUFFIXES else "none of these: it is a folder"
-        raise ModelFileError(
-            f"{path} is called like the format {meant[0]}; the suffix of the format {format} is {ending}"
-        )
+        ends = f"ends in {' or '.join(_SUFFIXES[format])}" if format in _SUFFIXES else "is a folder"
+        raise ModelFileError(f"{path} is called like the format {meant[0]}; a file of the format {format} {ends}")
     if format == "aoti" and not meant:  # torch refuses another name
         raise ModelFileError(f"{path}: the name of an AOTInductor package ends in .pt2")
