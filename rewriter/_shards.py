@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from rewriter._torch import composable_keys
 from rewriter._undo import undone
 from rewriter.errors import PlanError
 from rewriter.sites import Site
@@ -39,10 +40,8 @@ def reshard(model: nn.Module) -> None:
 
 def leave_fsdp(model: nn.Module) -> None:
     """Take FSDP's classes, hooks and marks from the modules; the parameters stay shards, which are DTensors."""
-    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-
     for module in model.modules():
-        for mark in (*_MARKS, REGISTRY_KEY, STATE_KEY):
+        for mark in (*_MARKS, *composable_keys()):
             module.__dict__.pop(mark, None)
         for name, hooks in vars(module).items():
             if name.endswith("_hooks") and isinstance(hooks, dict):

@@ -14,6 +14,7 @@ from torch import _VF
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "_VF",
     "FakeTensor",
+    "FunctionalTensor",
     "HigherOrderOperator",
     "LazyGraphModule",
     "OpOverload",
@@ -42,12 +44,14 @@ __all__ = [
     "WrappedHook",
     "ambient_state",
     "autocast_on",
+    "composable_keys",
     "current_backward",
     "detect_fake_mode",
     "dispatch_modes",
     "forward_ad",
     "function_modes",
     "functorch_interpreter",
+    "inductor",
     "is_functorch_tensor",
     "is_fx_symbolic_tracing",
     "nn_functions",
@@ -62,7 +66,7 @@ __all__ = [
     "will_execute",
     "without_modes",
     "without_subclasses",
-]  # fmt: skip
+]
 
 # Modes that change what an operation does. Each is asked at every forward, where finding the name takes longer than
 # the call: import these functions by name. tests/caching notices when one answers otherwise.
@@ -113,6 +117,20 @@ def ambient_state() -> tuple[Any, ...]:
         saved_tensor_hooks(False),
         dispatch_modes(),
     )
+
+
+def composable_keys() -> tuple[str, str]:
+    """Return the attributes in which `fully_shard` and its relatives note themselves in a module."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    return REGISTRY_KEY, STATE_KEY
+
+
+def inductor() -> Any:
+    """Return the module with `aoti_compile_and_package` and `aoti_load_package`: documented there, slow to import."""
+    import torch._inductor
+
+    return torch._inductor
 
 
 def when_backward_ends(run: Any) -> None:

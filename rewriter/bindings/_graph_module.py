@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from torch import fx, nn
 
 from rewriter._torch import LazyGraphModule
+from rewriter.bindings._bake_first import refuse_package
 from rewriter.bindings._edits import Marks
 from rewriter.bindings._late_changes import refuse_late_change
 from rewriter.bindings._layers import Layers
@@ -219,6 +220,8 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
 
     load_state_dict = converting(fx.GraphModule.load_state_dict)
     _load_from_state_dict = converting_owner(fx.GraphModule._load_from_state_dict)
+
+    __reduce_package__ = refuse_package  # type: ignore[assignment]
 
     def __prepare_scriptable__(self) -> fx.GraphModule:
         from rewriter.passes import scriptable

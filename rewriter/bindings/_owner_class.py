@@ -16,6 +16,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from rewriter._torch import saved_tensor_hooks
+from rewriter.bindings._bake_first import refuse_package, refuse_quantization, refuse_script
 from rewriter.bindings._late_changes import guarded_methods, refuse_late_change
 from rewriter.bindings._linear import linear_forward
 from rewriter.bindings._pretrained import is_pretrained, methods_of
@@ -165,6 +166,8 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
         if name in tensors:
             assign_attribute(sites_of(self)[name], name, value)
         else:
+            if tensors:
+                refuse_quantization(self, name, value)
             refuse_late_change(self, name, value)
             plain.__setattr__(self, name, value)
 
@@ -194,6 +197,8 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
     return {
         "__reduce_ex__": reduce,
+        "__reduce_package__": refuse_package,
+        "__prepare_scriptable__": refuse_script,
         "__setattr__": assign,
         "__delattr__": delete,
         "register_parameter": register_parameter,

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from rewriter.capture import Call
+
 
 @command(
     "reparam apply spec.yaml model.pt -o rewritten.pt",
@@ -76,7 +78,7 @@ def apply(
     check_suffix(loaded, output)
     call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
-        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=call)
+        planned = rewriter.plan(loaded, read, capture=capture, **call)
     stderr.print(str(planned))
     with step("rewriting"):
         rewritten: Any = rewriter.rewrite(loaded, planned)
@@ -108,18 +110,16 @@ def plan(
     loaded = model_options.read(model_file)
     call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
-        planned = rewriter.plan(loaded, read, capture=capture, example_inputs=call)
+        planned = rewriter.plan(loaded, read, capture=capture, **call)
     return Outcome(planned.to_dict(), str(planned))
 
 
-def _inputs_for_capture(
-    model: nn.Module | ExportedProgram, capture: Way, examples: tuple[Any, ...] | None
-) -> tuple[Any, ...] | None:
-    """Return the example inputs for capturing the model; a program is captured already."""
+def _inputs_for_capture(model: nn.Module | ExportedProgram, capture: Way, examples: Call | None) -> dict[str, Any]:
+    """Return the example inputs for capturing the model, as arguments; a program is captured already."""
     from torch import nn
 
     if not isinstance(model, nn.Module):
-        return None
+        return {}
     if capture == "export" and examples is None:
         raise no_inputs("--capture export")
-    return examples
+    return {} if examples is None else {"example_inputs": examples.args, "example_kwargs": dict(examples.kwargs)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,14 +17,15 @@ from rewriter.cli._streaming import refuse_options, run, streamed
 from rewriter.cli._text import counted
 from rewriter.errors import ModelFileError, RewriterError
 
-Format = Literal["module", "torchscript", "pt2", "onnx", "safetensors"]
+Format = Literal["module", "torchscript", "pt2", "aoti", "onnx", "safetensors", "hf"]
 
 
 @command(
     "reparam bake rewritten.pt -o plain.pt",
     "reparam bake rewritten.pt -o part.pt --only 0.weight",
     "reparam bake rewritten.pt -o scripted.ts",
-    "reparam bake rewritten.pt -o plain.pt2 --example float32[2,4]",
+    "reparam bake rewritten.pt -o plain.pt2 --example float32[2,4] --dynamic batch=0",
+    "reparam bake rewritten.pt -o plain.onnx --inputs sample.pt --dynamic batch=0,time=tokens.1",
     "reparam bake FOLDER --spec spec.yaml -o OUT",
 )
 def bake(
@@ -50,6 +51,18 @@ def bake(
     keep: Annotated[
         Literal["value", "original"], typer.Option("--keep", help="The values, or the originals.")
     ] = "value",
+    dynamic: Annotated[
+        str | None,
+        typer.Option(
+            "--dynamic",
+            metavar="NAME=[INPUT.]DIM[:LOW..HIGH],…",
+            help="Sizes that vary (pt2, aoti, onnx): batch=0 for all inputs, time=tokens.1:2..512 for one, limited.",
+        ),
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Keep train mode. Default: export in eval mode.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run OUT in a new process and compare it with the model.")
+    ] = True,
     force: Force = False,
 ) -> Outcome:
     """Replace each computed tensor of MODEL by its value and write OUT.
@@ -73,23 +86,39 @@ def bake(
     from torch import nn
 
     import rewriter
-    from rewriter.export import export_model, format_of
+    from rewriter.export import export_model, format_of, provenance
     from rewriter.serialization import check_writable
 
     if str(output) == "-":
         raise RewriterError("a model is written to a file, not to stdout: -o OUT")
-    check_writable(output, force)
+    if format != "hf":
+        check_writable(output, force)
     examples = example.read()
     loaded = model_options.read(model_file)
     written = format or format_of(loaded, output)
-    if written in ("pt2", "onnx") and examples is None and isinstance(loaded, nn.Module):
+    if written in ("pt2", "aoti", "onnx") and examples is None and isinstance(loaded, nn.Module):
         raise no_inputs(f"--format {written}")
+    origin = provenance(loaded)
     before = [entry.name for entry in entries_of(loaded) if entry.site is not None]
     with step("baking"):
         baked = rewriter.bake(loaded, only=only or None, keep=keep, inplace=True)
     left = {entry.name for entry in entries_of(baked) if entry.site is not None}
     names = [name for name in before if name not in left]
+    call: dict[str, Any] = {}
+    if examples is not None:
+        call = {"example_inputs": examples.args, "example_kwargs": examples.kwargs}
     with step(f"writing {output}"):
-        export_model(baked, output, format=written, example_inputs=examples, force=force)
-    stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {written}")
-    return Outcome({"baked": names, "left": sorted(left), "format": written, "output": str(output)})
+        exported = export_model(
+            baked,
+            output,
+            format=written,
+            **call,
+            dynamic_shapes=dynamic,
+            train=train,
+            verify=verify,
+            provenance=origin,
+            force=force,
+        )
+    stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {exported}")
+    document = {"baked": names, "left": sorted(left), "format": written, "output": str(output)}
+    return Outcome({**document, "difference": exported.difference, "unverified": exported.unverified})

@@ -12,8 +12,10 @@ from rewriter.cli._options import ModelFile, ModelOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._streaming import streamed, tensors_of
 from rewriter.cli._text import counted, shape_text, table
+from rewriter.errors import printable
 
 if TYPE_CHECKING:
+    from rewriter.export import Stored
     from rewriter.planning import Entry
 
 
@@ -22,13 +24,24 @@ def inspect(
     model_file: ModelFile,
     model_options: ModelOptions,
 ) -> Outcome:
-    """List the tensors of MODEL, with the chain and the rule of each computed tensor."""
+    """List the tensors of MODEL, with the chain and the rule of each computed tensor.
+
+    MODEL can also be an export: TorchScript, AOTInductor, ONNX. An export says which chains its weights come from.
+    """
+    from rewriter.export import read_contents, read_provenance
+
+    origin = None
     if streamed(model_file, model_options.model is None):
         kind, tensors = "Checkpoint", tensors_of(model_file)
     else:
-        read = model_options.read(model_file)
-        kind, tensors = type(read).__name__, [_described(entry) for entry in entries_of(read)]
-    document = {"model": str(model_file), "class": kind, "tensors": tensors}
+        contents = read_contents(model_file)
+        if contents is None:
+            read = model_options.read(model_file)
+            kind, tensors = type(read).__name__, [_described(entry) for entry in entries_of(read)]
+        else:
+            kind, tensors = contents[0], [_stored(tensor) for tensor in contents[1]]
+        origin = read_provenance(model_file)
+    document = {"model": str(model_file), "class": kind, "tensors": tensors, "provenance": origin}
     rows = [
         (
             " = ".join(tensor["names"]),
@@ -42,7 +55,26 @@ def inspect(
     ]
     computed = sum(tensor["chain"] is not None for tensor in tensors)
     head = f"{model_file}: {kind}, {counted(len(tensors), 'tensor')}, {computed} of them computed"
-    return Outcome(document, Group(head, "", table(("tensor", "kind", "shape", "dtype", "chain", "rule"), rows)))
+    return Outcome(
+        document,
+        Group(head, *_origin_lines(origin), "", table(("tensor", "kind", "shape", "dtype", "chain", "rule"), rows)),
+    )
+
+
+def _origin_lines(origin: dict[str, Any] | None) -> list[str]:
+    """Say which chains the weights of an export come from."""
+    tensors = (origin or {}).get("tensors")
+    if origin is None or not isinstance(tensors, dict) or not tensors:
+        return []
+    versions = ", ".join(f"{name} {version}" for name, version in dict(origin.get("versions") or {}).items())
+    lines = [f"from {counted(len(tensors), 'computed tensor')}, plan {str(origin.get('plan'))[:12]}, {versions}:"]
+    lines += [f"  {name} = {' >> '.join(one['chain'])} (rule {one['rule']})" for name, one in tensors.items()]
+    return [printable(line) for line in lines]
+
+
+def _stored(tensor: Stored) -> dict[str, Any]:
+    nothing = dict.fromkeys(("requires_grad", "chain", "rule", "cache"))
+    return {"names": [tensor.name], "kind": "stored", "shape": list(tensor.shape), "dtype": tensor.dtype, **nothing}
 
 
 def _described(entry: Entry) -> dict[str, Any]:

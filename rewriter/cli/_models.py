@@ -13,15 +13,9 @@ if TYPE_CHECKING:
 
 def entries_of(model: nn.Module | ExportedProgram) -> list[Entry]:
     """List the tensors of a model in its own order, computed tensors included."""
-    from torch import nn
+    from rewriter.program import entries_of
 
-    if isinstance(model, nn.Module):
-        from rewriter.planning import survey
-
-        return survey(model)
-    from rewriter.program import ProgramTable
-
-    return ProgramTable(model).entries
+    return entries_of(model)
 
 
 def state_of(model: nn.Module | ExportedProgram) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
+    from rewriter.capture import Call
     from rewriter.language import Spec
 
 # `readable=False` turns off Typer's check of files, which would end in a usage error.
@@ -127,13 +128,28 @@ class ExampleOptions:
 
     example: Annotated[
         list[str] | None,
-        typer.Option("--example", metavar="DTYPE[SIZE,…]", help="An input, such as float32[2,3]; repeatable."),
+        typer.Option(
+            "--example",
+            metavar="[NAME=]DTYPE[SIZE,…]",
+            help="A random input: float32[2,3], int64[2,16]:0..999 (a range), mask=bool[2,16] (by name); repeatable.",
+        ),
+    ] = None
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            "--inputs",
+            metavar="FILE",
+            readable=False,
+            help="The inputs, written by torch.save: a tensor, a list, or a dict by name. Reading it runs no code.",
+        ),
     ] = None
 
-    def read(self) -> tuple[Any, ...] | None:
-        """Make the inputs."""
-        if not self.example:
+    def read(self) -> Call | None:
+        """Make or read the inputs."""
+        if self.example and self.inputs is not None:
+            raise RewriterError("give the inputs by --example or by --inputs, not by both")
+        if not self.example and self.inputs is None:
             return None
-        from rewriter.export import example_tensor
+        from rewriter.export import call_from_file, example_call
 
-        return tuple(map(example_tensor, self.example))
+        return call_from_file(self.inputs) if self.inputs is not None else example_call(self.example or [])

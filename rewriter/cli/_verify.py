@@ -14,9 +14,11 @@ from torch.export import ExportedProgram
 from rewriter._bake import bake
 from rewriter._torch import pytree
 from rewriter.absorbing import taken_over
+from rewriter.capture import Call
 from rewriter.cli._models import entries_of, state_of
 from rewriter.cli._text import counted
 from rewriter.errors import CaptureError, NumericError
+from rewriter.export._job import copied_call
 from rewriter.planning import Plan
 
 Model = nn.Module | ExportedProgram
@@ -58,7 +60,7 @@ class Checks:
         return "; ".join(texts)
 
 
-def verify_rewritten(before: Model, rewritten: Model, plan: Plan, examples: tuple[Any, ...] | None = None) -> Checks:
+def verify_rewritten(before: Model, rewritten: Model, plan: Plan, examples: Call | None = None) -> Checks:
     """Compare a rewritten model, after baking, with the plain model.
 
     Arguments:
@@ -121,7 +123,7 @@ def _evaluates_otherwise(model: Model) -> bool:
     return any(site.evaluation is not None for site in sites_of_program(model))
 
 
-def _compare_outputs(rewritten: Model, baked: Model, examples: tuple[Any, ...], problems: list[str]) -> float:
+def _compare_outputs(rewritten: Model, baked: Model, examples: Call, problems: list[str]) -> float:
     largest = 0.0
     for one, other in zip(_outputs(rewritten, examples), _outputs(baked, examples), strict=True):
         difference = _difference(one, other)
@@ -132,7 +134,7 @@ def _compare_outputs(rewritten: Model, baked: Model, examples: tuple[Any, ...], 
 
 
 @torch.no_grad()
-def _outputs(model: Model, examples: tuple[Any, ...]) -> list[Tensor]:
+def _outputs(model: Model, examples: Call) -> list[Tensor]:
     """Return the outputs of a copy in evaluation mode."""
     module: nn.Module = copy.deepcopy(model if isinstance(model, nn.Module) else model.module())
     for child in module.modules():  # `eval` is not allowed for a program.
@@ -140,7 +142,8 @@ def _outputs(model: Model, examples: tuple[Any, ...]) -> list[Tensor]:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            outputs = module(*pytree.tree_map(torch.clone, examples))
+            args, kwargs = copied_call(examples)
+            outputs = module(*args, **kwargs)
     except Exception as problem:
         reason = str(problem).strip().partition("\n")[0]
         raise CaptureError(f"the model fails on the example inputs: {type(problem).__name__}: {reason}") from problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from rewriter.capture import Capture
@@ -154,3 +154,8 @@ def values_of(program: ExportedProgram | Edited) -> dict[str, fx.Node]:
         for member in site.members:
             found.update({slot.target: nodes[member.value] for slot in member.slots})
     return found
+
+
+def entries_of(model: nn.Module | ExportedProgram) -> list[Entry]:
+    """List the tensors of a module or a program in its own order, computed tensors included."""
+    return survey(model) if isinstance(model, nn.Module) else ProgramTable(model).entries

@@ -68,6 +68,8 @@ def _inspect_archive(path: Path, file: IO[bytes]) -> ModelFile:
         raise ModelFileError(f"{path} is damaged or cut off: {problem}") from problem
     if "constants.pkl" in entries:
         raise ModelFileError(f"{path} is a TorchScript archive, compiled already; give the module it was made from")
+    if any(name.startswith("data/aotinductor/") for name in entries):
+        raise ModelFileError(f"{path} is a compiled AOTInductor package; give the program it was made from")
     if "archive_format" in entries or "serialized_exported_program.json" in entries:
         return ModelFile(path, "exported")
     if "data.pkl" not in entries:

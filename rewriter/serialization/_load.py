@@ -98,7 +98,7 @@ def read_adapter(path: str | os.PathLike[str]) -> OrderedDict[str, torch.Tensor]
 
 
 def _with_adapter(path: Path, model: str | ModelFactory | None, key: str | None) -> nn.Module:
-    factory = factory_of(model)
+    factory = _factory(model)
     if factory is None:
         raise ModelFileError(
             f"{path} holds a PEFT adapter without its model; say whose (--model package.module:factory)"

@@ -145,7 +145,7 @@ class Site(nn.Module):
 
     def advance(self, *inputs: Tensor) -> Any:
         """Evaluate for a new forward: a state advances, unless it did so for this forward already."""
-        if self.training and _in_backward():
+        if self.training and not torch.compiler.is_compiling() and current_backward() != -1:
             # A checkpointed region runs again.
             return evaluated_again(self, inputs)
         if self.training and not torch.compiler.is_compiling() and may_run_again():
@@ -347,9 +347,3 @@ class Site(nn.Module):
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _in_backward() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return bool(current_backward() != -1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rewriter import NumericError, plan, rewrite
+from rewriter.capture import Call
 from rewriter.cli._verify import verify_rewritten
 
 SPEC = {"reparam": 1, "rules": [{"name": "w", "select": "0.weight", "chain": ["weight_norm"]}]}
@@ -22,7 +23,7 @@ def checked() -> Any:
     new = rewrite(model, SPEC)
 
     def check(new: nn.Module = new) -> Any:
-        return verify_rewritten(model, new, plan(model, SPEC), (X,))
+        return verify_rewritten(model, new, plan(model, SPEC), Call((X,)))
 
     return new, check
 

@@ -7,12 +7,15 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from rewriter._torch import (
     FakeTensor,
+    FunctionalTensor,
     dispatch_modes,
     forward_ad,
     functorch_interpreter,
     is_functorch_tensor,
     tracing_state,
 )
+
+_SYMBOLS = (FakeTensor, FunctionalTensor)
 
 
 def readable(X: Tensor) -> bool:
@@ -24,7 +27,7 @@ def readable(X: Tensor) -> bool:
     return not (
         is_compiling()
         or tracing_state() is not None
-        or isinstance(X, FakeTensor)
+        or isinstance(X, _SYMBOLS)
         or X.is_meta
         or is_functorch_tensor(X)
         or X.numel() == 0
