@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from rewriter._bake_steps import without_step
 from rewriter._copy import copied
-from rewriter._given import check_model
+from rewriter._given import check_model, refuse_fsdp
 from rewriter._originals import check_originals
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings._pretrained import refuse_saving
@@ -88,6 +88,7 @@ def bake(
         from rewriter.program import bake_program
 
         return bake_program(model, only=only, keep=keep, inplace=inplace)
+    refuse_fsdp(model, "bake")
     refuse_mixed(model.modules())
     target = model if inplace else copied(model)
     return _bake(target, only, keep)

@@ -24,7 +24,7 @@ def check_model(model: Any, verb: str, *, programs: bool = True, wrapped: bool =
     Raises:
         RewriterError: says what to give instead.
     """
-    if not wrapped and isinstance(model, _wrappers()):
+    if not wrapped and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise RewriterError(
             f"{verb} takes the model itself, not {type(model).__name__} around it: use its attribute .module, and wrap "
             "the result again"
@@ -43,11 +43,26 @@ def check_model(model: Any, verb: str, *, programs: bool = True, wrapped: bool =
     raise RewriterError(f"{verb} takes {wanted}, not {found}{hint}")
 
 
-def _wrappers() -> tuple[type[nn.Module], ...]:
-    """Return the classes that train a module as replicas or shards, of those that are imported."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = (fsdp.FullyShardedDataParallel,) if fsdp is not None else ()
-    return (nn.parallel.DistributedDataParallel, nn.DataParallel, *sharded)
+def refuse_fsdp(model: nn.Module, verb: str) -> None:
+    """Refuse a model that has modules sharded by FSDP.
+
+    Raises:
+        RewriterError: says how to get whole weights.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, fsdp_classes()):
+            where = f"module {path!r} of the model" if path else "model"
+            raise RewriterError(
+                f"{verb} needs whole weights, and FSDP sharded the {where}: rewrite before you shard; to bake, load "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a rewritten model "
+                "that is not sharded"
+            )
+
+
+def fsdp_classes() -> tuple[type[Any], ...]:
+    """Return FSDP's classes, if it is imported: the code that shards a model imports it."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
 
 
 def kind_of(value: object) -> str:

@@ -32,7 +32,7 @@ def explain(
     from rewriter.parametrizations._registry import suggestion
 
     read = spec_options.read(spec)
-    loaded = model_options.read(model_file)
+    loaded = model_options.read_for(read, model_file)
     held = foreign_entries(loaded) if isinstance(loaded, nn.Module) else []
     entries = [*(entry for entry, _ in held), *entries_of(loaded)]
     found = next((entry for entry in entries if tensor in entry.names), None)

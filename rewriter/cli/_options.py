@@ -10,6 +10,7 @@ import typer
 
 from rewriter.cli import _inputs
 from rewriter.cli._console import set_verbosity, step
+from rewriter.errors import ModelFileError, RewrittenWeights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,6 +87,21 @@ class ModelOptions:
         typer.Option("--allow", metavar="NAME", help="A class or function that MODEL may use; repeatable, pkg.* too."),
     ] = None
     trust: Annotated[bool, typer.Option("--trust", help="Let MODEL run any code that it contains.")] = False
+
+    def read_for(self, spec: Spec, path: Path, capture: Way = "auto") -> nn.Module | ExportedProgram:
+        """Read the model file; weights of a rewritten model are loaded into the model that `spec` makes."""
+        import rewriter
+
+        try:
+            return self.read(path)
+        except RewrittenWeights as found:
+            rewritten: nn.Module = rewriter.rewrite(found.module, spec, capture=capture)
+            try:
+                rewritten.load_state_dict(found.weights)
+            except RuntimeError as problem:
+                text = str(problem).partition("\n")[2].strip()
+                raise ModelFileError(f"the weights in {path} are of a model rewritten otherwise: {text}") from problem
+            return rewritten
 
     def read(self, path: Path) -> nn.Module | ExportedProgram:
         """Read the model file."""

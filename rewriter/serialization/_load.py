@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
-from rewriter.errors import ModelFileError, printable
+from rewriter.errors import ModelFileError, RewrittenWeights, printable
 from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
 from rewriter.serialization._inspect import ModelFile, inspect_file
 from rewriter.serialization._names import import_object, is_listed, known_object
@@ -209,6 +209,13 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
     try:
         module.load_state_dict({**_tied(module, weights), **weights})
     except RuntimeError as problem:
+        if any(".parametrizations." in name for name in weights.keys() - module.state_dict().keys()):
+            raise RewrittenWeights(
+                f"{path} has the weights of a rewritten model: `reparam apply SPEC {path} -o OUT` loads them into one "
+                "(in Python: rewrite(model, spec).load_state_dict(weights))",
+                module,
+                weights,
+            ) from problem
         lines = [printable(line.strip()) for line in str(problem).split("\n")]
         raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem
     return module
