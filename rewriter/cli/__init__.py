@@ -19,7 +19,7 @@ from rewriter.errors import printable
 __all__ = ["app", "main"]
 
 # In the order of `--help`. Each module registers its commands.
-for _name in "init recipes apply bake demo inspect explain diff draw language".split():
+for _name in "init recipes apply bake demo inspect explain diff report draw language".split():
     importlib.import_module(f"rewriter.cli._{_name}")
 
 
