@@ -111,13 +111,13 @@ class ModelFileError(RewriterError):
         super().__init__(printable(message, keep="\n"))
 
 
-class RewrittenWeights(ModelFileError):
-    """Weights of a rewritten model where those of a plain one were expected.
+class WeightsError(ModelFileError):
+    """A file of weights without their model, or with those of a rewritten model where a plain one was expected.
 
     Arguments:
         message: what to do.
-        module: the plain model.
-        weights: the state dict of the rewritten one.
+        module: the plain model, if there is one.
+        weights: the state dict.
     """
 
     def __init__(self, message: str = "", module: Any = None, weights: Any = None) -> None:

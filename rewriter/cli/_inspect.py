@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 
 from rewriter.cli._app import command
-from rewriter.cli._models import entries_of
+from rewriter.cli._models import entries_of, state_of
 from rewriter.cli._options import ModelFile, ModelOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._text import counted, shape_text, table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewriter.planning import Entry
 
 
@@ -21,10 +23,17 @@ def inspect(
     model_file: ModelFile,
     model_options: ModelOptions,
 ) -> Outcome:
-    """List the tensors of MODEL, with the chain and the rule of each computed tensor."""
-    read = model_options.read(model_file)
-    tensors = [_described(entry) for entry in entries_of(read)]
-    document = {"model": str(model_file), "class": type(read).__name__, "tensors": tensors}
+    """List the tensors of MODEL, with the chain and the rule of each computed tensor.
+
+    Weights need no --model here.
+    """
+    read = model_options.read_or_weights(model_file)
+    kind = "weights" if isinstance(read, dict) else type(read).__name__
+    if isinstance(read, dict):
+        tensors = [_weight(name, tensor) for name, tensor in state_of(read).items()]
+    else:
+        tensors = [_described(entry) for entry in entries_of(read)]
+    document = {"model": str(model_file), "class": kind, "tensors": tensors}
     rows = [
         (
             " = ".join(tensor["names"]),
@@ -37,8 +46,15 @@ def inspect(
         for tensor in tensors
     ]
     computed = sum(tensor["chain"] is not None for tensor in tensors)
-    head = f"{model_file}: {type(read).__name__}, {counted(len(tensors), 'tensor')}, {computed} of them computed"
+    head = f"{model_file}: {kind}, {counted(len(tensors), 'tensor')}, {computed} of them computed"
     return Outcome(document, Group(head, "", table(("tensor", "kind", "shape", "dtype", "chain", "rule"), rows)))
+
+
+def _weight(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Describe a tensor of a file that has no model."""
+    unknown = dict.fromkeys(("requires_grad", "chain", "rule", "cache"))
+    form = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return {"names": [name], "kind": "tensor", **form, **unknown}
 
 
 def _described(entry: Entry) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import typer
 
 from rewriter.cli import _inputs
 from rewriter.cli._console import set_verbosity, step
-from rewriter.errors import ModelFileError, RewrittenWeights
+from rewriter.errors import ModelFileError, WeightsError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.export import ExportedProgram
 
     from rewriter.language import Spec
@@ -94,7 +94,9 @@ class ModelOptions:
 
         try:
             return self.read(path)
-        except RewrittenWeights as found:
+        except WeightsError as found:
+            if found.module is None:
+                raise
             rewritten: nn.Module = rewriter.rewrite(found.module, spec, capture=capture)
             try:
                 rewritten.load_state_dict(found.weights)
@@ -102,6 +104,15 @@ class ModelOptions:
                 text = str(problem).partition("\n")[2].strip()
                 raise ModelFileError(f"the weights in {path} are of a model rewritten otherwise: {text}") from problem
             return rewritten
+
+    def read_or_weights(self, path: Path) -> nn.Module | ExportedProgram | dict[str, Tensor]:
+        """Read the model file; return weights without their model as a dict."""
+        try:
+            return self.read(path)
+        except WeightsError as found:
+            if found.module is not None:
+                raise
+            return dict(found.weights)
 
     def read(self, path: Path) -> nn.Module | ExportedProgram:
         """Read the model file."""

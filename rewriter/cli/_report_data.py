@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rewriter._bake import bake
-from rewriter.cli._models import entries_of, state_of
+from rewriter.cli._models import entries_of, state_of, values_of
 from rewriter.sites import Site
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ def report_data(after: Any, before: Any = None) -> dict[str, Any]:
         before: the model to compare with. Without it, a computed tensor is compared with its stored tensor, where that
             has the same shape.
     """
-    values = _values(after)
-    old = _values(before) if before is not None else _stored(after)
+    values = values_of(after)
+    old = values_of(before) if before is not None else _stored(after)
     reads = _reads(after)
     tensors = [_tensor(entry, values, old, reads) for entry in entries_of(after)]
     named = {name for tensor in tensors for name in tensor["names"]}
@@ -72,21 +71,12 @@ def _first(values: Mapping[str, Tensor], entry: Entry) -> Tensor | None:
     return next((values[name] for name in entry.names if name in values), None)
 
 
-def _values(model: Any) -> dict[str, Tensor]:
-    """Return the tensors of a model by each name, computed ones as values."""
-    if any(entry.site is not None for entry in entries_of(model)):
-        model = bake(model)
-    if not isinstance(model, nn.Module):
-        return state_of(model)
-    entries = entries_of(model)
-    return {name: entry.tensor.detach() for entry in entries if entry.tensor is not None for name in entry.names}
-
-
 def _stored(model: Any) -> dict[str, Tensor]:
     """Return the tensor that each chain starts from, where it stores one alone; plain tensors as they are."""
     found: dict[str, Tensor] = {}
     for entry in entries_of(model):
-        originals = getattr(entry.site, "originals", [entry.tensor])
+        # The site of a program is a record.
+        originals = [entry.tensor] if entry.site is None else getattr(entry.site, "originals", [])
         if len(originals) == 1 and originals[0] is not None and tuple(originals[0].shape) == entry.infos[0].shape:
             found.update((name, originals[0].detach()) for name in entry.names)
     return found

@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
-from rewriter.errors import ModelFileError, RewrittenWeights, printable
+from rewriter.errors import ModelFileError, WeightsError, printable
 from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
 from rewriter.serialization._inspect import ModelFile, inspect_file
 from rewriter.serialization._names import import_object, is_listed, known_object
@@ -73,7 +73,8 @@ def load_model(
         return loaded
     weights = weights_of(file.path, loaded)
     if factory is None:
-        raise ModelFileError(f"{path} holds weights without their model; say whose (--model package.module:factory)")
+        text = f"{path} holds weights without their model; say whose (--model package.module:factory)"
+        raise WeightsError(text, weights=weights)
     return _filled(file.path, factory, weights)
 
 
@@ -210,7 +211,7 @@ def _filled(path: Path, factory: ModelFactory, weights: dict[str, torch.Tensor])
         module.load_state_dict({**_tied(module, weights), **weights})
     except RuntimeError as problem:
         if any(".parametrizations." in name for name in weights.keys() - module.state_dict().keys()):
-            raise RewrittenWeights(
+            raise WeightsError(
                 f"{path} has the weights of a rewritten model: `reparam apply SPEC {path} -o OUT` loads them into one "
                 "(in Python: rewrite(model, spec).load_state_dict(weights))",
                 module,

@@ -84,6 +84,15 @@ def test_one_model_is_compared_with_its_stored_tensors(reparam, folder, rewritte
     assert "--force" in again.err
 
 
+def test_the_values_of_a_program_have_no_stored_tensor_to_compare_with(reparam, folder):
+    program = torch.export.export(nn.Sequential(nn.Linear(4, 4)), (torch.ones(1, 4),))
+    rule = {"name": "double", "select": "0.weight", "init": "raw", "chain": [{"scale": {"factor": 2.0}}]}
+    save_model(rewriter.rewrite(program, {"reparam": 1, "rules": [rule]}), "new.pt2")
+    weight, bias = reparam("report", "new.pt2", "-o", "out.html", "--trust", "--json").json["tensors"]
+    assert (weight["before"], weight["moved"], bias["moved"]) == (None, None, 0)
+    assert weight["after"]["norm"] == pytest.approx(2 * float(program.state_dict["0.weight"].detach().norm()))
+
+
 def test_evaluations_saved_zeros_and_warnings(reparam, folder):
     cell = nn.Linear(4, 4)
     model = nn.Sequential(cell, nn.Tanh(), cell, cell, nn.Linear(4, 2))
