@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewriter._copy import copied
+from rewriter._html import html_table
 from rewriter.capture import Capture
 from rewriter.errors import PlanError
 from rewriter.language import Spec
@@ -214,12 +215,21 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        head = f"{len(self.sites)} sites" if len(self.sites) != 1 else "1 site"
-        why = f" ({self.why})" if self.why else ""
-        rows = [("site", "rule", "chain", "shape", "moved", "capture"), *map(_row, self.sites)]
+        rows = [_HEAD, *map(_row, self.sites)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([f"{self.source}: {head}, captured as {self.root}{why}", "", *lines])
+        return "\n".join([self._title(), "", *lines])
+
+    def _title(self) -> str:
+        count = f"{len(self.sites)} sites" if len(self.sites) != 1 else "1 site"
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.source}: {count}, captured as {self.root}{why}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), _HEAD, map(_row, self.sites))
+
+
+_HEAD = ("site", "rule", "chain", "shape", "moved", "capture")
 
 
 def _row(site: PlannedSite) -> tuple[str, ...]:
