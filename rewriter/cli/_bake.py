@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rewriter.cli._app import command
+from rewriter.cli._complete import parts_to_bake
 from rewriter.cli._console import stderr, step
 from rewriter.cli._inputs import no_inputs
 from rewriter.cli._models import entries_of
@@ -35,7 +36,10 @@ def bake(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only", metavar="PATTERN", help="A rule, a glob of tensor names, or the label of a step; repeatable."
+            "--only",
+            metavar="PATTERN",
+            help="A rule, a glob of tensor names, or the label of a step; repeatable.",
+            autocompletion=parts_to_bake,
         ),
     ] = None,
     format: Annotated[
