@@ -30,9 +30,9 @@ def remap_optimizer(optimizer: O, before: nn.Module, after: nn.Module) -> O:
     >>> len(remap_optimizer(optimizer, model, new).param_groups[0]["params"])
     3
 
-    A parameter keeps its state if both models have it: under its own name, or as a weight in one model and as an
-    original of the same shape and dtype in the other. Other parameters start without state, in the group of the tensor
-    that they belong to. `optimizer` does not change. Build new learning-rate schedulers for the new one.
+    A parameter keeps its state if both models have it under its own name. It also does as a weight in one model and as
+    an original of the same shape and dtype in the other. Other parameters start without state, in the group of the
+    tensor that they belong to. `optimizer` does not change. Build new learning-rate schedulers for the new one.
 
     Arguments:
         optimizer: over parameters of `before`.
