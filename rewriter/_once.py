@@ -27,9 +27,9 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     >>> [parameter.grad is not None for parameter in model.parameters()]
     [True, True]
 
-    The gradients of the stored tensors arrive when the block ends: hooks on them run then, once, with the sum, and
-    clipping, unscaling and the optimizer's step come after the block. Until then their ``.grad`` is as it was, or
-    zeros where there was none. Gradients of other parameters arrive as ever.
+    The gradients of the stored tensors arrive when the block ends. Hooks on them run then, once, with the sum.
+    Clipping, unscaling and the optimizer's step come after the block. Until then their ``.grad`` is as it was, or
+    zeros where there was none. Gradients of other parameters arrive in each backward.
     Inside a block that is already open, nothing changes: the outer one ends it. An exception that leaves the block
     drops what was gathered. Each thread has its own block. A chain whose policy is ``never``, and one over tensors
     that `functional_call` puts in, is evaluated as outside; so is a model that torch.compile has compiled.
@@ -38,17 +38,16 @@ def evaluate_once(model: nn.Module) -> Iterator[None]:
     with gradient hooks, and under DistributedDataParallel.
 
     With DistributedDataParallel give the wrapped model, and run all forwards but the last under ``no_sync()``, as for
-    every accumulation of gradients; the reduction completes at the end of the block, also when an exception ends it:
-    the other processes wait for it.
+    every accumulation of gradients. The reduction completes at the end of the block. It also does when an exception
+    ends the block: the other processes wait for it.
 
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
 
     Raises:
-        RewriterError: inside, for a backward with ``create_graph=True`` through a chain; inside or at the end,
-            when a tensor that was evaluated has changed (an optimizer's step, ``.to()``) or its gradient was reset
-            (``zero_grad()``) after a backward; at the start, for a
-            DistributedDataParallel that looks for unused parameters, since it would take the stored tensors for some.
+        RewriterError: a backward has ``create_graph=True`` through a chain. Or a tensor that was evaluated has changed
+            (an optimizer's step, ``.to()``), or its gradient was reset (``zero_grad()``) after a backward. Or the model
+            is a DistributedDataParallel that looks for unused parameters: it would take the stored tensors for some.
     """
     check_model(model, "evaluate_once", programs=False, wrapped=True)
     _refuse(model)

@@ -60,9 +60,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
     ...     print(problem)
     0.parametrizations.weight.original0: a trained parameter that no group of the optimizer has
 
-    Listed are trained parameters of the model that no group has, and parameters of the optimizer that the model does
-    not have: those of the model before it was rewritten or baked. They have names where the optimizer was built from
-    ``named_parameters()``.
+    The list has the trained parameters of the model that no group has. It also has the parameters of the optimizer that
+    the model does not have: those of the model before it was rewritten or baked. They have names where the
+    optimizer was built from ``named_parameters()``.
 
     Arguments:
         optimizer: any torch optimizer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _MOST_NAMES = 20
 """How many names a message lists."""
@@ -108,6 +109,20 @@ class ModelFileError(RewriterError):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message, keep="\n"))
+
+
+class WeightsError(ModelFileError):
+    """A file of weights without their model, or with those of a rewritten model where a plain one was expected.
+
+    Arguments:
+        message: what to do.
+        module: the plain model, if there is one.
+        weights: the state dict.
+    """
+
+    def __init__(self, message: str = "", module: Any = None, weights: Any = None) -> None:
+        super().__init__(message)
+        self.module, self.weights = module, weights
 
 
 class NumericError(RewriterError):

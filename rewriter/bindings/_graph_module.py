@@ -260,7 +260,11 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         return replica
 
     def __reduce__(self) -> Any:
-        return (rebuild_rewritten, (graph_to_data(self.captured), graph_to_data(self.graph)), self._carried())
+        return (
+            only_load_model_reads_this_graph,
+            (graph_to_data(self.captured), graph_to_data(self.graph)),
+            self._carried(),
+        )
 
     def _carried(self) -> dict[str, Any]:
         refuse_mixed([self])
@@ -273,8 +277,8 @@ class RewrittenSequential(Layers, RewrittenModule):
     """The graph of an `nn.Sequential`, whose layers are found by their place as they were."""
 
 
-@loadable(builds=[Shell])
-def rebuild_rewritten(captured: dict[str, Any], graph: dict[str, Any]) -> Shell:
+@loadable(builds=[Shell], home="rewriter.io")
+def only_load_model_reads_this_graph(captured: dict[str, Any], graph: dict[str, Any]) -> Shell:
     """Make a shell that becomes a rewritten model when its state is read: the first half of unpickling one."""
 
     def become(shell: nn.Module, state: dict[str, Any]) -> None:

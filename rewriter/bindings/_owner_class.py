@@ -34,8 +34,8 @@ from rewriter.sites._places import CONTAINER, CONTEXTS, PASSED
 from rewriter.sites._site import Site
 
 
-@loadable(builds=[Shell])
-def rebuild_owner(plain: Any, tensors: Sequence[str]) -> nn.Module:
+@loadable(builds=[Shell], home="rewriter.io")
+def only_load_model_reads_this_module(plain: Any, tensors: Sequence[str]) -> nn.Module:
     """Make a shell that becomes an owner once its state is read: the first half of copying or unpickling one."""
     known = isinstance(plain, type) and issubclass(plain, nn.Module)
     if not known:
@@ -160,7 +160,7 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     def reduce(self: Any, protocol: int) -> Any:
         refuse_mixed([self])
         state = plain.__getstate__(self) if hasattr(plain, "__getstate__") else self.__dict__
-        return (rebuild_owner, (plain, tensors), state)
+        return (only_load_model_reads_this_module, (plain, tensors), state)
 
     def assign(self: Any, name: str, value: Any) -> None:
         if name in tensors:

@@ -18,8 +18,11 @@ from rewriter.errors import printable
 
 __all__ = ["app", "main"]
 
+JSON_VERSION = 1
+"""Of the documents of ``--json``, as docs/json.md describes them."""
+
 # In the order of `--help`. Each module registers its commands.
-for _name in "init recipes apply bake merge demo inspect explain diff draw language".split():
+for _name in "init recipes apply bake merge demo inspect explain diff report draw language".split():
     importlib.import_module(f"rewriter.cli._{_name}")
 
 
@@ -107,6 +110,8 @@ def _fail(text: str, document: dict[str, Any], as_json: bool, code: int) -> NoRe
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
+    if "$schema" not in document:
+        document = {"version": JSON_VERSION, **document}
     text = json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
     print(printable(text, keep="\n"))
 

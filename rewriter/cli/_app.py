@@ -16,7 +16,6 @@ from rewriter.cli._outcome import Outcome
 
 app = typer.Typer(
     name="reparam",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

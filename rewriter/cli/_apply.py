@@ -74,7 +74,7 @@ def apply(
         raise RewriterError(f"{output} is the spec itself; choose another name for the model")
     examples = example.read()
     read = spec_options.read(spec)
-    loaded = model_options.read(model_file)
+    loaded = model_options.read_for(read, model_file, capture)
     check_suffix(loaded, output)
     call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
@@ -107,7 +107,7 @@ def plan(
 
     examples = example.read()
     read = spec_options.read(spec)
-    loaded = model_options.read(model_file)
+    loaded = model_options.read_for(read, model_file, capture)
     call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
         planned = rewriter.plan(loaded, read, capture=capture, **call)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rewriter.cli._app import command
+from rewriter.cli._complete import parts_to_bake
 from rewriter.cli._console import stderr, step
 from rewriter.cli._inputs import no_inputs, refuse_directory
 from rewriter.cli._models import entries_of
@@ -42,7 +43,10 @@ def bake(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only", metavar="PATTERN", help="A rule, a glob of tensor names, or the label of a step; repeatable."
+            "--only",
+            metavar="PATTERN",
+            help="A rule, a glob of tensor names, or the label of a step; repeatable.",
+            autocompletion=parts_to_bake,
         ),
     ] = None,
     format: Annotated[

@@ -1,32 +1,94 @@
-"""``reparam draw``: the graph of a model as text, with each chain at its evaluation."""
+"""``reparam draw``: the graph of a model as text or SVG, with each chain at its evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rewriter.cli._app import command
-from rewriter.cli._options import ModelFile, ModelOptions
+from rewriter.cli._console import stderr
+from rewriter.cli._models import entries_of
+from rewriter.cli._options import Force, ModelFile, ModelOptions, OptionalOutput
 from rewriter.cli._outcome import Outcome
-from rewriter.errors import CaptureError
+from rewriter.cli._text import counted
+from rewriter.errors import CaptureError, RewriterError, printable
 
 if TYPE_CHECKING:
     from torch import fx, nn
     from torch.export import ExportedProgram
 
+    from rewriter.planning import Entry
+    from rewriter.sites import Site
 
-@command("reparam draw rewritten.pt")
+
+@command("reparam draw rewritten.pt", "reparam draw rewritten.pt -o graph.svg")
 def draw(
     model_file: ModelFile,
     model_options: ModelOptions,
+    output: OptionalOutput = None,
+    force: Force = False,
 ) -> Outcome:
-    """Print the graph of MODEL, one line per operation."""
-    from torch import nn
+    """Print the graph of MODEL, one line per operation, or draw it into an SVG file.
+
+    For a model with module capture: each chain, and the modules that read its value.
+    """
+    from rewriter.cli._svg import svg_of
+    from rewriter.serialization import check_writable, written_atomically
+
+    if output is None:
+        lines = graph_lines(model_options.read(model_file))
+        return Outcome({"model": str(model_file), "graph": lines}, "\n".join(lines))
+    if output.suffix != ".svg":
+        raise RewriterError(f"{output}: a graph is drawn as SVG; name the file .svg")
+    check_writable(output, force)
+    lines = graph_lines(model_options.read(model_file))
+    with written_atomically(output, force=force) as temporary:
+        temporary.write_text(svg_of([printable(line) for line in lines]), encoding="utf-8")
+    stderr.print(f"wrote {output}: {counted(len(lines), 'line')}")
+    return Outcome({"model": str(model_file), "graph": lines, "output": str(output)})
+
+
+def graph_lines(model: nn.Module | ExportedProgram) -> list[str]:
+    """Return the graph of a model, one line for each operation.
+
+    Raises:
+        CaptureError: torch.fx cannot trace the model, and no tensor of it is computed.
+    """
+    from torch import fx, nn
 
     from rewriter.passes import print_graph
 
-    read = model_options.read(model_file)
-    lines = print_graph(_graph_module(read)).splitlines() if isinstance(read, nn.Module) else _program_lines(read)
-    return Outcome({"model": str(model_file), "graph": lines}, "\n".join(lines))
+    if not isinstance(model, nn.Module):
+        return _program_lines(model)
+    if not isinstance(model, fx.GraphModule):
+        entries = [entry for entry in entries_of(model) if entry.site is not None]
+        if entries:
+            return _module_lines(model, entries)
+    return print_graph(_graph_module(model)).splitlines()
+
+
+def _module_lines(model: nn.Module, entries: Sequence[Entry]) -> list[str]:
+    """Return the chains of a model with module capture, and the modules that read their values."""
+    from rewriter.sites import plain_class
+
+    numbers: dict[Site, str] = {}
+    lines: list[str] = []
+    readers: dict[str, list[str]] = {}
+    for entry in entries:
+        site = entry.site
+        assert site is not None
+        if site not in numbers:
+            numbers[site] = f"%{len(numbers) + 1}"
+            names = " & ".join(" = ".join(member.names) for member in site.spec.members)
+            start = ", ".join([*site.original_names, *site.spec.reads])
+            lines.append(f"{numbers[site]} = evaluate {names}: {start} >> {' >> '.join(site.spec.chain)}")
+        for name in entry.names:
+            path, _, tensor = name.rpartition(".")
+            readers.setdefault(path, []).append(f"{tensor}={numbers[site]}")
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in readers:
+            lines.append(f"{path or 'the model'}: {plain_class(module).__name__}({', '.join(readers[path])})")
+    return lines
 
 
 def _program_lines(program: ExportedProgram) -> list[str]:

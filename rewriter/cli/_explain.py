@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rewriter.cli._app import command
+from rewriter.cli._complete import tensor_names
 from rewriter.cli._models import entries_of
 from rewriter.cli._options import ModelFile, ModelOptions, SpecFile, SpecOptions
 from rewriter.cli._outcome import Outcome
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 def explain(
     spec: SpecFile,
     model_file: ModelFile,
-    tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="The full name of a parameter or buffer.")],
+    tensor: Annotated[
+        str,
+        typer.Argument(metavar="TENSOR", help="The full name of a parameter or buffer.", autocompletion=tensor_names),
+    ],
     spec_options: SpecOptions,
     model_options: ModelOptions,
 ) -> Outcome:
@@ -32,7 +36,7 @@ def explain(
     from rewriter.parametrizations._registry import suggestion
 
     read = spec_options.read(spec)
-    loaded = model_options.read(model_file)
+    loaded = model_options.read_for(read, model_file)
     held = foreign_entries(loaded) if isinstance(loaded, nn.Module) else []
     entries = [*(entry for entry, _ in held), *entries_of(loaded)]
     found = next((entry for entry in entries if tensor in entry.names), None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 
 from rewriter.cli._app import command
-from rewriter.cli._models import entries_of
+from rewriter.cli._models import entries_of, state_of
 from rewriter.cli._options import ModelFile, ModelOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._streaming import streamed, tensors_of
@@ -15,6 +15,8 @@ from rewriter.cli._text import counted, shape_text, table
 from rewriter.errors import printable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rewriter.export import Stored
     from rewriter.planning import Entry
 
@@ -27,19 +29,22 @@ def inspect(
     """List the tensors of MODEL, with the chain and the rule of each computed tensor.
 
     MODEL can also be an export: TorchScript, AOTInductor, ONNX. An export says which chains its weights come from.
+    Weights need no --model here.
     """
     from rewriter.export import read_contents, read_provenance
 
     origin = None
     if streamed(model_file, model_options.model is None):
         kind, tensors = "Checkpoint", tensors_of(model_file)
+    elif (contents := read_contents(model_file)) is not None:
+        kind, tensors = contents[0], [_stored(tensor) for tensor in contents[1]]
+        origin = read_provenance(model_file)
     else:
-        contents = read_contents(model_file)
-        if contents is None:
-            read = model_options.read(model_file)
-            kind, tensors = type(read).__name__, [_described(entry) for entry in entries_of(read)]
+        read = model_options.read_or_weights(model_file)
+        if isinstance(read, dict):
+            kind, tensors = "weights", [_weight(name, tensor) for name, tensor in state_of(read).items()]
         else:
-            kind, tensors = contents[0], [_stored(tensor) for tensor in contents[1]]
+            kind, tensors = type(read).__name__, [_described(entry) for entry in entries_of(read)]
         origin = read_provenance(model_file)
     document = {"model": str(model_file), "class": kind, "tensors": tensors, "provenance": origin}
     rows = [
@@ -75,6 +80,13 @@ def _origin_lines(origin: dict[str, Any] | None) -> list[str]:
 def _stored(tensor: Stored) -> dict[str, Any]:
     nothing = dict.fromkeys(("requires_grad", "chain", "rule", "cache"))
     return {"names": [tensor.name], "kind": "stored", "shape": list(tensor.shape), "dtype": tensor.dtype, **nothing}
+
+
+def _weight(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Describe a tensor of a file that has no model."""
+    unknown = dict.fromkeys(("requires_grad", "chain", "rule", "cache"))
+    form = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return {"names": [name], "kind": "tensor", **form, **unknown}
 
 
 def _described(entry: Entry) -> dict[str, Any]:

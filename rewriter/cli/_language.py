@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rewriter.cli._app import command
+from rewriter.cli._complete import catalog_names
 from rewriter.cli._options import SpecFile, SpecOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._text import counted, table
@@ -39,7 +40,8 @@ def schema() -> Outcome:
 @command("reparam catalog", "reparam catalog orthogonal")
 def catalog(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The one to describe.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[NAME]", help="The one to describe.", show_default=False, autocompletion=catalog_names),
     ] = None,
 ) -> Outcome:
     """List the parametrizations that specs can name, or describe one."""

@@ -10,10 +10,10 @@ import typer
 
 from rewriter.cli import _inputs
 from rewriter.cli._console import set_verbosity, step
-from rewriter.errors import RewriterError
+from rewriter.errors import ModelFileError, RewriterError, WeightsError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.export import ExportedProgram
 
     from rewriter.capture import Call
@@ -90,6 +90,32 @@ class ModelOptions:
         typer.Option("--allow", metavar="NAME", help="A class or function that MODEL may use; repeatable, pkg.* too."),
     ] = None
     trust: Annotated[bool, typer.Option("--trust", help="Let MODEL run any code that it contains.")] = False
+
+    def read_for(self, spec: Spec, path: Path, capture: Way = "auto") -> nn.Module | ExportedProgram:
+        """Read the model file; weights of a rewritten model are loaded into the model that `spec` makes."""
+        import rewriter
+
+        try:
+            return self.read(path)
+        except WeightsError as found:
+            if found.module is None:
+                raise
+            rewritten: nn.Module = rewriter.rewrite(found.module, spec, capture=capture)
+            try:
+                rewritten.load_state_dict(found.weights)
+            except RuntimeError as problem:
+                text = str(problem).partition("\n")[2].strip()
+                raise ModelFileError(f"the weights in {path} are of a model rewritten otherwise: {text}") from problem
+            return rewritten
+
+    def read_or_weights(self, path: Path) -> nn.Module | ExportedProgram | dict[str, Tensor]:
+        """Read the model file; return weights without their model as a dict."""
+        try:
+            return self.read(path)
+        except WeightsError as found:
+            if found.module is not None:
+                raise
+            return dict(found.weights)
 
     def read(self, path: Path) -> nn.Module | ExportedProgram:
         """Read the model file."""

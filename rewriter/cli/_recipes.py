@@ -17,9 +17,15 @@ from rewriter.cli._text import table
 from rewriter.errors import RewriterError
 
 
+def _starting_with(incomplete: str) -> list[str]:
+    return [name for name in recipe_texts() if name.startswith(incomplete)]
+
+
 @command("reparam recipes", "reparam recipes spectral_gan", "reparam recipes spectral_gan -o spec.yaml")
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The recipe to print.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The recipe to print.", autocompletion=_starting_with)
+    ] = None,
     output: OptionalOutput = None,
     force: Force = False,
 ) -> Outcome:

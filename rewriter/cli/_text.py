@@ -15,7 +15,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table without borders; control characters in names are escaped."""
     from rich.table import Table
 
-    made = Table(*head, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in head:
+        made.add_column(title, overflow="fold")  # a name is never cut
     for row in rows:
         made.add_row(*map(printable, row))
     return made

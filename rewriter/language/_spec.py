@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from rewriter._html import html_table
 from rewriter.language._document import Document, Key, Location
 from rewriter.language._forms import Forms, OrAbsent
 from rewriter.language._problems import invalid
@@ -242,8 +243,11 @@ class Spec(Value):
         return written
 
     def __str__(self) -> str:
-        return (
-            f"{self.source}: {len(self.rules)} rules"
-            + (", absorb" if self.absorb else "")
-            + (", the rest frozen" if self.trainable == "rewritten" else "")
-        )
+        rules = "1 rule" if len(self.rules) == 1 else f"{len(self.rules)} rules"
+        absorbing = ", absorb" if self.absorb else ""
+        return f"{self.source}: {rules}{absorbing}" + (", the rest frozen" if self.trainable == "rewritten" else "")
+
+    def _repr_html_(self) -> str:
+        chains = (" >> ".join(map(str, rule.chain)) or "left alone" for rule in self.rules)
+        rows = ((rule.name, str(rule.select), chain) for rule, chain in zip(self.rules, chains, strict=True))
+        return html_table(str(self), ("rule", "select", "chain"), rows)

@@ -57,9 +57,9 @@ def register(name: str) -> Callable[[T], T]:
     ...     def forward(self, X):
     ...         return 2 * X
 
-    A constructor argument called ``weight`` receives the tensor that is parametrized, one called ``size`` its
-    shape, one called ``transposed`` whether the layer is a transposed convolution; all others are arguments that a
-    spec can give. The class gets ``>>``, unless it has one.
+    The site fills in constructor arguments with these names: ``weight`` is the tensor that is parametrized, ``size``
+    its shape, and ``transposed`` says whether the layer is a transposed convolution. A spec can give all others. The
+    class gets ``>>``, unless it has one.
 
     Arguments:
         name: snake_case, without dots.

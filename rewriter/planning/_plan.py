@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewriter._copy import copied
+from rewriter._html import html_table
 from rewriter.capture import Capture
 from rewriter.errors import PlanError
 from rewriter.language import Spec
@@ -247,16 +248,28 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        head = f"{len(self.sites)} sites" if len(self.sites) != 1 else "1 site"
-        why = f" ({self.why})" if self.why else ""
-        rows = [("site", "rule", "chain", "shape", "moved", "capture"), *map(_row, self.sites)]
+        rows = [_HEAD, *map(_row, self.sites)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        notes = [line for note in self._notes() for line in ("", note)]
+        return "\n".join([self._title(), "", *lines, *notes])
+
+    def _title(self) -> str:
+        count = f"{len(self.sites)} sites" if len(self.sites) != 1 else "1 site"
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.source}: {count}, captured as {self.root}{why}"
+
+    def _notes(self) -> Iterator[str]:
         if self.added:
-            lines += ["", f"new trained parameters, which an optimizer built before lacks: {len(self.added)}"]
+            yield f"new trained parameters, which an optimizer built before lacks: {len(self.added)}"
         if self.spec.trainable == "rewritten":
-            lines += ["", f"other trained parameters, which are frozen until bake: {len(self.frozen)}"]
-        return "\n".join([f"{self.source}: {head}, captured as {self.root}{why}", "", *lines])
+            yield f"other trained parameters, which are frozen until bake: {len(self.frozen)}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._title(), _HEAD, map(_row, self.sites), self._notes())
+
+
+_HEAD = ("site", "rule", "chain", "shape", "moved", "capture")
 
 
 def _form(tensor: Tensor) -> tuple[object, ...]:

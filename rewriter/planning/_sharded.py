@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
+from rewriter._given import fsdp_classes
 from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim
 
 
 def refuse_sharded(model: nn.Module, claims: Sequence[Claim], problems: Problems) -> None:
     """Refuse claims on tensors of modules that are sharded already."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # imported by the code that shards
-    if fsdp is None:
-        return
-    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-    sharded = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    kinds = fsdp_classes()
+    sharded = [path for path, module in model.named_modules() if isinstance(module, kinds)] if kinds else []
     inside = tuple(f"{path}." if path else "" for path in sharded)
     for claim in claims if inside else ():
         if any(name.startswith(inside) for entry in claim.entries for name in entry.names):

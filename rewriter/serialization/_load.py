@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter._given import kind_of
-from rewriter.errors import ModelFileError, printable
+from rewriter.errors import ModelFileError, WeightsError, printable
 from rewriter.serialization._adapter import is_adapter, read_adapter_with
 from rewriter.serialization._checkpoint import entry_of, weights_of, without_prefixes
 from rewriter.serialization._inspect import ModelFile, inspect_file
@@ -78,7 +78,8 @@ def load_model(
         return loaded
     weights = weights_of(file.path, loaded)
     if factory is None:
-        raise ModelFileError(f"{path} holds weights without their model; say whose (--model package.module:factory)")
+        text = f"{path} holds weights without their model; say whose (--model package.module:factory)"
+        raise WeightsError(text, weights=weights)
     return _filled(file.path, _made(factory), weights)
 
 
@@ -240,6 +241,13 @@ def _filled(path: Path, module: nn.Module, weights: dict[str, torch.Tensor]) -> 
     try:
         module.load_state_dict(weights)
     except RuntimeError as problem:
+        if any(".parametrizations." in name for name in weights.keys() - module.state_dict().keys()):
+            raise WeightsError(
+                f"{path} has the weights of a rewritten model: `reparam apply SPEC {path} -o OUT` loads them into one "
+                "(in Python: rewrite(model, spec).load_state_dict(weights))",
+                module,
+                weights,
+            ) from problem
         lines = [printable(line.strip()) for line in str(problem).split("\n")]
         raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem
     return module

@@ -31,7 +31,7 @@ _TORCH_CLASSES = frozenset(
 )
 
 
-def loadable(*, builds: Iterable[type] = ()) -> Callable[[F], F]:
+def loadable(*, builds: Iterable[type] = (), home: str = "") -> Callable[[F], F]:
     """Let model files call a function or class of this package: the first item that a ``__reduce__`` returns.
 
     The file chooses the arguments: the function must treat them as untrusted data. A function that makes a graph
@@ -39,9 +39,11 @@ def loadable(*, builds: Iterable[type] = ()) -> Callable[[F], F]:
 
     Arguments:
         builds: classes of the result, if pickle sets a state on the result afterwards.
+        home: the module that files name, if it is another one. `torch.load` shows this name in its refusal.
     """
 
     def mark(function: F) -> F:
+        function.__module__ = home or function.__module__
         _builds[f"{function.__module__}.{function.__qualname__}"] = tuple(builds)
         return function
 

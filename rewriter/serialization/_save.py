@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.utils.parametrize import ParametrizationList
 
 from rewriter._given import check_model, is_distributed
 from rewriter.errors import ModelFileError, RewriterError
@@ -86,10 +87,23 @@ def write_model(model: nn.Module | ExportedProgram, path: Path) -> None:
     except (RewriterError, OSError):
         raise
     except Exception as problem:
-        text = str(problem).partition("\n")[0] or type(problem).__name__
-        raise ModelFileError(
-            f"the {type(model).__name__} cannot be saved: {text} (its classes and functions need module-level names)"
-        ) from problem
+        reason = _parametrized(model)
+        if not reason:
+            text = str(problem).partition("\n")[0] or type(problem).__name__
+            reason = f"{text} (its classes and functions need module-level names)"
+        raise ModelFileError(f"the {type(model).__name__} cannot be saved: {reason}") from problem
+
+
+def _parametrized(model: nn.Module | ExportedProgram) -> str:
+    """Return what to do about a module with a class that torch.nn.utils.parametrize made, or nothing."""
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        found = module._modules.get("parametrizations")
+        if isinstance(found, nn.ModuleDict) and any(isinstance(one, ParametrizationList) for one in found.values()):
+            return (
+                f"torch.nn.utils.parametrize computes a tensor of {path or 'it'}, and made a class that no file can "
+                "name: bake the model first (rewriter.bake(rewriter.absorb(model))), or save its state dict"
+            )
+    return ""
 
 
 @loadable()

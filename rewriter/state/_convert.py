@@ -35,7 +35,7 @@ def convert_state_dict(state: Mapping[str, Any], model: nn.Module | Plan, to: Fo
         state: the state dict.
         model: a rewritten model, one that contains rewritten models, or the plan of one, which is executed on a copy
             of its model. Its chains are used, and its tensors where a chain reads one that the state lacks.
-        to: ``"plain"`` for the model before it was rewritten, or baked; ``"rewritten"`` for the rewritten model;
+        to: ``"plain"`` for the model before it was rewritten, or baked. ``"rewritten"`` for the rewritten model.
             ``"torch"`` for the same keys without the names of the chains, as torch's own parametrizations save them.
 
     Raises:

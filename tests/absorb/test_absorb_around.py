@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn.utils import parametrizations, parametrize
 import rewriter
 from rewriter import absorb, bake, plan, rewrite
 from rewriter.bindings import RewrittenModule
+from rewriter.errors import ModelFileError
+from rewriter.io import load_model, save_model
 
 
 def spec(select, *chain, **options):
@@ -127,6 +130,16 @@ def test_a_parametrization_with_a_parametrized_tensor_is_absorbed(inplace):
     new(x).sum().backward()
     assert all(parameter.grad is not None for parameter in new.parameters())
     torch.testing.assert_close(bake(new)(x), y)
+
+
+@pytest.mark.parametrize("verb", [absorb, copy.deepcopy])
+def test_a_file_has_no_class_of_torchs_parametrize_and_says_to_bake(verb, tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3))
+    parametrize.register_parametrization(model[0], "weight", RankOne())
+    with pytest.raises(ModelFileError, match=r"computes a tensor of 0\b.*bake the model first.*or save its state dict"):
+        save_model(verb(model), tmp_path / "out.pt")
+    save_model(bake(absorb(model)), tmp_path / "out.pt")
+    torch.testing.assert_close(load_model(tmp_path / "out.pt")[0].weight, model[0].weight)
 
 
 def test_bake_copies_a_model_with_old_hooks_elsewhere():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.testing._internal.two_tensor import TwoTensor
@@ -426,3 +427,21 @@ def test_a_model_is_sharded_after_it_is_rewritten(mesh: Any, capture: str) -> No
     fully_shard(model, mesh=mesh)
     with pytest.raises(PlanError, match=r"0\.weight is sharded by FSDP.*\n.*rewrite the model first"):
         rewrite(model, spec("0.weight"), capture=capture, inplace=True)
+    for refused in (lambda: rewrite(model, spec("0.weight")), lambda: bake(new), lambda: bake(new, inplace=True)):
+        with pytest.raises(
+            RewriterError, match=r"needs whole weights.*rewrite before you shard; to bake, load get_mod"
+        ):
+            refused()
+
+
+@CAPTURES
+def test_a_sharded_model_is_baked_by_its_full_state_dict(mesh: Any, capture: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    new = rewrite(model, spec("0.weight"), capture=capture)
+    with torch.no_grad():
+        new.get_parameter("0.parametrizations.weight.original").mul_(2)
+    value = bake(new).get_parameter("0.weight")
+    fully_shard(new, mesh=mesh)
+    whole = rewrite(model, spec("0.weight"), capture=capture)
+    whole.load_state_dict(get_model_state_dict(new, options=StateDictOptions(full_state_dict=True)))
+    torch.testing.assert_close(bake(whole).get_parameter("0.weight"), value)

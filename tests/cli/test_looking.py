@@ -84,3 +84,32 @@ def test_diff_reports_values_forms_and_chains(reparam, folder, rewritten):
 def test_draw_prints_the_chain(reparam, rewritten):
     assert "evaluate 0.weight: original >> symmetric" in reparam("draw", rewritten).out
     assert reparam("draw", "model.pt", "--json").json["graph"][0] == "%1 = input"
+
+
+def test_bare_weights_are_inspected_and_compared_without_a_model(reparam, folder):
+    plain = torch.load("model.pt", weights_only=False)
+    torch.save({"state_dict": plain.state_dict(), "epoch": 1}, "weights.pt")
+    listed = reparam("inspect", "weights.pt", "--json").json
+    assert listed["class"] == "weights"
+    assert [(row["names"], row["shape"]) for row in listed["tensors"]][:2] == [
+        (["0.weight"], [4, 4]),
+        (["0.bias"], [4]),
+    ]
+    assert "4 tensors equal, 0 not" in reparam("diff", "weights.pt", "model.pt").out
+    with torch.no_grad():
+        plain[0].bias += 1
+    torch.save(plain.state_dict(), "other.pt")
+    assert "0.bias  values  largest difference 1.00e+00" in reparam("diff", "weights.pt", "other.pt").out
+    assert "say whose (--model" in reparam("plan", "spec.yaml", "weights.pt").err
+
+
+def test_diff_says_whether_a_rewritten_and_a_baked_model_have_the_same_values(reparam, folder, rewritten):
+    assert reparam("bake", rewritten, "-o", "baked.pt").code == 0
+    same = reparam("diff", rewritten, "baked.pt")
+    assert "values: 2 computed tensors agree\n" in same.out
+    moved = reparam("diff", rewritten, "model.pt", "--json").json
+    assert [(row["name"], row["agree"]) for row in moved["values"]] == [("0.weight", False), ("2.weight", False)]
+    assert (
+        "values: 0 computed tensors agree; not 0.weight (largest difference"
+        in reparam("diff", rewritten, "model.pt").out
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import rewriter
 from rewriter.io import load_model
 
 SCRIPT = """
@@ -168,3 +169,23 @@ def test_folder_is_refused_with_the_model_files_in_it(refused, folder):
     (folder / "empty").mkdir()
     refused(("inspect", "."), 6, ". is a directory; name a model file in it: model.pt")
     refused(("inspect", "empty"), 6, "empty is a directory without a model file")
+
+
+def test_a_checkpoint_of_a_rewritten_model_is_loaded_by_its_spec(reparam, folder):
+    plain = nn.Sequential(nn.Linear(4, 4))
+    spec = (folder / "spec.yaml").read_text()
+    trained = rewriter.rewrite(plain, spec)
+    with torch.no_grad():
+        trained.get_parameter("0.parametrizations.weight.original").mul_(3)
+    torch.save({"model": trained.state_dict(), "epoch": 2}, "checkpoint.pt")
+    refused = reparam("bake", "checkpoint.pt", "-o", "plain.pt", "--model", "their_code:make")
+    assert refused.code == 6
+    assert "weights of a rewritten model: `reparam apply SPEC checkpoint.pt -o OUT`" in refused.err
+    done = reparam("apply", "spec.yaml", "checkpoint.pt", "-o", "new.pt", "--model", "their_code:make")
+    assert done.code == 0, done.err
+    assert "present" in done.err
+    torch.testing.assert_close(rewriter.bake(load_model("new.pt"))[0].weight, rewriter.bake(trained)[0].weight)
+    (folder / "other.yaml").write_text(spec.replace("symmetric", "orthogonal"))
+    other = reparam("plan", "other.yaml", "checkpoint.pt", "--model", "their_code:make")
+    assert other.code == 6
+    assert "are of a model rewritten otherwise" in other.err

@@ -48,3 +48,24 @@ def test_package_has_no_top_level_cli_module():
     assert project["project"]["scripts"]["reparam"] == "rewriter.cli:main"
     assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["rewriter*"]
     assert "py-modules" not in project["tool"]["setuptools"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("reparam re", ["recipes", "report"]),
+        ("reparam recipes spectral_g", ["spectral_gan"]),
+        ("reparam catalog orth", ["orthogonal"]),
+        ("reparam explain spec.yaml model.pt 0.", ["0.weight", "0.bias"]),
+        ("reparam explain spec.yaml missing.pt 0.", []),
+        ("reparam bake new.pt --only e", ["even"]),
+        ("reparam bake new.pt --only 0.", ["0.weight"]),
+    ],
+)
+def test_completion_of_commands_tensors_rules_and_catalog_names(reparam, folder, monkeypatch, line, words):
+    if "new.pt" in line:
+        assert reparam("apply", "spec.yaml", "model.pt", "-o", "new.pt").code == 0
+    monkeypatch.setenv("_REPARAM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+    assert reparam().out.split() == words

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriter import PlanError, plan, rewrite
+from rewriter import PlanError, load_spec, plan, rewrite
 from rewriter.state import check_optimizer
 
 Spec = dict[str, Any]
@@ -37,6 +37,17 @@ def test_plan_is_a_table_and_json(model: nn.Module) -> None:
     data = json.loads(json.dumps(p.to_dict()))
     assert [site["name"] for site in data["sites"]] == ["0.weight", "3.weight"]
     assert set(data["sites"][0]) >= {"name", "names", "rule", "chain", "shape", "capture", "moved", "dtype", "kind"}
+
+
+def test_plans_and_specs_are_tables_in_notebooks_with_escaped_names() -> None:
+    hostile = nn.Module()
+    hostile.add_module("<b>", nn.Linear(2, 2))
+    spec = load_spec({"reparam": 1, "rules": [{"name": "<i>", "select": "**.weight", "chain": ["symmetric"]}]})
+    for shown in (plan(hostile, spec)._repr_html_(), spec._repr_html_()):
+        assert shown.count("<tr>") == 2
+        assert "<td>&lt;i&gt;</td>" in shown
+        assert "<b>" not in shown
+        assert "symmetric" in shown
 
 
 def test_moved_says_how_far_the_value_goes(model: nn.Module) -> None:

@@ -1,0 +1,163 @@
+"""`reparam report`: one page with the data of each tensor, safe against names from files, and `draw` as SVG."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+import rewriter
+from rewriter.cli._report import page
+from rewriter.io import save_model
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{DATA}}"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Page(HTMLParser):
+    """The elements of a page, and the text of its data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+
+    @property
+    def data(self):
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture
+def rewritten(reparam, folder):
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt").code == 0
+    return folder / "rewritten.pt"
+
+
+def test_the_report_has_each_tensor_before_and_after(reparam, folder, rewritten):
+    result = reparam("report", "model.pt", rewritten, "-o", "out.html", "--json")
+    assert result.code == 0, result.err
+    data = Page((folder / "out.html").read_text()).data
+    assert {key: result.json[key] for key in data} == data
+    rows = {row["names"][0]: row for row in data["tensors"]}
+    assert list(rows) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    before = torch.load("model.pt", weights_only=False)[0].weight.detach().double()
+    after = (before + before.mT) / 2
+    row = rows["0.weight"]
+    assert (row["rule"], row["chain"], row["reads"]) == ("even", ["symmetric"], 1)
+    assert row["before"]["norm"] == pytest.approx(float(before.norm()))
+    assert row["after"]["norm"] == pytest.approx(float(after.norm()))
+    assert row["moved"] == pytest.approx(float((after - before).norm() / before.norm()))
+    assert row["after"]["singular"] == pytest.approx(torch.linalg.svdvals(after).tolist(), rel=1e-3)
+    assert rows["0.bias"]["moved"] == 0
+    assert data["rules"] == [
+        {"name": "even", "chains": ["symmetric"], "tensors": 2, "moved": data["rules"][0]["moved"]}
+    ]
+    assert data["totals"]["computed"] == 2
+
+
+def test_one_model_is_compared_with_its_stored_tensors(reparam, folder, rewritten):
+    data = reparam("report", rewritten, "-o", "out.html", "--json").json
+    assert data["compared"] == "stored tensors"
+    assert [row["before"] is not None for row in data["tensors"]] == [True] * 4
+    again = reparam("report", rewritten, "-o", "out.html")
+    assert again.code != 0
+    assert "--force" in again.err
+
+
+def test_the_values_of_a_program_have_no_stored_tensor_to_compare_with(reparam, folder):
+    program = torch.export.export(nn.Sequential(nn.Linear(4, 4)), (torch.ones(1, 4),))
+    rule = {"name": "double", "select": "0.weight", "init": "raw", "chain": [{"scale": {"factor": 2.0}}]}
+    save_model(rewriter.rewrite(program, {"reparam": 1, "rules": [rule]}), "new.pt2")
+    weight, bias = reparam("report", "new.pt2", "-o", "out.html", "--trust", "--json").json["tensors"]
+    assert (weight["before"], weight["moved"], bias["moved"]) == (None, None, 0)
+    assert weight["after"]["norm"] == pytest.approx(2 * float(program.state_dict["0.weight"].detach().norm()))
+
+
+def test_evaluations_saved_zeros_and_warnings(reparam, folder):
+    cell = nn.Linear(4, 4)
+    model = nn.Sequential(cell, nn.Tanh(), cell, cell, nn.Linear(4, 2))
+    with torch.no_grad():
+        model[4].bias[0] = float("nan")
+    rules = [{"name": "half", "select": "0.weight", "chain": [{"l1_unstructured": {"amount": 0.25}}]}]
+    save_model(rewriter.rewrite(model, {"reparam": 1, "rules": rules}, without=["transpose"]), "new.pt")
+    data = reparam("report", "new.pt", "-o", "out.html", "--json").json
+    assert (data["totals"]["reads"], data["totals"]["saved"]) == (3, 2)
+    assert data["tensors"][0]["after"]["zeros"] == 0.25
+    assert data["warnings"] == [{"text": "NaN or infinite entries", "names": ["4.bias"]}]
+
+
+def test_names_from_a_file_are_never_markup(reparam, folder):
+    document = reparam("report", "model.pt", "-o", "out.html", "--json").json
+    del document["output"]
+    document["title"] = document["tensors"][0]["names"][0] = document["class"] = HOSTILE
+    document["rules"] = [{"name": HOSTILE, "chains": [HOSTILE], "tensors": 1, "moved": 0.0}]
+    document["warnings"] = [{"text": HOSTILE, "names": [HOSTILE]}]
+    made = page(document, "<svg></svg>")
+    plain = Page((folder / "out.html").read_text())
+    hostile = Page(made)
+    assert [tag for tag, _ in hostile.tags if tag in ("script", "img")] == ["script", "script"]
+    assert hostile.data == document
+    assert {tag for tag, _ in hostile.tags} <= {tag for tag, _ in plain.tags} | {"svg"}
+    assert not [value for _, attributes in hostile.tags for value in attributes.values() if value and "http" in value]
+
+
+def test_ten_thousand_tensors_are_data_and_not_rows():
+    row = {"names": ["w"], "kind": "parameter", "shape": [2, 2], "dtype": "float32", "rule": None, "chain": None}
+    row |= {"cache": None, "reads": None, "moved": None, "before": None, "after": None}
+    totals = {"tensors": 10_000, "computed": 0, "reads": None, "saved": None, "stored_bytes": 1, "plain_bytes": 1}
+    document = {"title": "m", "compared": "x", "class": "M", "tensors": [row] * 10_000, "rules": [], "warnings": []}
+    made = Page(page({**document, "totals": totals}))
+    assert len(made.data["tensors"]) == 10_000
+    assert sum(tag == "tr" for tag, _ in made.tags) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_shows_the_first_rows_and_runs_no_name(tmp_path):
+    row = {"names": [HOSTILE], "kind": "parameter", "shape": [2, 2], "dtype": "float32", "rule": "r", "chain": ["a"]}
+    numbers = {"finite": True, "zeros": 0.5, "norm": 2.0, "singular": [2.0, 1.0]}
+    row |= {"cache": "forward", "reads": 1, "moved": 0.5, "before": numbers, "after": numbers}
+    totals = {"tensors": 500, "computed": 500, "reads": 500, "saved": 0, "stored_bytes": 1, "plain_bytes": 1}
+    rules = [{"name": HOSTILE, "chains": ["a"], "tensors": 500, "moved": 0.5}]
+    document = {"title": HOSTILE, "compared": "x", "class": "M", "tensors": [row] * 500, "rules": rules, "warnings": []}
+    (tmp_path / "out.html").write_text(page({**document, "totals": totals}))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *options, f"file://{tmp_path}/out.html"], capture_output=True, text=True, timeout=120
+    )
+    shown = Page(done.stdout)
+    rows = sum(tag == "button" and attributes.get("class") == "name" for tag, attributes in shown.tags)
+    assert 60 <= rows < 500
+    assert not [tag for tag, _ in shown.tags if tag == "img"]
+
+
+@pytest.mark.parametrize("capture", ["graph", "module"])
+def test_draw_writes_a_graph_with_its_chains_as_svg(reparam, folder, capture):
+    assert reparam("apply", "spec.yaml", "model.pt", "-o", "new.pt", "--capture", capture).code == 0
+    assert reparam("draw", "new.pt", "-o", "graph.svg").code == 0
+    image = ElementTree.parse("graph.svg").getroot()
+    texts = [text.text for text in image.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == reparam("draw", "new.pt", "--json").json["graph"]
+    assert sum(text.endswith("original >> symmetric") for text in texts) == 2
+    assert len(list(image.iter("{http://www.w3.org/2000/svg}path"))) >= 2
+    assert "name the file .svg" in reparam("draw", "new.pt", "-o", "graph.png").err
