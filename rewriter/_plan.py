@@ -47,7 +47,11 @@ def plan(
     Arguments:
         model: any module, or an ExportedProgram.
         spec: a `Spec`, or anything `load_spec` takes.
-        example_inputs, example_kwargs, dynamic_shapes, capture, without: as for `rewrite`.
+        example_inputs: as for `rewrite`, like the arguments below.
+        example_kwargs: keyword arguments of the call.
+        dynamic_shapes: which sizes vary, for ``capture="export"``.
+        capture: how the uses of tensors are found.
+        without: passes to leave out.
 
     Raises:
         SpecError: the spec cannot be read.

@@ -33,7 +33,7 @@ def entries() -> list[Entry]:
         for part in re.split(r"^### `", body, flags=re.M)[1:]:
             key, _, rest = part.partition("`\n")
             text, _, example = rest.partition("```yaml\n")
-            found.append(Entry(title.strip("`"), key, " ".join(text.split()), example.partition("```")[0]))
+            found.append(Entry(title, key, " ".join(text.split()), example.partition("```")[0]))
     return found
 
 
@@ -46,7 +46,7 @@ def described() -> dict[tuple[str, str], dict[str, Any]]:
         "A rule": forms["Rule"],
         "A selector": forms["Predicates"],
         "A step": forms["StepKeys"],
-        "per": forms["Per"],
+        "Chunks": forms["Per"],
     }
     return {(name, key): value for name, form in sections.items() for key, value in form["properties"].items()}
 
