@@ -156,7 +156,7 @@ class _Move:
     Attributes:
         groups: the parameters of each group.
         kept: parameters with state, the parameter that has the state afterwards, and the state.
-        added: trained parameters of tensors that were frozen.
+        added: trained parameters of tensors that were frozen, if no single group takes them.
         gone: names of tensors that the new model does not have.
     """
 
@@ -178,6 +178,13 @@ class _Move:
             for tensor in parts.values()
             if tensor.requires_grad and id(tensor) not in self.placed
         ]
+        if len(self.groups) == 1:
+            self.groups[0] += self.added
+            self.added = []
+        order = {parameter: index for index, parameter in enumerate(self.new.names)}
+        for group, members in zip(self.optimizer.param_groups, self.groups, strict=True):
+            if _in_order(group["params"], self.old) and all(id(one) in order for one in members):
+                members.sort(key=lambda one: order[id(one)])
 
     def _for(self, parameter: Tensor) -> Iterator[Tensor]:
         """Yield what stands in the place of a parameter."""
@@ -235,16 +242,10 @@ class _Move:
             _warn(target, f"starts without state for {_shown(lost)}: the parameters have other coordinates now")
 
     def _add(self, target: torch.optim.Optimizer) -> None:
-        """Add the trained parameters of tensors that were frozen."""
+        """Add a group for the trained parameters of tensors that were frozen."""
         if not self.added:
             return
         named = "param_names" in target.param_groups[0]
-        if len(target.param_groups) == 1:
-            (group,) = target.param_groups
-            if named:
-                group["param_names"] += [self.new.names[id(tensor)] for tensor in self.added]
-            group["params"] += self.added
-            return
         names = [self.new.names[id(tensor)] for tensor in self.added]
         target.add_param_group({"params": [*zip(names, self.added, strict=True)] if named else self.added})
         _warn(target, f"has a new group, with its default settings, for {_shown(names)}")
@@ -282,6 +283,13 @@ def _shown(names: Sequence[str]) -> str:
 
 def _grouped(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _in_order(parameters: Sequence[Tensor], model: Parameters) -> bool:
+    """Return whether parameters are in the model's order, as in the optimizer of whoever resumes the training."""
+    order = {parameter: index for index, parameter in enumerate(model.names)}
+    places = [order.get(id(parameter), -1) for parameter in parameters]
+    return -1 not in places and places == sorted(places)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
