@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -36,7 +37,7 @@ class Memory:
     used: int = 0
     changed: threading.Condition = field(default_factory=threading.Condition)
 
-    @contextmanager
+    @contextlib.contextmanager
     def holding(self, nbytes: int) -> Iterator[None]:
         """Wait until there is room for `nbytes`, and hold them while the body runs."""
         with self.changed:
@@ -98,15 +99,19 @@ class Writer:
 
     def _compute(self, work: Work, target: int, places: Mapping[str, int], sums: dict[str, int]) -> None:
         with self.memory.holding(work.nbytes), torch.inference_mode(False), torch.no_grad():
-            for output, value in zip(work.outputs, work.run(), strict=True):
-                found = (value.dtype, tuple(value.shape))
-                if found != (output.dtype, output.shape):
-                    raise NumericError(
-                        f"{output.name} is {found}, and was planned as {(output.dtype, output.shape)}: the form of "
-                        "what the chain stores depends on the values of the tensor. Rewrite the model in memory"
-                    )
-                sums[output.name] = _put(target, value, places[output.name])
-                self.report(output.nbytes)
+            self._write_values(work, target, places, sums)
+            _trim()
+
+    def _write_values(self, work: Work, target: int, places: Mapping[str, int], sums: dict[str, int]) -> None:
+        for output, value in zip(work.outputs, work.run(), strict=True):
+            found = (value.dtype, tuple(value.shape))
+            if found != (output.dtype, output.shape):
+                raise NumericError(
+                    f"{output.name} is {found}, and was planned as {(output.dtype, output.shape)}: the form of "
+                    "what the chain stores depends on the values of the tensor. Rewrite the model in memory"
+                )
+            sums[output.name] = _put(target, value, places[output.name])
+            self.report(output.nbytes)
 
     def _copy(self, outputs: Sequence[Output], target: int, place: int) -> None:
         first = outputs[0].source
@@ -119,6 +124,12 @@ class Writer:
                     raise ModelFileError(f"{first.file} became shorter while it was read")
                 left, offset, place = left - count, offset + count, place + count
                 self.report(count)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps some for each thread, as large as a site's tensors."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _finish(tasks: Sequence[Future[None]]) -> None:
