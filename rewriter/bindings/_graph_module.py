@@ -15,7 +15,7 @@ from rewriter.bindings._bake_first import refuse_package
 from rewriter.bindings._edits import Marks
 from rewriter.bindings._late_changes import refuse_late_change
 from rewriter.bindings._layers import Layers
-from rewriter.bindings._owner_class import child_property
+from rewriter.bindings._quick import quick
 from rewriter.bindings._retrace import traceable
 from rewriter.bindings._shell import Shell
 from rewriter.bindings._state_methods import bind_state_hooks, take_state_methods
@@ -118,10 +118,7 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         writer = object.__new__(kind)
         writer.__dict__ = self.__dict__
         code = fx.GraphModule.recompile(writer)
-        kind.forward = traceable(kind.forward)
-        for name in self._modules:
-            if not hasattr(RewrittenModule, name):
-                setattr(kind, name, child_property(name))
+        kind.forward = traceable(kind.forward, quick(kind.forward, code.src))
         kind._reparam_shared = True
         functions = tuple(sorted(code.globals.items(), key=lambda pair: pair[0]))
         with contextlib.suppress(TypeError):  # a constant in the code may have no hash: then the class is not shared

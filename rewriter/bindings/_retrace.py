@@ -21,19 +21,25 @@ from rewriter.context._tracers import ordinary
 from rewriter.sites._site import Site
 
 
-def traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward that torch.fx wrote for a graph, made to write the graph down where a tracer calls it."""
+def traceable(forward: Callable[..., Any], quick: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward that torch.fx wrote for a graph, made to write the graph down where a tracer calls it.
+
+    Arguments:
+        forward: for compilers.
+        quick: the same, for Python.
+    """
 
     @functools.wraps(forward)
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         tracer = _tracer_of((args, kwargs)) if is_fx_symbolic_tracing() else None
         if tracer is None:
             try:
-                if not is_compiling():
-                    self.refuse_overridden()
-                if not ordinary() or not self.validated.sites:
+                if is_compiling():
                     return forward(self, *args, **kwargs)
-                return self.validated.run(forward, self, *args, **kwargs)
+                self.refuse_overridden()
+                if not ordinary() or not self.validated.sites:
+                    return quick(self, *args, **kwargs)
+                return self.validated.run(quick, self, *args, **kwargs)
             except AttributeError:
                 refuse_replaced(self)
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from rewriter.parametrizations._base import Space
 from rewriter.parametrizations.maths._cayley import cayley, cayley_inverse
 from rewriter.parametrizations.maths._checks import require_shape, require_values
 from rewriter.parametrizations.maths._exponential import exponential
-from rewriter.parametrizations.maths._householder import householder
+from rewriter.parametrizations.maths._householder import householder, reflected
 from rewriter.parametrizations.maths._logarithm import logarithm
 from rewriter.parametrizations.maths._orthonormal import completed, haar, orthonormal, reflectors, rotation
 from rewriter.parametrizations.maths._precision import wide_dtype, widen
+
+_VERY_TALL = 2048
+"""From so many rows on, a base is stored as reflections where there are eight times as many rows as columns."""
 
 
 class _Orthogonal(Space):
@@ -97,18 +100,24 @@ class _Orthogonal(Space):
         return A
 
     def _first_base(self) -> Tensor:
-        shape = self.shape or ()
-        n = max(shape[-2:])
-        eye = torch.eye(n, dtype=wide_dtype(self.dtype), device=self.device)
-        return eye.repeat(*shape[:-2], 1, 1) if len(shape) > 2 else eye
+        *lead, m, n = self.shape or ()
+        rows, columns = max(m, n), min(m, n)
+        if rows >= _VERY_TALL and rows >= 8 * columns and not self.dtype.is_complex:
+            eye = -torch.eye(rows, columns, dtype=wide_dtype(self.dtype), device=self.device)  # reflections
+        else:
+            eye = torch.eye(rows, dtype=wide_dtype(self.dtype), device=self.device)
+        return eye.repeat(*lead, 1, 1) if lead else eye
 
     def _rebased(self, Q: Tensor) -> Tensor:
         base = self.base
-        return Q if base is None else widen(base) @ Q
+        if base is None:
+            return Q
+        return widen(base) @ Q if base.size(-2) == base.size(-1) else reflected(widen(base), Q)
 
     def _move_base(self, W: Tensor) -> None:
-        assert self.base is not None
-        self.base.copy_(completed(W))
+        base = self.base
+        assert base is not None
+        base.copy_(completed(W) if base.size(-2) == base.size(-1) else reflectors(orthonormal(W)))
 
     def _preimage(self, Q: Tensor, W: Tensor) -> Tensor:
         square = Q.size(-2) == Q.size(-1)
@@ -149,13 +158,23 @@ class Orthogonal(_Orthogonal, name="orthogonal"):
             product of Householder reflections. Without it, ``matrix_exp`` for square or complex weights, else
             ``householder``, which is for real weights.
         trivialization: map onto the neighbourhood of a base point. The base point is the buffer ``base`` of shape
-            ``(..., n, n)``, n the longer side. Any orthogonal matrix can be assigned then. For very tall
-            matrices ``stiefel`` has the same values without the large base.
+            ``(..., n, n)``, n the longer side. Any orthogonal matrix can be assigned then. Where n is at least 2048
+            and eight times the shorter side k, the base of a real weight is stored as ``stiefel`` stores it, in the
+            shape ``(..., n, k)``, with the same values. A state dict with the other base loads, and the step then
+            has that one.
     """
 
-    cost = "O(n^2 k) with a base, else O(n k^2), for n rows and k <= n columns; O(n^3) where n <= 2k"
+    cost = "O(n^2 k) with a square base, else O(n k^2), for n rows and k <= n columns; O(n^3) where n <= 2k"
 
     trivialization: bool = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given, base = state_dict.get(f"{prefix}base"), self.base
+        if isinstance(given, Tensor) and base is not None and given.shape != base.shape:
+            n, columns = base.size(-2), min((self.shape or ())[-2:])
+            if given.shape[:-1] == base.shape[:-1] and given.size(-1) in (n, columns):
+                self.base = base.new_zeros(given.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class SpecialOrthogonal(Orthogonal, name="special_orthogonal"):

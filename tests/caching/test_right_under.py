@@ -90,6 +90,31 @@ def test_compiled_without_a_break_and_without_recompiling(recurrent: Any, cache:
         torch.testing.assert_close(made.model(made.x), reference(made.x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step",
+    ["spectral_norm", "weight_norm", *({"orthogonal": {"map": m}} for m in ("matrix_exp", "cayley", "householder"))],
+)
+def test_a_feed_forward_network_compiles_once_for_twenty_steps(step: Any) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+    init = "keep" if isinstance(step, str) else "sample"
+    rule = {"name": "w", "select": "*.weight", "chain": [step], "init": init}
+    new = rewrite(model, {"reparam": 1, "rules": [rule]}, capture="graph")
+    reference, x = copy.deepcopy(new), torch.randn(4, 6, dtype=torch.float64)
+    compiled: Callable[..., Any] = torch.compile(new, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for trained, run in ((new, compiled), (reference, reference)):
+            optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+            for _ in range(20):
+                optimizer.zero_grad()
+                run(x).square().sum().backward()
+                optimizer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(new(x), reference(x))
+
+
 def test_compiled_without_gradients_follows_updates(made: Any) -> None:
     torch._dynamo.reset()
     with torch.no_grad():

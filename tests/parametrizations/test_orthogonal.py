@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
+from rewriter import bake, rewrite
 from rewriter.errors import RewriterError
-from rewriter.parametrizations import Grassmann, Orthogonal, SpecialOrthogonal, Stiefel
+from rewriter.parametrizations import Grassmann, Orthogonal, SpecialOrthogonal, Stiefel, _orthogonal
 from rewriter.parametrizations._torch import Orthogonal as TorchOrthogonal
+from rewriter.state import get_value
 
 MAPS = ("matrix_exp", "cayley", "householder")
 SHAPES = [
@@ -303,3 +305,47 @@ def test_copies_do_not_share_the_base() -> None:
     other = copy.deepcopy(step)
     other.right_inverse(torch.randn(3, 3))
     assert torch.equal(step.base, torch.eye(3))  # type: ignore[arg-type]
+
+
+def test_a_very_tall_weight_has_a_base_of_its_own_shape() -> None:
+    for shape in ((30_000, 50), (50, 30_000)):
+        step = Orthogonal(weight=torch.empty(shape))
+        assert step.base is not None
+        assert step.base.shape == (30_000, 50)
+        Q = step.sample()
+        torch.testing.assert_close(step(step.right_inverse(Q)), Q, atol=1e-5, rtol=0)
+    assert Orthogonal(weight=torch.empty(2047, 4)).base.shape == (2047, 2047)  # type: ignore[union-attr]
+    assert Orthogonal(weight=torch.empty(2048, 257)).base.shape == (2048, 2048)  # type: ignore[union-attr]
+    assert Orthogonal(weight=torch.empty(2048, 2, dtype=torch.complex64)).base.shape == (2048, 2048)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("shape", [(24, 3), (3, 24)])
+def test_a_very_tall_weight_has_the_values_of_torchs_state_dict(
+    map: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_orthogonal, "_VERY_TALL", 24)  # torch takes a minute for 2048
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": [{"orthogonal": {"map": map}}]}]}
+    new = rewrite(torch.nn.Sequential(copy.deepcopy(layer)), spec)
+    small = copy.deepcopy(new.state_dict())
+    theirs = torch.nn.Sequential(parametrizations.orthogonal(layer, orthogonal_map=map))
+    with torch.no_grad():
+        theirs[0].parametrizations.weight.original += 0.1 * torch.randn(shape, dtype=torch.float64).tril(-1)
+    new.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(get_value(new, "0.weight"), theirs[0].weight)
+    x = torch.randn(4, shape[1], dtype=torch.float64)
+    torch.testing.assert_close(bake(new)(x), theirs(x))
+    assert {key: tensor.shape for key, tensor in new.state_dict().items()} == {
+        key: tensor.shape for key, tensor in theirs.state_dict().items()
+    }
+    new.load_state_dict(small)
+    assert new.state_dict()["0.parametrizations.weight.0.base"].shape == (24, 3)
+
+
+def test_a_base_of_a_wrong_shape_is_refused() -> None:
+    step = Orthogonal(weight=torch.empty(6, 2))
+    with pytest.raises(RuntimeError, match="size mismatch for base"):
+        step.load_state_dict({"base": torch.zeros(6, 3)})
+    assert step.base is not None
+    assert step.base.shape == (6, 6)
