@@ -124,7 +124,7 @@ def at_another_size(program: ExportedProgram, call: Call) -> Call | None:
     for index, dim, expression in expressions:
         size = int(expression.subs(new))
         old = leaves[index].shape[dim]
-        leaves[index] = leaves[index].index_select(dim, torch.arange(size) % max(old, 1))
+        leaves[index] = leaves[index].index_select(dim, torch.arange(size, device=leaves[index].device) % max(old, 1))
     args, kwargs = pytree.tree_unflatten(leaves, structure)
     return Call(args, kwargs)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from rewriter._given import check_model
+from rewriter._given import check_model, kind_of
 from rewriter.capture import Call
 from rewriter.errors import CaptureError, ModelFileError, RewriterError
 from rewriter.export._dynamic import checked_shapes
@@ -129,6 +129,11 @@ def _call(
         if shapes is not None or (format in _CAPTURED and isinstance(model, nn.Module)):
             raise CaptureError(f"the format {format} needs example inputs: example_inputs=(…,)")
         return None
+    if not isinstance(args, (Tensor, tuple, list, type(None))):
+        raise CaptureError(
+            f"example_inputs is the tuple of the forward's positional arguments, not {kind_of(args)}; "
+            "arguments by name are example_kwargs={…}"
+        )
     call = Call((args,) if isinstance(args, Tensor) else tuple(args or ()), dict(kwargs or {}))
     if shapes is None:
         return call

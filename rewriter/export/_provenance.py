@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -43,13 +44,13 @@ def provenance(model: nn.Module | ExportedProgram) -> dict[str, Any]:
     return {"tensors": tensors, "plan": plan, "versions": {"reparam": _version(), "torch": str(torch.__version__)}}
 
 
-def read_provenance(path: Path) -> dict[str, Any] | None:
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return what a file says of its weights; reading it runs no code of the file.
 
     Arguments:
         path: a TorchScript, pt2, AOTInductor, safetensors or ONNX file, or a folder with ``reparam.json``.
     """
-    text = _text(path)
+    text = _text(Path(path))
     try:
         found = json.loads(text) if text else None
     except ValueError:

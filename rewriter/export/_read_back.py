@@ -23,7 +23,9 @@ def _run_onnx(path: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> list[Any]:
         given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         names = [one.name for one in session.get_inputs()]
-        found = session.run(None, {name: value.numpy() for name, value in zip(names, given, strict=True)})
+        found = session.run(
+            None, {name: value.detach().cpu().numpy() for name, value in zip(names, given, strict=True)}
+        )
         return [torch.from_numpy(value) for value in found]
 
     return run

@@ -59,6 +59,8 @@ def _why_not(job: Job, format: str) -> str:
         return "it is exported in train mode"
     if format == "onnx" and missing("onnxruntime"):
         return "onnxruntime is not installed"
+    if format == "onnx" and any(tensor.dtype == torch.bfloat16 for tensor in _tensors(copied_call(job.call))):
+        return "onnxruntime takes no inputs in bfloat16 from Python"
     if format in ("module", "hf") and isinstance(job.model, nn.Module):
         for module in job.model.modules():
             home = type(module).__module__

@@ -222,3 +222,8 @@ def test_an_aoti_package_is_compiled_and_compared(tmp_path):
     assert read_provenance(path) == origin
     with pytest.raises(ModelFileError, match="compiled"):
         rewriter.io.load_model(path, trust=True)
+
+
+def test_example_inputs_by_name_are_not_taken_for_a_list_of_names(tmp_path):
+    with pytest.raises(CaptureError, match=r"not a dict; arguments by name are example_kwargs"):
+        export_model(_model(), tmp_path / "o.pt2", example_inputs={"input": X})
