@@ -53,6 +53,7 @@ class SiteSpec:
         outer: whether the one stored tensor has the tensor's own shape rather than the view's.
         batch: ``"auto"``, ``"never"`` or ``"always"``.
         memory: ``"keep"`` or ``"recompute"``.
+        gather: whether the chain runs on whole tensors although the stored ones are distributed over processes.
     """
 
     members: tuple[Member, ...]
@@ -69,12 +70,14 @@ class SiteSpec:
     outer: bool
     batch: str = "auto"
     memory: str = "keep"
+    gather: bool = False
     simple: bool = field(init=False, repr=False, compare=False)
     """Whether the first step takes all stored tensors as they are, and each other step only the result before it."""
 
     def __post_init__(self) -> None:
         alone = self.source is None and not any(self.inputs) and len(self.members) == 1 and self.layout.plain
-        object.__setattr__(self, "simple", alone and not self.outer and not any(self.stored[1:]))
+        simple = alone and not self.outer and not self.gather and not any(self.stored[1:])
+        object.__setattr__(self, "simple", simple)
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rewriter.sites._gathered import gathered, scattered
 from rewriter.sites._spec import SiteSpec
 
 
@@ -35,9 +36,10 @@ def apply_chain(
             value = step(value)
         return value
     value = apply_steps(record, steps, originals, inputs, done, value)
+    sources = (*originals, *inputs) if record.gather else ()
     if len(record.members) > 1:
-        return tuple(value[index] for index in range(len(record.members)))
-    return value if record.layout.plain else record.layout.outward(value)
+        return tuple(scattered(value[index], sources) for index in range(len(record.members)))
+    return scattered(value if record.layout.plain else record.layout.outward(value), sources)
 
 
 def apply_steps(
@@ -50,6 +52,8 @@ def apply_steps(
 ) -> Any:
     """Return what the last of `steps` gives, in the chain's own view of the tensor; arguments as `apply_chain`."""
     layout = record.layout
+    if record.gather:
+        originals, inputs = list(map(gathered, originals)), list(map(gathered, inputs))
     stored = list(originals)
     if record.outer:
         stored[0] = layout.inward(stored[0])
