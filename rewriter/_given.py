@@ -24,7 +24,13 @@ def check_model(model: Any, verb: str, *, programs: bool = True, wrapped: bool =
     Raises:
         RewriterError: says what to give instead.
     """
-    if not wrapped and isinstance(model, _wrappers()):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if not wrapped and fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel):
+        raise RewriterError(
+            f"{verb} takes no {type(model).__name__}, whose shards are parts of flat tensors: shard with fully_shard "
+            "instead, or take its full state dict and give it to rewriter.state.convert_state_dict"
+        )
+    if not wrapped and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise RewriterError(
             f"{verb} takes the model itself, not {type(model).__name__} around it: use its attribute .module, and wrap "
             "the result again"
@@ -47,13 +53,6 @@ def is_distributed(tensor: Any) -> bool:
     """Whether a tensor is a DTensor; their module is imported by the code that makes them."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _wrappers() -> tuple[type[nn.Module], ...]:
-    """Return the classes that train a module as replicas or shards, of those that are imported."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = (fsdp.FullyShardedDataParallel,) if fsdp is not None else ()
-    return (nn.parallel.DistributedDataParallel, nn.DataParallel, *sharded)
 
 
 def refuse_fsdp(model: nn.Module, verb: str) -> None:

@@ -181,6 +181,11 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
     def register_parameter(self: Any, name: str, param: Any) -> None:
         _refuse(tensors, name, "registered")
         _refuse(tensors, name.removesuffix("_orig"), "pruned by torch.nn.utils.prune")
+        if name.startswith(f"{CONTAINER}."):
+            raise RewriterError(
+                f"{name} is a tensor of a chain, and parallelize_module cannot distribute it: call parallelize_module "
+                "first, and rewrite the distributed model"
+            )
         plain.register_parameter(self, name, param)
 
     def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:

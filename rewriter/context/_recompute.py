@@ -45,7 +45,8 @@ def recomputed(site: Site, inputs: Sequence[Tensor]) -> Any:
         if [mark(source) for source in sources] != marks:
             raise RewriterError(
                 f"{site.spec.name}: a tensor that it is computed from was modified between forward and backward, "
-                "and `memory: recompute` evaluates it again in backward"
+                "and `memory: recompute` evaluates it again in backward. fully_shard replaces tensors in between: "
+                "leave `memory` out there, and checkpoint the blocks instead"
             )
         return _bound(snapshot).compose(*given)
 

@@ -19,6 +19,7 @@ from rewriter.planning._fit import Fitted, sums_to_a_number
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.sites import Layout, Member, Site, SiteSpec
+from rewriter.sites._gathered import distributed_from_first
 from rewriter.sites._inverse import Inverse
 
 Description = tuple[tuple[str, ...], str]
@@ -119,6 +120,9 @@ def build(
     outer = not layout.plain and len(originals) == 1 and tuple(originals[0].shape) == layout.inner
     if outer:
         originals = [layout.part.outward(originals[0])]
+    gather = chain is not None and chain.like is not None
+    if chain is not None and gather:
+        originals = [distributed_from_first(original, chain.like) for original in originals]
     printed, options = description
     record = SiteSpec(
         members=tuple(_member(entry) for entry in claim.entries),
@@ -133,9 +137,10 @@ def build(
         source=rule.source,
         layout=layout,
         outer=outer,
-        batch=rule.batch,
+        batch="never" if gather else rule.batch,
         memory=rule.memory,
         trainable=rule.trainable,
+        gather=gather,
     )
     tensors = _stored_tensors(claim, steps, originals)
     if layout.only:

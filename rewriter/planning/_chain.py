@@ -19,6 +19,7 @@ from rewriter.parametrizations.maths._checks import require_no_kernel
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.sites import Chunked, Layout, Site, layout_of
+from rewriter.sites._gathered import copy_from_first, gathered
 from rewriter.sites._inverse import Inverse, carry_of, parts_of, right_inverse
 from rewriter.sites._steps import apply_steps
 
@@ -42,12 +43,25 @@ class Chain:
         claim: the rule and the tensors.
         inputs: values of the further tensors that the chain reads, by name.
         shared: steps to use instead of new ones (`share: true`).
+        gather: whether to make a tensor whole that is distributed over processes.
     """
 
-    def __init__(self, claim: Claim, inputs: Mapping[str, Tensor], shared: Sequence[nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        claim: Claim,
+        inputs: Mapping[str, Tensor],
+        shared: Sequence[nn.Module] | None = None,
+        *,
+        gather: bool = False,
+    ) -> None:
         self.claim, self.rule, self.inputs, self.shared = claim, claim.rule, inputs, shared
         self.layout = layout_of_claim(claim)
         values = [value_of(entry) for entry in claim.entries]
+        self.like = values[0] if gather else None
+        """The tensor as it is distributed, of a chain that works on whole ones."""
+        if gather:
+            values = list(map(gathered, values))
+            self.inputs = {name: gathered(tensor) for name, tensor in inputs.items()}
         if len(values) > 1 and not self.layout.plain:
             raise BuildError("`joint` cannot be combined with `per` or `reshape`")
         self.extra: dict[int, Sequence[Mapping[str, Any]]] = {}
@@ -104,9 +118,12 @@ class Chain:
         try:
             if _is_kernel_of_conv1d(self.claim, self.layout) and "no kernel" in getattr(step.factory, "takes", ()):
                 require_no_kernel(step.name, value_of(self.claim.entries[0]), most=2)
-            return _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
+            made = _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
         except Exception as problem:
             raise BuildError(f"step {index + 1}, {step}: {first_line(problem)}") from problem
+        if self.like is not None:
+            copy_from_first(made, self.like)
+        return made
 
     def _invert(self, index: int, module: nn.Module, value: Any) -> None:
         step = self.rule.chain[index]

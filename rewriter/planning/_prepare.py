@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rewriter._given import is_distributed
 from rewriter.capture import Call, Capture
 from rewriter.context import Contexts
 from rewriter.errors import Diagnostic
@@ -228,13 +229,15 @@ def _build_all(
             chain = None
             if together is None:
                 chain = chains.pop(id(claim), None) or Chain(claim, inputs, shared.get(rule.name))
-            site = build(claim, descriptions[rule.name], contexts, chain=chain, fitted=together)
-            form = _form(site, inputs.values())
-            if moved is not None or form not in checked:
-                distance = check_value(claim, site, inputs, measure=moved is not None)
-                checked.add(form)
-                if moved is not None:
-                    moved[site] = distance
+            checks = (inputs, checked, moved)
+            try:
+                site = _built(claim, descriptions[rule.name], contexts, checks, chain, together)
+            except BuildError:
+                if not is_distributed(claim.entries[0].tensor):
+                    raise
+                # The steps do not work on tensors that are distributed over processes: they get whole ones.
+                chain = Chain(claim, inputs, shared.get(rule.name), gather=True)
+                site = _built(claim, descriptions[rule.name], contexts, checks, chain)
         except BuildError as problem:
             problems.build_failed(claim, str(problem))
             continue
@@ -243,6 +246,29 @@ def _build_all(
         built.append((claim, site))
         values.add(claim, site)
     return built[::-1]
+
+
+_Checks = tuple[Mapping[str, Tensor], set[object], dict[Site, float | None] | None]
+
+
+def _built(
+    claim: Claim,
+    description: Description,
+    contexts: Contexts,
+    checks: _Checks,
+    chain: Chain | None,
+    together: Fitted | None = None,
+) -> Site:
+    """Build a site and check its value."""
+    inputs, checked, moved = checks
+    site = build(claim, description, contexts, chain=chain, fitted=together)
+    form = _form(site, inputs.values())
+    if moved is not None or form not in checked:
+        distance = check_value(claim, site, inputs, measure=moved is not None)
+        checked.add(form)
+        if moved is not None:
+            moved[site] = distance
+    return site
 
 
 def _form(site: Site, inputs: Iterable[Tensor]) -> object:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rewriter._given import kind_of
 from rewriter.errors import PlanError, RewriterError
 from rewriter.sites._inverse import invert_chain
+from rewriter.sites._shards import is_managed
 from rewriter.sites._site import Site
 
 
@@ -64,7 +65,7 @@ def assign_value(site: Site, name: str, value: Any) -> None:
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
     check_shape(record.name, record.members[0].shape, value)
-    if "_is_fsdp_managed_module" in site.__dict__:
+    if is_managed(site):
         raise PlanError(
             f"{record.name} cannot be set: fully_shard keeps its tensors as shards, and puts them in place at each "
             f"forward. Load a state dict, in which {record.name!r} may have the value as a DTensor"

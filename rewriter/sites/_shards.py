@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from rewriter._given import is_distributed
 from rewriter.errors import PlanError
 from rewriter.sites._container import sites_of
+from rewriter.sites._gathered import gathered
 from rewriter.sites._site import Site
+
+
+def is_managed(site: Site) -> bool:
+    """Whether `fully_shard` puts the tensors of a site in place at each forward."""
+    return "_is_fsdp_managed_module" in site.__dict__
 
 
 def whole(tensor: Any) -> Any:
     """Return all of a DTensor as a plain tensor; anything else as it is."""
-    return tensor.detach().full_tensor() if is_distributed(tensor) else tensor
+    return gathered(tensor.detach()) if is_distributed(tensor) else tensor
 
 
 def as_shards(name: str, value: Tensor, like: Any) -> Tensor:

@@ -55,6 +55,7 @@ class SiteSpec:
         batch: ``"auto"``, ``"never"`` or ``"always"``.
         memory: ``"keep"`` or ``"recompute"``.
         trainable: whether its parameters are trained; ``None`` if the tensor decided that.
+        gather: whether the chain runs on whole tensors although the stored ones are distributed over processes.
     """
 
     members: tuple[Member, ...]
@@ -72,12 +73,14 @@ class SiteSpec:
     batch: str = "auto"
     memory: str = "keep"
     trainable: bool | None = None
+    gather: bool = False
     simple: bool = field(init=False, repr=False, compare=False)
     """Whether the first step takes all stored tensors as they are, and each other step only the result before it."""
 
     def __post_init__(self) -> None:
         alone = self.source is None and not any(self.inputs) and len(self.members) == 1 and self.layout.plain
-        object.__setattr__(self, "simple", alone and not self.outer and not any(self.stored[1:]))
+        simple = alone and not self.outer and not self.gather and not any(self.stored[1:])
+        object.__setattr__(self, "simple", simple)
 
     @property
     def name(self) -> str:

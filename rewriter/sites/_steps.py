@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rewriter.sites._gathered import gathered, scattered
 from rewriter.sites._spec import SiteSpec
 
 
@@ -35,12 +36,14 @@ def apply_chain(
             value = step(value)
         return value
     value = apply_steps(record, steps, originals, inputs, done, value)
+    sources = (*originals, *inputs) if record.gather else ()
     if len(record.members) > 1:
-        return tuple(value[index] for index in range(len(record.members)))
+        return tuple(scattered(value[index], sources) for index in range(len(record.members)))
     layout = record.layout
-    if layout.plain:
-        return value
-    return layout.outward(value, originals[-1] if layout.only else None)
+    if not layout.plain:
+        rest = originals[-1] if layout.only else None
+        value = layout.outward(value, gathered(rest) if record.gather else rest)
+    return scattered(value, sources)
 
 
 def apply_steps(
@@ -53,6 +56,8 @@ def apply_steps(
 ) -> Any:
     """Return what the last of `steps` gives, in the chain's own view of the tensor; arguments as `apply_chain`."""
     layout = record.layout
+    if record.gather:
+        originals, inputs = list(map(gathered, originals)), list(map(gathered, inputs))
     stored = list(originals)
     if record.outer:
         stored[0] = layout.part.inward(stored[0])

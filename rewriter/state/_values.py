@@ -13,7 +13,7 @@ from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
 from rewriter.sites import Site, assign_value, check_shape
-from rewriter.sites._shards import values_of
+from rewriter.sites._shards import is_managed, values_of
 
 
 def get_value(model: nn.Module, name: str) -> Tensor:
@@ -97,10 +97,16 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         only: rule names and globs of tensor names.
 
     Raises:
-        PlanError: a pattern of `only` matches nothing.
+        PlanError: a pattern of `only` matches nothing, or `fully_shard` sharded the model.
     """
     check_model(model, "freeze", programs=False, wrapped=True)
     sites = [site for site in _sites(model, only) if site.trained_before is None]
+    managed = next((site for site in sites if is_managed(site)), None)
+    if managed is not None:
+        raise PlanError(
+            f"{managed.spec.name} cannot be frozen: fully_shard replaces its tensors at each forward. Freeze the model "
+            "before it is sharded, or turn off requires_grad of its parameters"
+        )
     for site in sites:  # before any is frozen: sites of one rule may share their steps
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
     for site in sites:

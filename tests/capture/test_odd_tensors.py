@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.two_tensor import TwoTensor
 
 from rewriter import CaptureError, PlanError, RewriterError, bake, plan, rewrite
@@ -412,10 +413,27 @@ def test_distributed_tensors_stay_distributed(mesh: Any, capture: str) -> None:
     assert weight.placements == (Shard(0),)
 
 
-def test_a_chain_that_cannot_work_on_distributed_tensors_says_so(mesh: Any) -> None:
+def test_a_step_on_whole_matrices_gathers_a_distributed_tensor(mesh: Any) -> None:
     model = Product(w=nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)])))
-    with pytest.raises(PlanError, match=r"mixed torch\.Tensor and DTensor"):
-        rewrite(model, spec("w", "orthogonal"))
+    new = rewrite(model, spec("w", "orthogonal"))
+    site = new.get_submodule("parametrizations.w")
+    assert site.original.placements == (Shard(0),)
+    value = bake(new).w
+    assert value.placements == (Shard(0),)
+    torch.testing.assert_close(value.full_tensor() @ value.full_tensor().mT, torch.eye(4))
+
+
+def test_a_step_that_fails_on_whole_matrices_too_says_why(mesh: Any) -> None:
+    model = Product(w=nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])))
+    with pytest.raises(PlanError, match="square"):
+        rewrite(model, spec("w", "spd"))
+
+
+@CAPTURES
+def test_a_model_is_parallelized_before_it_is_rewritten(mesh: Any, capture: str) -> None:
+    new = rewrite(nn.Sequential(nn.Linear(4, 4)), spec("0.weight"), capture=capture)
+    with pytest.raises(RewriterError, match=r"call parallelize_module first, and rewrite"):
+        parallelize_module(new, mesh, {"0": ColwiseParallel()})
 
 
 @CAPTURES

@@ -19,10 +19,22 @@ from rewriter import bake, rewrite
 from tests.processes import run_processes, work
 
 CHAINS: dict[str, Any] = {"scale": {"scale": {"factor": 2.0}}, "spectral_norm": "spectral_norm"}
+WHOLE: dict[str, Any] = {
+    "orthogonal": {"orthogonal": {"map": "cayley"}},
+    "lora": {"lora": {"r": 2, "init_lora_weights": False}},
+    "dora": {"dora": {"r": 2}},
+    "stiefel": "stiefel",
+}
+"""Steps that work on whole matrices: each process gathers the tensor of one site."""
 
 
 def _model() -> nn.Module:
-    torch.manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _net()
+
+
+def _net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).double()
 
 
@@ -34,9 +46,17 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _of_first(tensor: Tensor) -> Tensor:
+    """The tensor that the first process has."""
+    found = _whole(tensor).detach().clone()
+    dist.broadcast(found, 0)
+    return found
+
+
 def _distributed_before(mesh: Any, x: Tensor) -> None:
-    for chain in CHAINS.values():
+    for chain in (*CHAINS.values(), *WHOLE.values()):
         for capture in ("graph", "module"):
+            torch.manual_seed(dist.get_rank())  # what steps draw must not depend on the process
             model = parallelize_module(_model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
             new = rewrite(model, _spec(chain), capture=capture).eval()
             reference = rewrite(_model(), _spec(chain), capture=capture).eval()
@@ -47,8 +67,13 @@ def _distributed_before(mesh: Any, x: Tensor) -> None:
             _whole(result).square().sum().backward()
             reference(x).square().sum().backward()
             for one, other in zip(new.parameters(), reference.parameters(), strict=True):
-                assert one.grad is not None and other.grad is not None
-                torch.testing.assert_close(_whole(one.grad), other.grad)
+                assert (one.grad is None) is (other.grad is None) is (not one.requires_grad)
+                if one.grad is not None:
+                    torch.testing.assert_close(_whole(one.grad), other.grad)
+                torch.testing.assert_close(_of_first(one), _whole(one))
+            again = rewrite(model, _spec(chain), capture=capture).eval()
+            again.load_state_dict(new.state_dict())
+            torch.testing.assert_close(_whole(again(x)), _whole(result))
             baked = bake(new)
             for name, parameter in baked.named_parameters():
                 assert parameter.placements == model.get_parameter(name).placements  # type: ignore[attr-defined]
@@ -58,6 +83,7 @@ def _distributed_before(mesh: Any, x: Tensor) -> None:
 def _distributed_after(mesh: Any, x: Tensor, rank: int) -> None:
     for chain in (*CHAINS.values(), "weight_norm", {"orthogonal": {"map": "cayley"}}):
         for capture in ("graph", "module"):
+            torch.manual_seed(0)
             new = rewrite(_model(), _spec(chain), capture=capture)
             reference = copy.deepcopy(new)
             fully_shard(new, mesh=mesh)

@@ -17,13 +17,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 
-from rewriter import RewriterError, bake, rewrite
+from rewriter import RewriterError, bake, evaluate_once, rewrite
 from rewriter.export import export_model
 from rewriter.io import load_model, save_model
-from rewriter.state import convert_state_dict, get_value, set_value
+from rewriter.state import convert_state_dict, freeze, get_value, set_value
 from tests.processes import run_processes, work
 
 GLOO = dist.is_available() and dist.is_gloo_available() and sys.platform == "linux"
@@ -151,7 +151,9 @@ def _refused(rank: int, folder: str) -> None:
             r"over processes: save model\.state_dict\(\)": lambda: save_model(model, f"{folder}/m{rank}.pt"),
             r"are distributed over processes": lambda: export_model(model, f"{folder}/m{rank}.safetensors"),
             r"wide\.weight cannot be set: fully_shard": lambda: set_value(model, "wide.weight", torch.ones(3, 4)),
+            r"cannot be frozen: fully_shard": lambda: freeze(model),
             r"map=matrix_exp": lambda: sharded(rewritten("module", 0, **other)).load_state_dict(model.state_dict()),
+            r"takes no FullyShardedDataParallel.*convert_state_dict": lambda: bake(_flat()),
             r"not single steps": lambda: bake(_labelled(), only=["a"]),
         }
         for message, call in refusals.items():
@@ -160,10 +162,38 @@ def _refused(rank: int, folder: str) -> None:
             assert re.search(message, str(raised.value)), str(raised.value)
 
 
+def _flat() -> nn.Module:
+    return FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+
+
 def _labelled() -> nn.Module:
     rules = [{"name": "r", "select": "0.weight", "chain": [{"symmetric": {"label": "a"}}, "weight_norm"]}]
     model = rewrite(nn.Sequential(nn.Linear(4, 4)), {"reparam": 1, "rules": rules}, capture="module")
     return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+def _values_across_forwards(rank: int, folder: str) -> None:
+    with group(rank, folder):
+        rules = [
+            {"name": n, "select": s, "chain": [step], "cache": "version"}
+            for n, (s, step) in RULES.items()
+            if n != "spectral"  # whose state advances by the forward
+        ]
+        torch.manual_seed(0)
+        reference = rewrite(Net().double(), {"reparam": 1, "rules": rules}, capture="module")
+        model = sharded(copy.deepcopy(reference))
+        for _ in range(2):
+            with torch.no_grad():  # a value from before the optimizer's step would be stale
+                torch.testing.assert_close(model(X), reference(X))
+            trained(model, reference)
+        for one in (model, reference):
+            one.zero_grad()
+            with evaluate_once(one):
+                for part in X.split(2):
+                    one(part).square().sum().backward()
+        for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+            if other.grad is not None:
+                torch.testing.assert_close(whole(one.grad), other.grad)
 
 
 def _checkpoints(rank: int, folder: str) -> None:
@@ -214,7 +244,9 @@ def _other_forms(model: nn.Module, reference: nn.Module) -> None:
     torch.testing.assert_close(other(X), plain(X))
 
 
-@pytest.mark.parametrize("worker", [_bake, _checkpoints, _refused], ids=lambda worker: worker.__name__[1:])
+@pytest.mark.parametrize(
+    "worker", [_bake, _checkpoints, _refused, _values_across_forwards], ids=lambda worker: worker.__name__[1:]
+)
 def test_two_processes_agree_with_one(worker: Callable[[int, str], None], tmp_path: Path) -> None:
     run_processes(worker, tmp_path, 2)
     assert {path.name for path in tmp_path.glob("done*")} == {"done0", "done1"}
