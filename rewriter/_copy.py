@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewriter._given import refuse_fsdp
 from rewriter.errors import CaptureError
 
 T = TypeVar("T")
@@ -44,7 +43,6 @@ def copied(value: T, model: nn.Module | None = None, same: Iterable[object] = ()
     try:
         return copy.deepcopy(value, known)
     except Exception as problem:
-        refuse_fsdp(model, "a copy of the model")
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({problem}); detach what it caches, or use inplace=True"
         ) from problem

@@ -55,21 +55,6 @@ def is_distributed(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def refuse_fsdp(model: nn.Module, verb: str) -> None:
-    """Refuse a model that has modules sharded by FSDP.
-
-    Raises:
-        RewriterError: says how to get whole weights.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, fsdp_classes()):
-            where = f"module {path!r} of the model" if path else "model"
-            raise RewriterError(
-                f"{verb} needs whole weights, and FSDP sharded the {where}: rewrite before you shard, or use "
-                "inplace=True"
-            )
-
-
 def fsdp_classes() -> tuple[type[Any], ...]:
     """Return FSDP's classes, if it is imported: the code that shards a model imports it."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
