@@ -193,6 +193,8 @@ def _refusal(file: ModelFile, refused: list[str]) -> str:
 
 
 def _warning(name: str) -> str:
+    if name.startswith("rewriter."):
+        return "   (of another version of reparam: read the file with that version, and take its state dict)"
     if name == "torch.fx.graph_module.reduce_graph_module":
         return "   (a GraphModule that torch.save wrote as source code; allowing this runs it)"
     if name in ("builtins.getattr", "builtins.eval", "builtins.exec", "builtins.__import__", "builtins.open"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import sys
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -310,3 +312,14 @@ def test_a_graph_that_calls_the_user_s_function_needs_leave(tmp_path, user):
         load_model(tmp_path / "model.pt")
     loaded = load_model(tmp_path / "model.pt", allow=["their_nets.squash"])
     assert torch.equal(loaded(torch.ones(2)), torch.full((2,), 0.5))
+
+
+def test_a_file_of_another_version_is_recognised(tmp_path, monkeypatch):
+    class Former(nn.Linear):
+        pass
+
+    Former.__module__, Former.__qualname__ = "rewriter.runtime", "Former"
+    monkeypatch.setitem(sys.modules, "rewriter.runtime", SimpleNamespace(Former=Former))
+    torch.save(Former(2, 2), tmp_path / "old.pt")
+    with pytest.raises(ModelFileError, match=r"rewriter\.runtime\.Former   \(of another version of reparam: "):
+        load_model(tmp_path / "old.pt")
