@@ -321,5 +321,6 @@ def test_a_file_of_another_version_is_recognised(tmp_path, monkeypatch):
     Former.__module__, Former.__qualname__ = "rewriter.runtime", "Former"
     monkeypatch.setitem(sys.modules, "rewriter.runtime", SimpleNamespace(Former=Former))
     torch.save(Former(2, 2), tmp_path / "old.pt")
+    monkeypatch.delitem(sys.modules, "rewriter.runtime")
     with pytest.raises(ModelFileError, match=r"rewriter\.runtime\.Former   \(of another version of reparam: "):
         load_model(tmp_path / "old.pt")
