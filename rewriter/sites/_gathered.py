@@ -27,10 +27,10 @@ def scattered(value: Any, sources: Iterable[Any]) -> Any:
     tensors: Any = sys.modules["torch.distributed.tensor"]
     everywhere = [tensors.Replicate()] * like.device_mesh.ndim
     copies = tensors.DTensor.from_local(value, like.device_mesh, everywhere, run_check=False)
-    return copies.redistribute(placements=_possible(like.placements, value.dim()))
+    return copies.redistribute(placements=possible(like.placements, value.dim()))
 
 
-def _possible(placements: Iterable[Any], dims: int) -> list[Any]:
+def possible(placements: Iterable[Any], dims: int) -> list[Any]:
     """Return the placements, without the cuts along dimensions that a tensor does not have."""
     tensors: Any = sys.modules["torch.distributed.tensor"]
     return [tensors.Replicate() if getattr(one, "dim", 0) >= max(dims, 1) else one for one in placements]
@@ -39,7 +39,7 @@ def _possible(placements: Iterable[Any], dims: int) -> list[Any]:
 def distributed_from_first(tensor: Tensor, like: Any) -> Any:
     """Return the first process's tensor, distributed as `like` is."""
     tensors: Any = sys.modules["torch.distributed.tensor"]
-    return tensors.distribute_tensor(tensor, like.device_mesh, _possible(like.placements, tensor.dim()))
+    return tensors.distribute_tensor(tensor, like.device_mesh, possible(like.placements, tensor.dim()))
 
 
 def copy_from_first(module: nn.Module, like: Any) -> None:

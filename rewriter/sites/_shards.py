@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewriter._given import is_distributed
 from rewriter.errors import PlanError
 from rewriter.sites._container import sites_of
-from rewriter.sites._gathered import gathered
+from rewriter.sites._gathered import gathered, possible
 from rewriter.sites._site import Site
 
 
@@ -45,7 +45,7 @@ def as_shards(name: str, value: Tensor, like: Any) -> Tensor:
             "model of one process, and continue there"
         )
     distribute: Callable[..., Tensor] = sys.modules["torch.distributed.tensor"].distribute_tensor
-    return distribute(value, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute(value, like.device_mesh, possible(like.placements, value.dim()), src_data_rank=None)
 
 
 def values_of(site: Site, evaluate: Callable[[Site], Sequence[Tensor]]) -> list[Tensor]:
