@@ -105,7 +105,8 @@ def test_auto_batches_what_the_cost_model_says(runs: list[int]) -> None:
     assert batches(_layers(4, 16)) == 1
     assert batches(_layers(2, 16)) == 0
     assert batches(_layers(2, 16), batch="always") == 1
-    assert batches(_layers(4, 80)) == 0
+    assert batches(_layers(4, 128)) == 1
+    assert batches(_layers(4, 257)) == 0
     assert batches(_layers(4, 16), batch="never") == 0
     assert batches(_layers(4, 16), cache="version") == 0
     assert batches(_layers(4, 16), memory="recompute") == 0
