@@ -41,8 +41,10 @@ def report(
     models = [model_options.read(path) for path in (first, second) if path is not None]
     with step("evaluating"):
         document = {"title": str(second or first), **report_data(models[-1], models[0] if second else None)}
+    heads = ("Before", "After") if second else ("",)
+    drawings = "".join(f"<h3>{head}</h3>{_drawing(model)}" for head, model in zip(heads, models, strict=True))
     with step(f"writing {output}"), written_atomically(output, force=force) as temporary:
-        temporary.write_text(page(document, _drawing(models[-1])), encoding="utf-8")
+        temporary.write_text(page(document, drawings), encoding="utf-8")
     totals = document["totals"]
     computed = f"{counted(totals['tensors'], 'tensor')}, {totals['computed']} of them computed"
     stderr.print(f"wrote {output}: {computed}; open it in a browser")
@@ -68,7 +70,7 @@ def page(document: dict[str, Any], drawing: str = "") -> str:
 
     Arguments:
         document: the data that the page shows.
-        drawing: the graph as SVG.
+        drawing: the graphs as SVG.
     """
     template = (resources.files("rewriter.cli") / "report.html").read_text(encoding="utf-8")
     data = json.dumps(document, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")

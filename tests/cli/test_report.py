@@ -73,6 +73,7 @@ def test_the_report_has_each_tensor_before_and_after(reparam, folder, rewritten)
         {"name": "even", "chains": ["symmetric"], "tensors": 2, "moved": data["rules"][0]["moved"]}
     ]
     assert data["totals"]["computed"] == 2
+    assert [tag for tag, _ in Page((folder / "out.html").read_text()).tags if tag in ("h3", "svg")] == ["h3", "svg"] * 2
 
 
 def test_one_model_is_compared_with_its_stored_tensors(reparam, folder, rewritten):
