@@ -30,7 +30,8 @@ def report(
 ) -> Outcome:
     """Write an HTML page: the rules, and each tensor before and after with norm, singular values and zeros.
 
-    With one MODEL, a computed tensor is compared with its stored tensor. The page needs no network.
+    With one MODEL, a computed tensor is compared with its stored tensor. The model before can be bare weights. The page
+    needs no network.
     """
     from rewriter.cli._report_data import report_data
     from rewriter.serialization import check_writable, written_atomically
@@ -38,11 +39,15 @@ def report(
     if str(output) == "-":
         raise RewriterError("a report is written to a file, not to stdout: -o OUT")
     check_writable(output, force)
-    models = [model_options.read(path) for path in (first, second) if path is not None]
+    before = model_options.read_or_weights(first) if second is not None else None
+    after = model_options.read(second or first)
     with step("evaluating"):
-        document = {"title": str(second or first), **report_data(models[-1], models[0] if second else None)}
+        document = {"title": str(second or first), **report_data(after, before)}
+    drawings = _drawing(after)
+    if before is not None and not isinstance(before, dict):
+        drawings = f"<h3>Before</h3>{_drawing(before)}<h3>After</h3>{drawings}"
     with step(f"writing {output}"), written_atomically(output, force=force) as temporary:
-        temporary.write_text(page(document, _drawing(models[-1])), encoding="utf-8")
+        temporary.write_text(page(document, drawings), encoding="utf-8")
     totals = document["totals"]
     computed = f"{counted(totals['tensors'], 'tensor')}, {totals['computed']} of them computed"
     stderr.print(f"wrote {output}: {computed}; open it in a browser")
@@ -68,7 +73,7 @@ def page(document: dict[str, Any], drawing: str = "") -> str:
 
     Arguments:
         document: the data that the page shows.
-        drawing: the graph as SVG.
+        drawing: the graphs as SVG.
     """
     template = (resources.files("rewriter.cli") / "report.html").read_text(encoding="utf-8")
     data = json.dumps(document, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")

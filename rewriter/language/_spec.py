@@ -21,7 +21,6 @@ from pydantic import (
     model_validator,
 )
 
-from rewriter._html import html_table
 from rewriter.language._document import Document, Key, Location
 from rewriter.language._forms import Forms, OrAbsent
 from rewriter.language._problems import invalid
@@ -248,6 +247,8 @@ class Spec(Value):
         return f"{self.source}: {rules}{absorbing}" + (", the rest frozen" if self.trainable == "rewritten" else "")
 
     def _repr_html_(self) -> str:
+        from rewriter._html import html_table
+
         chains = (" >> ".join(map(str, rule.chain)) or "left alone" for rule in self.rules)
         rows = ((rule.name, str(rule.select), chain) for rule, chain in zip(self.rules, chains, strict=True))
         return html_table(str(self), ("rule", "select", "chain"), rows)

@@ -275,7 +275,7 @@ def _check_parts(index: int, step: Step, module: nn.Module, parts: Sequence[Any]
         elif type(part) not in (Tensor, nn.Parameter, type(value)):
             wrong = f"a {type(part).__name__}, a subclass of Tensor"
         elif number and part.dtype != value.dtype and not _complex_or_not(part, value):
-            wrong = f"{dtype_name(part.dtype)} for {dtype_name(value.dtype)}"
+            wrong = f"{dtype_name(part.dtype)} for {dtype_name(value.dtype)}, and has no `preserves_dtype = False`"
         if wrong:
             raise BuildError(
                 f"step {index + 1}, {step}: its right inverse returns {wrong}; it has to return the tensor, or the "

@@ -73,6 +73,16 @@ def test_the_report_has_each_tensor_before_and_after(reparam, folder, rewritten)
         {"name": "even", "chains": ["symmetric"], "tensors": 2, "moved": data["rules"][0]["moved"]}
     ]
     assert data["totals"]["computed"] == 2
+    assert [tag for tag, _ in Page((folder / "out.html").read_text()).tags if tag in ("h3", "svg")] == ["h3", "svg"] * 2
+
+
+def test_the_model_before_can_be_bare_weights(reparam, folder, rewritten):
+    torch.save(torch.load("model.pt", weights_only=False).state_dict(), "weights.pt")
+    whole, weights = (
+        reparam("report", before, rewritten, "-o", "out.html", "--json", "--force").json
+        for before in ("model.pt", "weights.pt")
+    )
+    assert whole["tensors"] == weights["tensors"]
 
 
 def test_one_model_is_compared_with_its_stored_tensors(reparam, folder, rewritten):

@@ -136,6 +136,8 @@ def test_original_tensors_come_back(program):
 class Halving(nn.Module):
     """Stores its tensor in half the precision."""
 
+    preserves_dtype = False
+
     def forward(self, X):
         return X * 1
 

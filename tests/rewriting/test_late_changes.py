@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewriter import bake, rewrite
 from rewriter.errors import RewriterError
 
-SPEC = {"reparam": 1, "rules": [{"name": "w", "select": "**.{linear,conv}.weight", "chain": ["orthogonal"]}]}
+SPEC = {"reparam": 1, "rules": [{"name": "w", "select": "**.{linear,conv}.weight", "chain": ["weight_norm"]}]}
 REGISTERED = [
     "register_forward_pre_hook",
     "register_forward_hook",
