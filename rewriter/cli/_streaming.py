@@ -26,7 +26,8 @@ def streamed(path: Path, files: bool) -> bool:
     """Whether a model is streamed: a folder of shards or an index always, a safetensors file if `files` says so."""
     if path.suffix == ".safetensors" and not os.path.isdir(path):
         return files
-    return path.name.endswith(".safetensors.index.json") or bool(glob.glob(f"{glob.escape(str(path))}/*.safetensors*"))
+    names = (f"{glob.escape(str(path))}/{pattern}" for pattern in ("*.safetensors*", ".metadata"))
+    return path.name.endswith(".safetensors.index.json") or any(map(glob.glob, names))
 
 
 def refuse_options(given: Mapping[str, Any]) -> None:

@@ -16,8 +16,9 @@ from rewriter.errors import ModelFileError, PlanError
 from rewriter.serialization import check_writable, written_atomically
 from rewriter.serialization._atomic import lock
 from rewriter.streaming._checkpoint import Checkpoint, index_text
+from rewriter.streaming._dcp import Pieces
 from rewriter.streaming._layout import Shard
-from rewriter.streaming._write import Report, Writer, is_complete
+from rewriter.streaming._write import Report, Writer, is_complete, together
 
 MANIFEST = ".reparam.json"
 
@@ -152,7 +153,7 @@ def _write_shards(shards: Sequence[Shard], partial: Path, writer: Writer, digest
         temporary.write_text(json.dumps({"job": digest, "shards": done}, indent=2))
         temporary.replace(manifest)
     if refused:
-        raise PlanError.of([found for problem in refused for found in problem.diagnostics])
+        raise together(refused)
     return sorted(kept)
 
 
@@ -171,7 +172,9 @@ def _verified(shards: Sequence[Shard], partial: Path, digest: str) -> dict[str, 
 
 
 def _digest(checkpoint: Checkpoint, shards: Sequence[Shard], job: Mapping[str, Any]) -> str:
-    inputs = [[str(shard.file), shard.size, shard.file.stat().st_mtime_ns] for shard in checkpoint.shards]
+    pieces = (piece.file for one in checkpoint.tensors.values() if isinstance(one, Pieces) for piece in one.pieces)
+    files = sorted({one.file for one in checkpoint.tensors.values()} | set(pieces))
+    inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     headers = [[shard.file, hashlib.sha256(shard.header()).hexdigest()] for shard in shards]
     return hashlib.sha256(json.dumps([inputs, headers, job], sort_keys=True, default=str).encode()).hexdigest()
 
