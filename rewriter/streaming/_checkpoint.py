@@ -49,7 +49,7 @@ class Checkpoint:
         tensors = {stored.name: stored for shard in self.shards for stored in shard.tensors}
         object.__setattr__(self, "tensors", tensors)
         texts = [item for shard in self.shards for item in shard.metadata.items()]
-        tied = {name: kept for name, kept in texts if kept in tensors and name not in tensors}
+        tied = {name: kept for name, kept in texts if kept in tensors and name not in tensors and name != "format"}
         object.__setattr__(self, "aliases", tied)
 
     @property
