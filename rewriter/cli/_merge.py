@@ -11,7 +11,7 @@ from rewriter.cli._app import command
 from rewriter.cli._console import stderr
 from rewriter.cli._options import Force, Output, StreamOptions
 from rewriter.cli._outcome import Outcome
-from rewriter.cli._streaming import progress
+from rewriter.cli._streaming import written as writing
 from rewriter.cli._text import counted
 
 
@@ -36,17 +36,8 @@ def merge(
     """Add the changes of LoRA, rsLoRA and DoRA adapters to BASE, one tensor in memory at a time."""
     from rewriter.streaming import merge_checkpoint
 
-    with progress(output) as report:
-        done = merge_checkpoint(
-            base,
-            adapters,
-            output,
-            weights=_numbers(weights),
-            force=force,
-            resume=stream.resume,
-            workers=stream.workers,
-            report=report,
-        )
+    with writing(output, stream, force) as how:
+        done = merge_checkpoint(base, adapters, output, weights=_numbers(weights), **how)
     written = done.written
     count, shards = counted(len(done.names), "tensor"), counted(len(written.shards), "shard")
     stderr.print(f"wrote {output}: {count} merged, {shards}")

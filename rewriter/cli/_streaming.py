@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from rewriter.cli import _inputs
 from rewriter.cli._console import stderr
 from rewriter.cli._options import ModelOptions, SpecOptions, StreamOptions
@@ -26,7 +28,8 @@ def streamed(path: Path, files: bool) -> bool:
     """Whether a model is streamed: a folder of shards or an index always, a safetensors file if `files` says so."""
     if path.suffix == ".safetensors" and not os.path.isdir(path):
         return files
-    return path.name.endswith(".safetensors.index.json") or bool(glob.glob(f"{glob.escape(str(path))}/*.safetensors*"))
+    names = (f"{glob.escape(str(path))}/{pattern}" for pattern in ("*.safetensors*", ".metadata"))
+    return path.name.endswith(".safetensors.index.json") or any(map(glob.glob, names))
 
 
 def refuse_options(given: Mapping[str, Any]) -> None:
@@ -50,17 +53,16 @@ def run(
     read = spec_options.read(spec)
     if output.exists() and spec.exists() and output.samefile(spec):
         raise RewriterError(f"{output} is the spec itself; choose another name for the output")
-    with factory(path, model_options) as model, progress(output) as report:
-        how = {"model": model, "force": force, "resume": stream.resume, "workers": stream.workers, "report": report}
-        done = verb(path, read, output, **how)
-    written = done.written
+    with factory(path, model_options) as model, written(output, stream, force) as how:
+        done = verb(path, read, output, model=model, **how)
+    files = done.written
     verb_done = "baked" if verb.__name__.startswith("bake") else "rewritten"
-    count, shards = counted(len(done.names), "tensor"), counted(len(written.shards), "shard")
-    kept = f", {len(written.kept)} of them kept" if written.kept else ""
+    count, shards = counted(len(done.names), "tensor"), counted(len(files.shards), "shard")
+    kept = f", {len(files.kept)} of them kept" if files.kept else ""
     stderr.print(f"wrote {output}: {count} {verb_done}, {shards}{kept}")
     document = {verb_done: done.names, "left": [], "output": str(output), "format": "safetensors"}
-    files = {"shards": written.shards, "kept": written.kept, "bytes": written.nbytes}
-    return Outcome({**done.plan.to_dict(), **document, **files})
+    sizes = {"shards": files.shards, "kept": files.kept, "bytes": files.nbytes}
+    return Outcome({**done.plan.to_dict(), **document, **sizes})
 
 
 @contextlib.contextmanager
@@ -76,6 +78,19 @@ def factory(path: Path, options: ModelOptions) -> Iterator[Any]:
 
         with script_of(path, options.model) as (named, _):
             yield _factory(named)
+
+
+@contextlib.contextmanager
+def written(output: Path, stream: StreamOptions, force: bool) -> Iterator[dict[str, Any]]:
+    """Give the body how to write. Of the processes of torchrun, only the first reports."""
+    from rewriter.streaming import ranks_of_torchrun
+
+    ranks = ranks_of_torchrun()
+    stderr.quiet = stderr.quiet or ranks.rank > 0
+    with progress(output) as report:
+        yield {"force": force, "resume": stream.resume, "workers": stream.workers, "report": report, "ranks": ranks}
+    if ranks.rank > 0:
+        raise typer.Exit
 
 
 @contextlib.contextmanager

@@ -5,15 +5,18 @@ from __future__ import annotations
 from rewriter.streaming._checkpoint import Checkpoint, open_checkpoint
 from rewriter.streaming._merge import merge_checkpoint
 from rewriter.streaming._plan import CheckpointPlan, plan_checkpoint
+from rewriter.streaming._ranks import Ranks, ranks_of_torchrun
 from rewriter.streaming._verbs import Streamed, apply_checkpoint, bake_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointPlan",
+    "Ranks",
     "Streamed",
     "apply_checkpoint",
     "bake_checkpoint",
     "merge_checkpoint",
     "open_checkpoint",
     "plan_checkpoint",
+    "ranks_of_torchrun",
 ]

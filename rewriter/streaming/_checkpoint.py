@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import ModelFileError
+from rewriter.streaming._dcp import Pieces, dcp_headers, is_dcp
 from rewriter.streaming._header import Header, Stored, check_name, parsed, read_header
 
 INDEX = ".safetensors.index.json"
@@ -48,7 +49,7 @@ class Checkpoint:
         tensors = {stored.name: stored for shard in self.shards for stored in shard.tensors}
         object.__setattr__(self, "tensors", tensors)
         texts = [item for shard in self.shards for item in shard.metadata.items()]
-        tied = {name: kept for name, kept in texts if kept in tensors and name not in tensors}
+        tied = {name: kept for name, kept in texts if kept in tensors and name not in tensors and name != "format"}
         object.__setattr__(self, "aliases", tied)
 
     @property
@@ -75,7 +76,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the headers of a safetensors file, of the shards of an index, or of a folder.
+    """Read the headers of a safetensors file, of the shards of an index, or of a folder that may be of DCP.
 
     Raises:
         ModelFileError: a file is missing or damaged, or the index and the shards contradict each other.
@@ -90,6 +91,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _folder(folder: Path) -> Checkpoint:
+    if is_dcp(folder):
+        shards = dcp_headers(folder)
+        index = f"model{INDEX}" if len(shards) > 1 else ""
+        return Checkpoint(folder, shards, index, others=_others(folder))
     found = sorted(folder.glob("*.safetensors"))
     indexes = sorted(folder.glob(f"*{INDEX}"))
     if len(indexes) > 1:
@@ -150,6 +155,8 @@ def read_tensor(stored: Stored) -> Tensor:
     Raises:
         ModelFileError: the file is shorter than its header said when it was checked.
     """
+    if isinstance(stored, Pieces):
+        return stored.read()
     content = torch.empty(stored.nbytes, dtype=torch.uint8)
     view = content.numpy().data
     try:

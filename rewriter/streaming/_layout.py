@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rewriter.sites._container import path_for
-from rewriter.streaming._checkpoint import CHAINS, FORMS, Checkpoint
+from rewriter.streaming._checkpoint import CHAINS, FORMS, Checkpoint, read_tensor
+from rewriter.streaming._dcp import Pieces
 from rewriter.streaming._header import Header, Stored, header_bytes, parsed
 
 
@@ -118,12 +119,19 @@ def _keep_texts(shard: Shard, header: Header, tied: Mapping[str, str], replaced:
             shard.metadata.setdefault(key, text)
 
 
+def _gathering(stored: Stored, output: Output) -> Work:
+    return Work(stored.name, [stored], [stored], [output], lambda: [read_tensor(stored)])
+
+
 def _shard(header: Header, at: Mapping[str, list[Work]], replaced: set[str]) -> Shard:
     shard = Shard(header.file.name)
     records: dict[str, dict[str, object]] = defaultdict(dict)
     for stored in header.tensors:
         if stored.name not in replaced:
-            shard.outputs.append(Output(stored.name, stored.dtype, stored.shape, stored))
+            output = Output(stored.name, stored.dtype, stored.shape, None if isinstance(stored, Pieces) else stored)
+            shard.outputs.append(output)
+            if output.source is None:
+                shard.work.append(_gathering(stored, output))
         for one in at.get(stored.name, ()):
             shard.work.append(one)
             shard.outputs += one.outputs

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewriter.errors import ModelFileError, PlanError
+from rewriter.errors import ModelFileError, PlanError, RewriterError
 from rewriter.serialization import check_writable, written_atomically
 from rewriter.serialization._atomic import lock
 from rewriter.streaming._checkpoint import Checkpoint, index_text
+from rewriter.streaming._dcp import Pieces
 from rewriter.streaming._layout import Shard
-from rewriter.streaming._write import Report, Writer, is_complete
+from rewriter.streaming._ranks import Ranks
+from rewriter.streaming._write import Report, Writer, is_complete, together
 
-MANIFEST = ".reparam.json"
+MANIFEST = ".reparam.{}.json"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def write_output(
     resume: bool = False,
     workers: int | None = None,
     report: Report = lambda count, total: None,
+    ranks: Ranks = Ranks(),  # noqa: B008
 ) -> Written:
     """Write the shards, the index and the other files of a checkpoint.
 
@@ -91,6 +94,7 @@ def write_output(
         resume: keep the complete shards of a run that ended early.
         workers: how many sites are evaluated at a time; the default is the number of cores.
         report: hears of the bytes that were written.
+        ranks: the processes that write together; each writes some of the shards.
 
     Raises:
         ModelFileError: the output cannot be written, or an input cannot be read.
@@ -98,20 +102,27 @@ def write_output(
     """
     check_output(checkpoint, shards, output, force)
     writer = Writer(shards, workers or cores(), report)
+    names = [shard.file for shard in shards]
     if checkpoint.is_file:
-        with written_atomically(output, force=force) as temporary:
-            writer.write(shards[0], temporary)
-        return Written([shard.file for shard in shards], [], writer.nbytes)
+        if ranks.rank == 0:
+            with written_atomically(output, force=force) as temporary:
+                writer.write(shards[0], temporary)
+        ranks.shared(None)
+        return Written(names, [], writer.nbytes)
     output = Path(os.path.realpath(output))
     partial = output.parent / f".{output.name}.partial"
     try:
-        with _locked(partial):
-            kept = _write_shards(shards, partial, writer, _digest(checkpoint, shards, job), resume)
-            _write_rest(checkpoint, shards, partial)
-            _publish(partial, output, force)
+        with _locked(partial) if ranks.rank == 0 else contextlib.nullcontext():
+            digest = _digest(checkpoint, shards, job)
+            kept = ranks.shared(_prepared(shards, partial, digest if resume else "") if ranks.rank == 0 else None)[0]
+            _write_shards(shards, partial, writer, digest, kept, ranks)
+            if ranks.rank == 0:
+                _write_rest(checkpoint, shards, partial)
+                _publish(partial, output, force)
+            ranks.shared(None)
     except OSError as problem:
         raise ModelFileError(f"{output} cannot be written: {problem.strerror or problem}") from problem
-    return Written([shard.file for shard in shards], kept, writer.nbytes)
+    return Written(names, sorted(kept), writer.nbytes)
 
 
 @contextlib.contextmanager
@@ -130,48 +141,64 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _write_shards(shards: Sequence[Shard], partial: Path, writer: Writer, digest: str, resume: bool) -> list[str]:
-    manifest = partial / MANIFEST
-    kept = _verified(shards, partial, digest) if resume else {}
+def _prepared(shards: Sequence[Shard], partial: Path, digest: str) -> dict[str, Any]:
+    """Remove what an earlier run left, and return the checksums of the shards of this job that are complete."""
+    kept: dict[str, Any] = {}
+    manifests = list(partial.glob(MANIFEST.format("*")))
+    for manifest in manifests if digest else ():
+        kept |= _verified(shards, manifest, digest)
     for file in partial.iterdir():
-        if file.name not in kept and not (kept and file == manifest):
+        if file.name not in kept and not (kept and file in manifests):
             file.unlink()
+    return kept
+
+
+def _write_shards(
+    shards: Sequence[Shard], partial: Path, writer: Writer, digest: str, kept: Mapping[str, Any], ranks: Ranks
+) -> None:
+    manifest = partial / MANIFEST.format(ranks.rank)
     done = dict(kept)
     refused: list[PlanError] = []
-    for shard in shards:
-        if shard.file in done:
-            writer.report(shard.nbytes)
-            continue
-        temporary, final = partial / f".{shard.file}.tmp", partial / shard.file
-        try:
-            done[shard.file] = writer.write(shard, temporary)
-        except PlanError as problem:
-            refused.append(problem)  # the other shards may have more
-            continue
-        temporary.replace(final)
-        temporary.write_text(json.dumps({"job": digest, "shards": done}, indent=2))
-        temporary.replace(manifest)
-    if refused:
-        raise PlanError.of([found for problem in refused for found in problem.diagnostics])
-    return sorted(kept)
+    ended: RewriterError | OSError | None = None
+    try:
+        for shard in shards[ranks.rank :: ranks.size]:
+            if shard.file in kept:
+                writer.report(shard.nbytes)
+                continue
+            temporary, final = partial / f".{shard.file}.tmp", partial / shard.file
+            try:
+                done[shard.file] = writer.write(shard, temporary)
+            except PlanError as problem:
+                refused.append(problem)  # the other shards may have more
+                continue
+            temporary.replace(final)
+            temporary.write_text(json.dumps({"job": digest, "shards": done}, indent=2))
+            temporary.replace(manifest)
+    except (RewriterError, OSError) as problem:
+        ended = problem
+    problems = [problem for problem in ranks.shared(ended or (together(refused) if refused else None)) if problem]
+    if problems:
+        raise problems[0] if len(problems) == 1 or not isinstance(problems[0], PlanError) else together(problems)
 
 
-def _verified(shards: Sequence[Shard], partial: Path, digest: str) -> dict[str, Any]:
+def _verified(shards: Sequence[Shard], manifest: Path, digest: str) -> dict[str, Any]:
     """Return the checksums of the shards that an earlier run of the same job completed, if the files are still so."""
     try:
-        found = json.loads((partial / MANIFEST).read_text())
+        found = json.loads(manifest.read_text())
         sums = found["shards"] if found["job"] == digest else {}
         return {
             shard.file: sums[shard.file]
             for shard in shards
-            if shard.file in sums and is_complete(shard, partial / shard.file, sums[shard.file])
+            if shard.file in sums and is_complete(shard, manifest.parent / shard.file, sums[shard.file])
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def _digest(checkpoint: Checkpoint, shards: Sequence[Shard], job: Mapping[str, Any]) -> str:
-    inputs = [[str(shard.file), shard.size, shard.file.stat().st_mtime_ns] for shard in checkpoint.shards]
+    pieces = (piece.file for one in checkpoint.tensors.values() if isinstance(one, Pieces) for piece in one.pieces)
+    files = sorted({one.file for one in checkpoint.tensors.values()} | set(pieces))
+    inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     headers = [[shard.file, hashlib.sha256(shard.header()).hexdigest()] for shard in shards]
     return hashlib.sha256(json.dumps([inputs, headers, job], sort_keys=True, default=str).encode()).hexdigest()
 
@@ -186,7 +213,8 @@ def _write_rest(checkpoint: Checkpoint, shards: Sequence[Shard], partial: Path) 
 
 
 def _publish(partial: Path, output: Path, force: bool) -> None:
-    (partial / MANIFEST).unlink(missing_ok=True)
+    for manifest in partial.glob(MANIFEST.format("*")):
+        manifest.unlink()
     if output.is_dir() and force and any(output.iterdir()):
         old = output.parent / f".{output.name}.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._given import kind_of
-from rewriter.errors import ModelFileError, PlanError
+from rewriter.errors import ModelFileError, NumericError, PlanError
 from rewriter.language import Rule, Spec
 from rewriter.planning import Entry, ModuleTable, Plan, dtype_name, make_plan
 from rewriter.planning._plan import Pair
@@ -107,7 +107,7 @@ class CheckpointPlan:
         def run() -> Sequence[Tensor]:
             state = sources.site(pair).state_dict()
             if state.keys() != form.keys():
-                raise PlanError(f"{claim.name}: the chain stores {sorted(state)}, and was planned with {sorted(form)}")
+                raise NumericError(f"{claim.name}: stored are {sorted(state)}, and planned were {sorted(form)}")
             return list(state.values())
 
         records: dict[str, dict[str, object]] = {

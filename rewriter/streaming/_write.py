@@ -144,7 +144,13 @@ def _finish(tasks: Sequence[Future[None]]) -> None:
             elif problem is not None:
                 raise problem
     if refused:
-        raise PlanError.of([found for problem in refused for found in problem.diagnostics])
+        raise together(refused)
+
+
+def together(refused: Sequence[PlanError]) -> PlanError:
+    """Return one error for several refused values."""
+    found = [diagnostic for problem in refused for diagnostic in problem.diagnostics]
+    return PlanError("\n".join(map(str, refused)), found)
 
 
 def _runs(outputs: Sequence[Output]) -> list[list[Output]]:

@@ -254,3 +254,25 @@ def test_a_kernel_that_may_be_a_transposed_one_is_refused(tmp_path: Path) -> Non
     told = spec({"spectral_norm": {"dim": 1}})
     apply_checkpoint(tmp_path / "in.safetensors", told, tmp_path / "b.safetensors")
     assert_equal(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
+
+
+class Fold(nn.Module):
+    """Scale the rows of a weight and the bias together."""
+
+    def forward(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * weight, bias + weight.sum(1)
+
+    def right_inverse(self, values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        weight, bias = values
+        return weight / 2, bias - weight.sum(1) / 2
+
+
+def test_tensors_computed_together_are_rewritten_and_baked(tmp_path: Path) -> None:
+    tensors = {"fc.weight": torch.randn(4, 3), "fc.bias": torch.randn(4)}
+    rules = {"reparam": 1, "rules": [{"name": "j", "select": "fc", "joint": ["weight", "bias"], "chain": [Fold()]}]}
+    folder = write_folder(tmp_path / "in", [{name: tensor} for name, tensor in tensors.items()])
+    apply_checkpoint(folder, rules, tmp_path / "stored")
+    wanted = rewrite(tree(tensors), rules, capture="module")
+    assert_equal(read_folder(tmp_path / "stored"), contiguous(wanted.state_dict()))
+    bake_checkpoint(tmp_path / "stored", rules, tmp_path / "out")
+    assert_equal(read_folder(tmp_path / "out"), contiguous(bake(wanted).state_dict()))

@@ -189,7 +189,7 @@ def test_resume_keeps_verified_shards_and_gives_the_same_bytes(
         content = (partial / FIRST).read_bytes()
         (partial / FIRST).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     if damage == "manifest":
-        (partial / ".reparam.json").write_text("nonsense")
+        (partial / ".reparam.0.json").write_text("nonsense")
     done = bake_checkpoint(folder, RULES, interrupted, resume=True)
     assert done.written.kept == ([FIRST] if damage is None else [])
     bake_checkpoint(folder, RULES, folder.parent / "again")
