@@ -26,7 +26,6 @@ Format = Literal["module", "torchscript", "pt2", "aoti", "onnx", "safetensors", 
     "reparam bake rewritten.pt -o part.pt --only 0.weight",
     "reparam bake rewritten.pt -o scripted.ts",
     "reparam bake rewritten.pt -o plain.pt2 --example float32[2,4] --dynamic batch=0",
-    "reparam bake rewritten.pt -o plain.onnx --inputs sample.pt --dynamic batch=0,time=tokens.1",
     "reparam bake FOLDER --spec spec.yaml -o OUT",
 )
 def bake(

@@ -102,6 +102,8 @@ def export_model(
         raise ModelFileError(f"unknown format {format!r}; known are {', '.join(FORMATS)}")
     if isinstance(model, nn.Module):
         refuse_distributed(model)
+    if isinstance(model, ExportedProgram) and format == "module":
+        raise CaptureError("an ExportedProgram is no module any more; write it with the format pt2")
     check_name(Path(path), format)
     call = _call(model, format, example_inputs, example_kwargs, dynamic_shapes)
     noted = json.dumps(dict(provenance_of(model) if provenance is None else provenance), sort_keys=True)

@@ -44,8 +44,6 @@ def reason(problem: BaseException) -> str:
 
 
 def _write_module(job: Job, path: Path) -> None:
-    if isinstance(job.model, ExportedProgram):
-        raise CaptureError("an ExportedProgram is no module any more; write it with the format pt2")
     write_model(job.model, path)
 
 
