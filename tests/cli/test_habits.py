@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rewriter.cli._app import EXAMPLES, app
 from rewriter.cli._outcome import EXIT_CODES
@@ -22,6 +24,15 @@ COMMANDS = sorted(command.name or command.callback.__name__ for command in app.r
 def rewritten(reparam, folder):
     assert reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt").code == 0
     assert reparam("bake", "rewritten.pt", "-o", "plain.pt").code == 0
+    for name in ("FOLDER", "BASE"):
+        (folder / name).mkdir()
+        save_file({"0.weight": torch.ones(4, 4)}, folder / name / "model.safetensors")
+    for name in ("ADAPTER", "one", "two"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+        parts = {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(4, 2)}
+        named = {f"base_model.model.0.{part}.weight": tensor for part, tensor in parts.items()}
+        save_file(named, folder / name / "adapter_model.safetensors")
     return folder
 
 
