@@ -1,7 +1,7 @@
 """A graph's forward that finds each of its modules once, ahead of all else.
 
 torch.fx writes ``getattr(self.blocks, "3").parametrizations.weight()`` for each node. nn.Module looks each of these
-names up in Python, which in a network of many small layers takes a tenth of a training step.
+names up in Python. In a network of many small layers that takes up to a tenth of a training step.
 """
 
 from __future__ import annotations
