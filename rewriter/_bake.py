@@ -218,7 +218,7 @@ def _values(site: Site, keep: Keep) -> list[Tensor]:
         warnings.warn(
             f"{site.spec.name}: {' >> '.join(site.spec.chain)} draws random numbers in evaluation mode, and the "
             "baked tensor is one draw",
-            stacklevel=7,
+            stacklevel=8,
         )
     return [value] if len(site.spec.members) == 1 else list(value)
 

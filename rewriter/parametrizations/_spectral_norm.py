@@ -64,8 +64,7 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
 
     def forward(self, X: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            turns = self.n_power_iterations if self.training else 0
-            value = over_norm(X, self.outputs, self._u, self._v, turns, self.eps) if turns else None
+            value = self._in_one_node(X) if self.training else None
             if value is not None:
                 return value
         W = widen(X)
@@ -93,6 +92,9 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
         if M.device.type != "meta" and self._estimate(M) != self._fitted:
             self._fit(M)
         return value
+
+    def _in_one_node(self, X: Tensor) -> Tensor | None:
+        return over_norm(X, self.outputs, self._u, self._v, self.n_power_iterations, self.eps)
 
     def _divided(self, W: Tensor, sigma: Tensor) -> Tensor:
         return W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)

@@ -17,7 +17,7 @@ from rewriter.program._written import is_written, signature_of
 from rewriter.sites._container import path_for
 from rewriter.sites._places import CONTAINER
 
-_IN_STRICT_MODE = re.compile(r"\.__dict__\['_modules'\]\['([^']*)'\]")
+_IN_STRICT_MODE = re.compile(r"(?:^|\.)__dict__\['_modules'\]\['([^']*)'\]")
 
 
 def sites_of_program(program: Any) -> list[ProgramSite]:

@@ -181,6 +181,10 @@ def _read_exported(path: Path, trust: bool) -> ExportedProgram:
         raise ModelFileError(f"{path} cannot be read as an ExportedProgram: {text}") from problem
 
 
+def _is_rewritten(names: Iterable[str]) -> bool:
+    return any(".parametrizations." in name for name in names)
+
+
 def _refusal(file: ModelFile, refused: list[str]) -> str:
     names = {printable(name): _warning(name) for name in refused}
     lines = [
@@ -243,7 +247,8 @@ def _filled(path: Path, module: nn.Module, weights: dict[str, torch.Tensor]) -> 
     try:
         module.load_state_dict(weights)
     except RuntimeError as problem:
-        if any(".parametrizations." in name for name in weights.keys() - module.state_dict().keys()):
+        own = module.state_dict().keys()
+        if _is_rewritten(weights.keys() - own) and not _is_rewritten(own):
             raise WeightsError(
                 f"{path} has the weights of a rewritten model: `reparam apply SPEC {path} -o OUT` loads them into one "
                 "(in Python: rewrite(model, spec).load_state_dict(weights))",

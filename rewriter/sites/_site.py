@@ -325,13 +325,6 @@ class Site(nn.Module):
         value = self.current()
         return value if len(self.spec.members) == 1 else value[self.position(tensor)]
 
-    def __prepare_scriptable__(self) -> Site:
-        # torch.jit.script asks each module. A graph answers for all of its own, with a module without sites.
-        raise CaptureError(
-            f"torch.jit.script cannot compile a model with module capture, in which {self.spec.name} is read from "
-            "Python: bake first, as in torch.jit.script(rewriter.bake(model))"
-        )
-
     def __getattr__(self, name: str) -> Any:
         if name in ("append", "is_tensor"):  # which torch.nn.utils.parametrize asks of what computes a tensor
             raise AttributeError(

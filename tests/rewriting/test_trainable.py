@@ -183,4 +183,4 @@ def make_program() -> Callable[[nn.Module], Any]:
 
 
 def test_a_spec_shows_it() -> None:
-    assert str(load_spec(spec("weight_norm", top="rewritten"))) == "<spec>: 1 rules, the rest frozen"
+    assert str(load_spec(spec("weight_norm", top="rewritten"))) == "<spec>: 1 rule, the rest frozen"
