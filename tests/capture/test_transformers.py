@@ -311,6 +311,7 @@ def test_checkpointed_layers_are_not_evaluated_again() -> None:
     assert Halved.evaluations == len(plan(case.model, case.spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_one_exported_graph_for_train_and_eval(name: str) -> None:
     case = Case(name)

@@ -39,7 +39,9 @@ def _model():
     return rewriter.bake(rewriter.rewrite(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), SPEC)).eval()
 
 
-@pytest.mark.parametrize("name", ["o.ts", "o.pt2", "o.onnx", "o.pt", "o.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["o.ts", pytest.param("o.pt2", marks=pytest.mark.slow), "o.onnx", "o.pt", "o.safetensors"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_is_read_back_and_compared(tmp_path, name):
     pytest.importorskip("onnxruntime") if name == "o.onnx" else None
@@ -49,7 +51,7 @@ def test_a_file_is_read_back_and_compared(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_a_size_that_varies_is_compared_too(tmp_path, format, monkeypatch):
     pytest.importorskip("onnxruntime") if format == "onnx" else None
@@ -105,7 +107,9 @@ class _Noise(nn.Module):
         return x + torch.rand_like(x)
 
 
-@pytest.mark.parametrize("format", ["pt2", "onnx", "torchscript"])
+@pytest.mark.parametrize(
+    "format", ["pt2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("onnx", "torchscript"))]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_keyword_arguments_and_a_dataclass_as_output(tmp_path, format):
     pytest.importorskip("onnxruntime") if format == "onnx" else None
@@ -180,6 +184,7 @@ def test_a_file_says_where_its_weights_come_from(tmp_path, name):
             assert file.metadata()["format"] == "pt"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_large_weights_of_an_onnx_file_are_in_a_second_file(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
