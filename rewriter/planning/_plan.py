@@ -153,7 +153,7 @@ class Plan:
                 site, present = built[id(entry)]
                 how, why = self.table.reached(self.capture, site)
                 fused = tuple((start + 1, stop) for start, stop in getattr(site, "fused", ()))
-                sites.append(PlannedSite(site.spec, how, why, self.moved.get(site, 0.0), present, fused))
+                sites.append(PlannedSite(site.spec, how, why, 0.0 if present else self.moved.get(site), present, fused))
         return tuple(sites)
 
     @functools.cached_property

@@ -60,6 +60,8 @@ def test_a_file_gives_a_file(reparam: Any, folder: Path) -> None:
 def test_plan_and_inspect_read_headers(reparam: Any, folder: Path) -> None:
     planned = reparam("plan", "spec.yaml", "model")
     assert "2 sites" in planned.out and "4×4" in planned.out
+    # No value is read, so that nothing is known of how far it moves.
+    assert [site["moved"] for site in reparam("plan", "spec.yaml", "model", "--json").json["sites"]] == [None, None]
     assert [one["shape"] for one in reparam("inspect", "model", "--json").json["tensors"]] == [[4, 4], [4], [4, 4]]
 
 
