@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from rewriter.cli._app import command
 from rewriter.cli._console import stderr
@@ -21,29 +23,31 @@ if TYPE_CHECKING:
     from rewriter.sites import Site
 
 
-@command("reparam draw rewritten.pt", "reparam draw rewritten.pt -o graph.svg")
+@command("reparam draw rewritten.pt", "reparam draw rewritten.pt --full", "reparam draw rewritten.pt -o graph.svg")
 def draw(
     model_file: ModelFile,
     model_options: ModelOptions,
     output: OptionalOutput = None,
+    full: Annotated[bool, typer.Option("--full", help="Show repeated blocks each time. Default: once.")] = False,
     force: Force = False,
 ) -> Outcome:
     """Print the graph of MODEL, one line per operation, or draw it into an SVG file.
 
     For a model with module capture: each chain, and the modules that read its value.
     """
+    from rewriter.cli._fold import folded
     from rewriter.cli._svg import svg_of
     from rewriter.serialization import check_writable, written_atomically
 
     if output is None:
         lines = graph_lines(model_options.read(model_file))
-        return Outcome({"model": str(model_file), "graph": lines}, "\n".join(lines))
+        return Outcome({"model": str(model_file), "graph": lines}, "\n".join(lines if full else folded(lines)))
     if output.suffix != ".svg":
         raise RewriterError(f"{output}: a graph is drawn as SVG; name the file .svg")
     check_writable(output, force)
     lines = graph_lines(model_options.read(model_file))
     with written_atomically(output, force=force) as temporary:
-        temporary.write_text(svg_of([printable(line) for line in lines]), encoding="utf-8")
+        temporary.write_text(svg_of([printable(line) for line in (lines if full else folded(lines))]), encoding="utf-8")
     stderr.print(f"wrote {output}: {counted(len(lines), 'line')}")
     return Outcome({"model": str(model_file), "graph": lines, "output": str(output)})
 

@@ -57,10 +57,11 @@ def report(
 def _drawing(model: Any) -> str:
     """Return the graph as SVG, or why there is none."""
     from rewriter.cli._draw import graph_lines
+    from rewriter.cli._fold import folded
     from rewriter.cli._svg import svg_of
 
     try:
-        return svg_of([printable(line) for line in graph_lines(model)])
+        return svg_of([printable(line) for line in folded(graph_lines(model))])
     except CaptureError as problem:
         return f"<p>{html.escape(str(problem))}</p>"
 
