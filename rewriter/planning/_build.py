@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -205,11 +205,23 @@ def _rest(entry: Entry, layout: Layout) -> Tensor:
     return nn.Parameter(rest, requires_grad=info.requires_grad) if info.kind == "parameter" else rest
 
 
-def check_value(claim: Claim, site: Site, inputs: Mapping[str, Tensor], *, measure: bool) -> float | None:
-    """Return how far the chain moves the tensor, relative to its norm; ``None`` where that has no meaning.
+class Measures(NamedTuple):
+    """What a plan says of a value; ``None`` where that has no meaning.
 
     Arguments:
-        measure: whether to find the distance; otherwise only shape and dtype are looked at.
+        moved: how far it is from the tensor before, relative to the norm of that.
+        zeros: which part of its entries is zero.
+    """
+
+    moved: float | None = None
+    zeros: float | None = None
+
+
+def check_value(claim: Claim, site: Site, inputs: Mapping[str, Tensor], *, measure: bool) -> Measures:
+    """Check the value of a chain, and measure it.
+
+    Arguments:
+        measure: whether to measure; otherwise only shape and dtype are looked at.
 
     Raises:
         BuildError: the chain fails, or gives another shape or dtype and the rule is not `unsafe`.
@@ -225,6 +237,7 @@ def check_value(claim: Claim, site: Site, inputs: Mapping[str, Tensor], *, measu
         raise BuildError("the chain changes the tensor that it is given in place; it has to return a new one")
     results = [value] if len(claim.entries) == 1 else list(value)
     moved: float | None = 0.0
+    zeros = count = 0
     for entry, result in zip(claim.entries, results, strict=True):
         before = value_of(entry)
         if not isinstance(result, Tensor):
@@ -240,7 +253,9 @@ def check_value(claim: Claim, site: Site, inputs: Mapping[str, Tensor], *, measu
             moved = None
         elif moved is not None:
             moved = max(moved, _distance(result, before))
-    return moved
+        if measure and not result.is_meta:
+            zeros, count = zeros + result.numel() - int(result.count_nonzero()), count + result.numel()
+    return Measures(moved, zeros / count if count else None)
 
 
 def _distance(after: Tensor, before: Tensor) -> float:

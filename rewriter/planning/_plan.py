@@ -14,6 +14,7 @@ from rewriter._html import html_table
 from rewriter.capture import Capture
 from rewriter.errors import PlanError
 from rewriter.language import Spec
+from rewriter.planning._build import Measures
 from rewriter.planning._module_table import ModuleTable
 from rewriter.planning._origin import Origin
 from rewriter.planning._resolve import Claim
@@ -33,6 +34,7 @@ class PlannedSite:
         why: the reason for that capture, in words.
         moved: ‖new − old‖ / ‖old‖ of the value when the chain is put on; ``None`` where it has no meaning
             (`unsafe` shapes, tensors without values).
+        zeros: which part of the entries of the value is zero.
         present: whether the model has this parametrization already.
         fused: the first and the last of neighbouring steps that are evaluated as one, counted from one.
     """
@@ -43,6 +45,7 @@ class PlannedSite:
     moved: float | None
     present: bool = False
     fused: tuple[tuple[int, int], ...] = ()
+    zeros: float | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +88,7 @@ class PlannedSite:
             "capture": self.capture,
             "why": self.why,
             "moved": self.moved,
+            "zeros": self.zeros,
             "present": self.present,
             "fused": [list(group) for group in self.fused],
             "trainable": self.spec.trainable,
@@ -107,7 +111,7 @@ class Plan:
         capture: the captured graph, or the reason why there is none.
         new: claims with the sites built for them, each before the sites that it reads.
         present: claims on sites that the model has already.
-        moved: how far the value of each new site moves.
+        measures: what was measured of the value of each new site.
         origin: the model that was given to `plan`, with its fingerprint and the arguments.
     """
 
@@ -116,7 +120,7 @@ class Plan:
     capture: Capture
     new: tuple[Pair, ...] = ()
     present: tuple[Pair, ...] = ()
-    moved: Mapping[Site, float | None] = field(default_factory=dict)
+    measures: Mapping[Site, Measures] = field(default_factory=dict)
     origin: Origin | None = None
 
     @property
@@ -153,7 +157,8 @@ class Plan:
                 site, present = built[id(entry)]
                 how, why = self.table.reached(self.capture, site)
                 fused = tuple((start + 1, stop) for start, stop in getattr(site, "fused", ()))
-                sites.append(PlannedSite(site.spec, how, why, 0.0 if present else self.moved.get(site), present, fused))
+                moved, zeros = (0.0, None) if present else self.measures.get(site, Measures())
+                sites.append(PlannedSite(site.spec, how, why, moved, present, fused, zeros))
         return tuple(sites)
 
     @functools.cached_property
@@ -260,6 +265,8 @@ class Plan:
         return f"{self.source}: {count}, captured as {self.root}{why}"
 
     def _notes(self) -> Iterator[str]:
+        if any(site.moved for site in self.sites):
+            yield "moved: the norm of the change, divided by the norm of the old value"
         if self.added:
             yield f"new trained parameters, which an optimizer built before lacks: {len(self.added)}"
         if self.spec.trainable == "rewritten":
@@ -284,11 +291,16 @@ def _row(site: PlannedSite) -> tuple[str, ...]:
         " >> ".join(site.chain)
         + "".join(f" ({first}–{last} as one)" for first, last in site.fused)
         + (f" on chunks {', '.join(map(str, layout.only))} of {layout.chunks}" if layout.only else "")
+        + (f" on each of {layout.chunks} chunks" if layout.chunks and not layout.only else "")
         + {None: "", True: " (trained)", False: " (frozen)"}[site.spec.trainable],
         "×".join(map(str, site.shape)) or "scalar",
-        "present" if site.present else _moved(site.moved),
+        "present" if site.present else _moved(site.moved) + _sparsity(site.zeros),
         f"{site.capture}: {site.why}" if site.why and site.capture != "module" else site.capture,
     )
+
+
+def _sparsity(zeros: float | None) -> str:
+    return "" if zeros is None or zeros < 0.005 else f" ({zeros:.0%} zeros)"
 
 
 def _moved(moved: float | None) -> str:

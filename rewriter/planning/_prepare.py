@@ -13,7 +13,7 @@ from rewriter.capture import Call, Capture
 from rewriter.context import Contexts
 from rewriter.errors import Diagnostic
 from rewriter.language import Rule, Spec
-from rewriter.planning._build import Description, build, check_value, describe
+from rewriter.planning._build import Description, Measures, build, check_value, describe
 from rewriter.planning._chain import BuildError, Chain
 from rewriter.planning._fit import Fitted, fitted_together
 from rewriter.planning._module_table import ModuleTable
@@ -72,12 +72,12 @@ def make_plan(
     way = table.capture([name.rpartition(".")[0] for entries in owned for entry in entries for name in entry.names])
     problems.add(refuse_writes(claims, way.graph))
     values = _Values(table.entries)
-    moved: dict[Site, float | None] = {}
-    new = _build_all(claims, values, problems, moved if measure else None)
+    measures: dict[Site, Measures] = {}
+    new = _build_all(claims, values, problems, measures if measure else None)
     if not problems:
         problems.add(_proven(spec, table, way, new, present, values, without))
     problems.raise_any()
-    return Plan(spec, table, way, tuple(new), tuple(present), moved, origin)
+    return Plan(spec, table, way, tuple(new), tuple(present), measures, origin)
 
 
 def _proven(
@@ -202,12 +202,12 @@ def _build_all(
     claims: Sequence[Claim],
     values: _Values,
     problems: Problems,
-    moved: dict[Site, float | None] | None,
+    measures: dict[Site, Measures] | None,
 ) -> list[Pair]:
     """Build the sites of all claims, and return them in the order of `claims`: each before the sites that it reads.
 
     Arguments:
-        moved: takes how far each value moves; ``None`` checks shape and dtype alone, once for each form.
+        measures: takes what is measured of each value; ``None`` checks shape and dtype alone, once for each form.
     """
     shared: dict[str, list[nn.Module]] = {}
     chains: dict[int, Chain] = {}
@@ -229,7 +229,7 @@ def _build_all(
             chain = None
             if together is None:
                 chain = chains.pop(id(claim), None) or Chain(claim, inputs, shared.get(rule.name))
-            checks = (inputs, checked, moved)
+            checks = (inputs, checked, measures)
             try:
                 site = _built(claim, descriptions[rule.name], contexts, checks, chain, together)
             except BuildError:
@@ -248,7 +248,7 @@ def _build_all(
     return built[::-1]
 
 
-_Checks = tuple[Mapping[str, Tensor], set[object], dict[Site, float | None] | None]
+_Checks = tuple[Mapping[str, Tensor], set[object], dict[Site, Measures] | None]
 
 
 def _built(
@@ -260,14 +260,14 @@ def _built(
     together: Fitted | None = None,
 ) -> Site:
     """Build a site and check its value."""
-    inputs, checked, moved = checks
+    inputs, checked, measures = checks
     site = build(claim, description, contexts, chain=chain, fitted=together)
     form = _form(site, inputs.values())
-    if moved is not None or form not in checked:
-        distance = check_value(claim, site, inputs, measure=moved is not None)
+    if measures is not None or form not in checked:
+        measured = check_value(claim, site, inputs, measure=measures is not None)
         checked.add(form)
-        if moved is not None:
-            moved[site] = distance
+        if measures is not None:
+            measures[site] = measured
     return site
 
 

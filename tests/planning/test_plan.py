@@ -305,3 +305,13 @@ def test_plan_names_what_an_optimizer_lacks(chain: list[Any], added: list[str]) 
     assert ("which an optimizer built before lacks: " in str(made)) is bool(added)
     found = check_optimizer(optimizer, rewrite(model, made, inplace=True))
     assert [text.partition(":")[0] for text in found if "no group" in text] == [*made.added]
+
+
+def test_a_plan_says_how_sparse_a_value_is_and_on_what_a_chain_works() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LSTM(4, 4))
+    pruned = {"select": "0.weight", "chain": [{"l1_unstructured": {"amount": 0.5}}]}
+    gates = {"select": "1.weight_hh_l0", "per": {"dim": 0, "chunks": 4}, "chain": ["orthogonal"]}
+    found = plan(model, spec(pruned, gates))
+    assert [site.zeros for site in found] == [0.5, 0.0]
+    assert "(50% zeros)" in str(found) and "orthogonal on each of 4 chunks" in str(found)
+    assert str(found).count("moved: the norm of the change, divided by the norm of the old value") == 1
