@@ -1,4 +1,4 @@
-"""A graph's forward that finds each of its modules once, ahead of all else.
+"""A graph's forward that finds its modules in the dictionaries of their parents.
 
 torch.fx writes ``getattr(self.blocks, "3").parametrizations.weight()`` for each node. nn.Module looks each of these
 names up in Python. In a network of many small layers that takes up to a tenth of a training step.
@@ -7,6 +7,7 @@ names up in Python. In a network of many small layers that takes up to a tenth o
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,8 @@ Path = tuple[str, ...]
 def quick(forward: Callable[..., Any], source: str) -> Callable[..., Any]:
     """Return what `forward` does, with the modules looked up in the dictionaries of their parents.
 
-    Where a name is in none of these, as when a module was put into another that passes on attributes, all of them are
-    looked up as `forward` does.
+    Each is looked up where it is used: a hook may replace it while the forward runs. Where a name is in no dictionary
+    at the start, as when a module was put into another that passes on attributes, `forward` itself runs.
 
     Arguments:
         forward: the function that torch.fx made.
@@ -26,21 +27,32 @@ def quick(forward: Callable[..., Any], source: str) -> Callable[..., Any]:
     function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
     modules = _Modules()
     function.body = [modules.visit(statement) for statement in function.body]
-    if not modules.names:
+    if not modules.paths:
         return forward
-    function.body.insert(0, modules.look_up())
     made: dict[str, Any] = {}
-    tree = ast.fix_missing_locations(ast.Module([function], []))
+    tree = ast.fix_missing_locations(ast.Module([function, *modules.look_up()], []))
     exec(compile(tree, forward.__code__.co_filename, "exec", dont_inherit=True), forward.__globals__, made)
-    found: Callable[..., Any] = made[function.name]
-    return found
+    fast, look_up = made[function.name], made[_LOOK_UP]
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            look_up(self)
+        except KeyError:
+            return forward(self, *args, **kwargs)
+        return fast(self, *args, **kwargs)
+
+    return run
+
+
+_LOOK_UP = "reparam_look_up"
 
 
 class _Modules(ast.NodeTransformer):
-    """Replaces the modules that an expression names by local variables, and says what these are."""
+    """Replaces the modules that an expression names by entries of dictionaries, and says what these are."""
 
     def __init__(self) -> None:
-        self.names: dict[Path, str] = {}
+        self.paths: set[Path] = set()
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         path = _path(node.func)
@@ -58,22 +70,20 @@ class _Modules(ast.NodeTransformer):
         node.value = self._module(path[:-1])
         return node
 
-    def _module(self, path: Path) -> ast.Name:
-        if not path:
-            return ast.Name("self", ast.Load())
-        if path not in self.names:
-            self._module(path[:-1])
-            self.names[path] = f"reparam_module_{len(self.names)}"
-        return ast.Name(self.names[path], ast.Load())
+    def _module(self, path: Path) -> ast.expr:
+        if path:
+            self.paths.add(path)
+        return ast.parse(_entry(path), mode="eval").body
 
-    def look_up(self) -> ast.stmt:
-        """Return the statement that assigns the variables."""
-        fast, slow = [], []
-        for path, name in self.names.items():
-            parent = self.names[path[:-1]] if path[:-1] else "self"
-            fast.append(f"    {name} = {parent}._modules[{path[-1]!r}]")
-            slow.append(f"    {name} = getattr({parent}, {path[-1]!r})")
-        return ast.parse("\n".join(["try:", *fast, "except KeyError:", *slow])).body[0]
+    def look_up(self) -> list[ast.stmt]:
+        """Return the definition of a function that looks all of them up."""
+        parents = {path[:length] for path in self.paths for length in range(1, len(path))}
+        body = [f"    {_entry(path)}" for path in sorted(self.paths - parents)]
+        return ast.parse("\n".join([f"def {_LOOK_UP}(self):", *body])).body
+
+
+def _entry(path: Path) -> str:
+    return "self" + "".join(f"._modules[{name!r}]" for name in path)
 
 
 def _path(node: ast.expr) -> Path | None:

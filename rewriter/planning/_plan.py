@@ -163,8 +163,8 @@ class Plan:
 
     @functools.cached_property
     def frozen(self) -> tuple[str, ...]:
-        """Names of the trained parameters that ``trainable: rewritten`` freezes."""
-        if self.spec.trainable != "rewritten":
+        """Names of the trained parameters that ``trainable: rewritten`` freezes; a checkpoint has no such."""
+        if self.spec.trainable != "rewritten" or self.model is None:
             return ()
         own = {id(entry.tensor) for claim, _ in self.new for entry in claim.entries}
         sites = [site for _, site in (*self.present, *self.absorbed)]
@@ -269,7 +269,7 @@ class Plan:
             yield "moved: the norm of the change, divided by the norm of the old value"
         if self.added:
             yield f"new trained parameters, which an optimizer built before lacks: {len(self.added)}"
-        if self.spec.trainable == "rewritten":
+        if self.spec.trainable == "rewritten" and self.model is not None:
             yield f"other trained parameters, which are frozen until bake: {len(self.frozen)}"
 
     def _repr_html_(self) -> str:

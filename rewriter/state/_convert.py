@@ -11,10 +11,12 @@ from torch import nn
 from rewriter._given import check_model, kind_of
 from rewriter._rewrite import rewrite
 from rewriter.errors import RewriterError
+from rewriter.parametrizations._orthogonal import Orthogonal
+from rewriter.parametrizations.maths._householder import frame
 from rewriter.planning import Plan, survey
 from rewriter.serialization._safetensors import KEY
 from rewriter.sites._identity import note_identity
-from rewriter.sites._translation import Translation
+from rewriter.sites._translation import Place, Translation
 
 Form = Literal["plain", "rewritten", "torch"]
 
@@ -64,7 +66,17 @@ def convert_state_dict(state: Mapping[str, Any], model: nn.Module | Plan, to: Fo
         metadata.pop(KEY, None)
         if to == "rewritten":
             note_identity(place.site.spec, converted, place.prefix)
+        else:
+            _with_square_bases(place, converted)
     return converted
+
+
+def _with_square_bases(place: Place, state: OrderedDict[str, Any]) -> None:
+    """Replace bases that `orthogonal` stores as reflections by the square ones that torch stores."""
+    for path, step in place.site.named_modules():
+        key = f"{place.prefix}{path}.base"
+        if isinstance(step, Orthogonal) and key in state and state[key].size(-1) != state[key].size(-2):
+            state[key] = frame(state[key])
 
 
 def _ordered(state: OrderedDict[str, Any], names: Iterable[str]) -> OrderedDict[str, Any]:

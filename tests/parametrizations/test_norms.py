@@ -177,6 +177,21 @@ def test_spectral_norm_of_large_and_small_numbers() -> None:
         assert torch.linalg.matrix_norm(step(X), 2).item() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("size", [2e-12, 3e-11, 1e-9, 1e9, 1e15])
+def test_spectral_norm_of_large_and_small_numbers_has_the_gradient_of_the_wider_dtype(size: float) -> None:
+    X, G = size * torch.randn(6, 4), torch.randn(6, 4)
+    step = SpectralNorm(weight=X)
+    wide = SpectralNorm(weight=X.double())
+    wide.load_state_dict(step.state_dict())
+    narrow, exact = X.requires_grad_(), X.detach().double().requires_grad_()
+    values = step(narrow), wide(exact)
+    torch.testing.assert_close(values[0].double(), values[1], atol=1e-6, rtol=1e-5)
+    found = torch.autograd.grad(values[0], narrow, G)[0].double()
+    torch.testing.assert_close(
+        found * size, torch.autograd.grad(values[1], exact, G.double())[0] * size, atol=1e-5, rtol=1e-5
+    )
+
+
 def test_spectral_norm_is_the_same_evaluated_and_scripted() -> None:
     weight = torch.randn(4, 3, dtype=torch.float64)
     step = SpectralNorm(weight=weight)

@@ -14,7 +14,7 @@ from rewriter import bake, rewrite
 from rewriter.errors import RewriterError
 from rewriter.parametrizations import Grassmann, Orthogonal, SpecialOrthogonal, Stiefel, _orthogonal
 from rewriter.parametrizations._torch import Orthogonal as TorchOrthogonal
-from rewriter.state import get_value
+from rewriter.state import convert_state_dict, get_value
 
 MAPS = ("matrix_exp", "cayley", "householder")
 SHAPES = [
@@ -341,6 +341,10 @@ def test_a_very_tall_weight_has_the_values_of_torchs_state_dict(
     }
     new.load_state_dict(small)
     assert new.state_dict()["0.parametrizations.weight.0.base"].shape == (24, 3)
+    with torch.no_grad():
+        new.get_parameter("0.parametrizations.weight.original").add_(0.1 * torch.randn(shape).tril(-1))
+    theirs.load_state_dict(convert_state_dict(new.state_dict(), new, to="torch"))
+    torch.testing.assert_close(theirs[0].weight, get_value(new, "0.weight"))
 
 
 def test_a_base_of_a_wrong_shape_is_refused() -> None:

@@ -57,6 +57,15 @@ def test_a_file_gives_a_file(reparam: Any, folder: Path) -> None:
     assert reparam("bake", "one.safetensors", "--spec", "spec.yaml", "-o", "out.safetensors", "--force").code == 0
 
 
+@pytest.mark.parametrize("given", ["model", "one.safetensors"])
+def test_a_spec_that_freezes_other_tensors_is_planned_and_applied(reparam: Any, folder: Path, given: str) -> None:
+    (folder / "spec.yaml").write_text(SPEC.replace("rules:", "trainable: rewritten\nrules:").replace('"*', '"a'))
+    assert reparam("plan", "spec.yaml", given).code == 0
+    applied = reparam("apply", "spec.yaml", given, "-o", "stored" + Path(given).suffix, "--json")
+    assert applied.code == 0, applied.err
+    assert applied.json["frozen"] == []  # a checkpoint does not say what is trained
+
+
 def test_plan_and_inspect_read_headers(reparam: Any, folder: Path) -> None:
     planned = reparam("plan", "spec.yaml", "model")
     assert "2 sites" in planned.out and "4×4" in planned.out

@@ -11,6 +11,8 @@ from rewriter.parametrizations.maths._eager import executed_now
 
 _KINDS = frozenset({Tensor, nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float64})
+_LEAST = 1e-10
+"""The least square of a norm whose own square, and powers in a derivative, are exact enough in float32."""
 
 
 def as_matrix(W: Tensor, outputs: int) -> Tensor:
@@ -24,7 +26,7 @@ def over_norm(W: Tensor, outputs: int, u: Tensor, v: Tensor, steps: int, eps: fl
     """Return W over its norm after `steps` of the power method, which advance u and v.
 
     Differentiating it takes two passes over W; differentiating the operations one by one takes six. Where the case is
-    another, or a norm is at most `eps`, nothing changes and the answer is None.
+    another, a norm is at most `eps`, or its square is very small or large, nothing changes and the answer is None.
 
     Arguments:
         W: the tensor, seen as a matrix by `as_matrix`.
@@ -59,7 +61,7 @@ class _OverNorm(torch.autograd.Function):
         for _ in range(steps - 1):
             left, right, height, length = _turn(M, right / length)
         heights, lengths = height.item(), length.item()
-        if not (heights > eps and lengths > eps * heights):
+        if not (heights > eps and lengths > eps * heights and _LEAST < lengths < 1 / _LEAST):
             return None
         torch.div(left, height, out=vectors[0])
         torch.div(right, length, out=vectors[1])
