@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -32,6 +33,7 @@ fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[Health
         (("bake", "model.pt", "-o", "x.pt2", "--inputs", "model.pt"), 6, "model.pt has classes of its own"),
         (("bake", "model.pt", "--spec", "spec.yaml", "-o", "x.pt"), 2, "`reparam apply SPEC` writes"),
         (("plan", "shallow.yaml", "deep.pt"), 4, "`*` stands for one part of a name: did you mean '**.weight'?"),
+        (("plan", "spec.yaml", "named.pt"), 6, "--allow argparse.Namespace (allow=['argparse.Namespace'] in Python)"),
         (("plan", "missing.yaml", "model.pt"), 3, "no such file"),
         (("plan", ".", "model.pt"), 3, "directory"),
         (("validate", "wrong.yaml"), 3, "wrong.yaml:3:"),
@@ -59,6 +61,7 @@ def test_bad_input_has_its_exit_code(refused, folder, arguments, code, message):
     )
     (folder / "shallow.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: '*.weight', chain: [symmetric]}\n")
     torch.save(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), folder / "deep.pt")
+    torch.save(argparse.Namespace(), folder / "named.pt")
     torch.save(nn.Linear(4, 4).state_dict(), folder / "weights.pt")
     refused(arguments, code, message)
 
