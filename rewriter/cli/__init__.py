@@ -90,7 +90,7 @@ def _report(error: Exception, as_json: bool, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
     if type(error).__module__.startswith(("typer", "click")):
-        text = getattr(error, "format_message", lambda: "aborted")()
+        text = getattr(error, "format_message", lambda: "aborted")().replace("Value error, ", "")
         code = INTERRUPTED if type(error).__name__ == "Abort" else USAGE
         path = getattr(getattr(error, "ctx", None), "command_path", "reparam")
         document = {"error": {"kind": "Usage", "message": text, "exit_code": code}}
@@ -103,7 +103,7 @@ def _report(error: Exception, as_json: bool, debug: bool) -> NoReturn:
 
 
 def _fail(text: str, document: dict[str, Any], as_json: bool, code: int) -> NoReturn:
-    print(printable(text, keep="\n"), file=sys.stderr)
+    print(printable(text, keep="\n\t"), file=sys.stderr)
     if as_json:
         _print_json(document)
     sys.exit(code)

@@ -81,7 +81,10 @@ def bake(
             refuse_directory(model_file)
             if not model_file.exists():
                 raise ModelFileError(f"{model_file} does not exist")
-            raise RewriterError(f"{model_file} has its chains with it; --spec is for folders and safetensors files")
+            raise RewriterError(
+                f"{model_file} has its chains with it; --spec is for folders and safetensors files. "
+                "`reparam apply SPEC` writes a model with chains"
+            )
         other = format not in (None, "safetensors")
         refuse_options({"--example": example.example, "--only": only, "--keep": keep != "value", "--format": other})
         return run(bake_checkpoint, model_file, output, spec, spec_options, model_options, stream, force)

@@ -33,19 +33,17 @@ def inspect(
     """
     from rewriter.export import read_contents, read_provenance
 
-    origin = None
     if streamed(model_file, model_options.model is None):
         kind, tensors = "Checkpoint", tensors_of(model_file)
     elif (contents := read_contents(model_file)) is not None:
         kind, tensors = contents[0], [_stored(tensor) for tensor in contents[1]]
-        origin = read_provenance(model_file)
     else:
         read = model_options.read_or_weights(model_file)
         if isinstance(read, dict):
             kind, tensors = "weights", [_weight(name, tensor) for name, tensor in state_of(read).items()]
         else:
             kind, tensors = type(read).__name__, [_described(entry) for entry in entries_of(read)]
-        origin = read_provenance(model_file)
+    origin = read_provenance(model_file)
     document = {"model": str(model_file), "class": kind, "tensors": tensors, "provenance": origin}
     rows = [
         (

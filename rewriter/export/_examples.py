@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -91,6 +92,10 @@ def call_from_file(path: str | os.PathLike[str]) -> Call:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:
+        raise ModelFileError(
+            f"{path} has classes of its own; example inputs are a tensor, a list or a dict of tensors, from torch.save"
+        ) from problem
     except Exception as problem:
         reason = str(problem).strip().partition("\n")[0] or type(problem).__name__
         raise ModelFileError(f"the example inputs in {path} cannot be read: {reason}") from problem

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter.errors import ModelFileError
+from rewriter.parametrizations._registry import suggestion
 from rewriter.serialization._save import check_suffix
 
 Format = Literal["module", "torchscript", "pt2", "aoti", "onnx", "safetensors", "hf"]
@@ -32,10 +33,18 @@ def format_of(model: nn.Module | ExportedProgram, path: str | os.PathLike[str]) 
 
     >>> format_of(nn.Linear(2, 2), "model.onnx"), format_of(nn.Linear(2, 2), "model.pt")
     ('onnx', 'module')
+
+    Raises:
+        ModelFileError: no format has the suffix.
     """
     called = formats_called(path)
     if called and "module" not in called:
         return called[0]
+    suffix, known = Path(path).suffix, sorted({suffix for named in _SUFFIXES.values() for suffix in named})
+    if suffix and not called:
+        raise ModelFileError(
+            f"{path}: no format has the suffix {suffix}{suggestion(suffix, known) or '; they are ' + ', '.join(known)}"
+        )
     if isinstance(model, nn.Module):
         return "module"
     check_suffix(model, path)

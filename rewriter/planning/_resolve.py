@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from rewriter.errors import Diagnostic, listing
 from rewriter.language import Rule, Selector, Spec
+from rewriter.language._glob import Glob
 from rewriter.planning._survey import Entry
 
 _MODULE = re.compile(r"\bmodule: '?([\w.]+)")
@@ -95,6 +96,9 @@ def nearest(pattern: str, entries: Sequence[Entry]) -> str:
     if inside is not None:
         below = "*" if inside.count(".") == pattern.count(".") + 1 else "**"
         return f"`{pattern}` is a module: `{inside}`, or `{pattern}.{below}`"
+    deeper = ".".join("**" if part == "*" else part for part in pattern.split("."))
+    if deeper != pattern and ":" not in deeper and any(map(Glob(deeper).matches, names)):
+        return f"`*` stands for one part of a name: did you mean {deeper!r}?"
     near = difflib.get_close_matches(pattern, names[:5000], n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(repr(name) for name in near)}?"

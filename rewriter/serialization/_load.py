@@ -190,7 +190,9 @@ def _refusal(file: ModelFile, refused: list[str]) -> str:
     lines = [
         f"{file.path} uses classes or functions that are not torch.nn's:",
         *(f"  {name}{warning}" for name, warning in names.items()),
-        "If you know where the file comes from, allow them: " + " ".join(f"--allow {name}" for name in names),
+        "If you know where the file comes from, allow them: "
+        + " ".join(f"--allow {name}" for name in names)
+        + f" (allow={list(names)} in Python)",
         "or trust the file as a whole: --trust (it may then run any code).",
     ]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -26,6 +27,13 @@ fuzzing = settings(max_examples=40, deadline=None, suppress_health_check=[Health
         (("bake", "model.pt", "-o", "x.pt2", "--format", "safetensors"), 6, "safetensors ends in .safetensors"),
         (("bake", "model.pt", "-o", "x.safetensors", "--format", "module"), 6, "called like the format safetensors"),
         (("bake", "model.pt", "-o", "x.pt", "--example", "nonsense"), 2, "float32[2,3,8]"),
+        (("bake", "model.pt", "-o", "x.onx"), 6, "no format has the suffix .onx; did you mean '.onnx'?"),
+        (("bake", "model.pt", "-o", "x.pt", "--format", "onx"), 2, "'--format': 'onx' is not one of"),
+        (("init", "model.pt"), 2, "Choose from:\n\tspectral-norm"),
+        (("bake", "model.pt", "-o", "x.pt2", "--inputs", "model.pt"), 6, "model.pt has classes of its own"),
+        (("bake", "model.pt", "--spec", "spec.yaml", "-o", "x.pt"), 2, "`reparam apply SPEC` writes"),
+        (("plan", "shallow.yaml", "deep.pt"), 4, "`*` stands for one part of a name: did you mean '**.weight'?"),
+        (("plan", "spec.yaml", "named.pt"), 6, "--allow argparse.Namespace (allow=['argparse.Namespace'] in Python)"),
         (("plan", "missing.yaml", "model.pt"), 3, "no such file"),
         (("plan", ".", "model.pt"), 3, "directory"),
         (("validate", "wrong.yaml"), 3, "wrong.yaml:3:"),
@@ -51,6 +59,9 @@ def test_bad_input_has_its_exit_code(refused, folder, arguments, code, message):
     (folder / "foreign.yaml").write_text(
         "reparam: 1\nimports: {my: json}\nrules:\n  - {name: a, select: '*', chain: [my.Scale]}\n"
     )
+    (folder / "shallow.yaml").write_text("reparam: 1\nrules:\n  - {name: a, select: '*.weight', chain: [symmetric]}\n")
+    torch.save(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), folder / "deep.pt")
+    torch.save(argparse.Namespace(), folder / "named.pt")
     torch.save(nn.Linear(4, 4).state_dict(), folder / "weights.pt")
     refused(arguments, code, message)
 
