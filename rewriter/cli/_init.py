@@ -43,6 +43,8 @@ def init(
     else:
         raise PlanError(f"{model_file} has no tensor for --for {job}; reparam inspect {model_file} lists its tensors")
     comment = f"{starters[job]['comment']}\nCheck it:  reparam plan {output or 'spec.yaml'} {model_file}"
+    if model_options.model is not None:
+        comment += f" --model {model_options.model}"
     head = [f"# {line}".rstrip() for line in comment.splitlines()]
     text = "\n".join([*head, "reparam: 1", "rules:", *written]) + "\n"
     return written_spec({"for": job}, text, output, force)

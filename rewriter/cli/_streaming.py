@@ -28,7 +28,7 @@ def streamed(path: Path, files: bool) -> bool:
     """Whether a model is streamed: a folder of shards or an index always, a safetensors file if `files` says so."""
     if path.suffix == ".safetensors" and not os.path.isdir(path):
         return files
-    if (path / "adapter_config.json").is_file():  # an adapter of PEFT, which `load_model` reads
+    if os.path.isfile(path / "adapter_config.json"):  # an adapter of PEFT, which `load_model` reads
         return False
     names = (f"{glob.escape(str(path))}/{pattern}" for pattern in ("*.safetensors*", ".metadata"))
     return path.name.endswith(".safetensors.index.json") or any(map(glob.glob, names))

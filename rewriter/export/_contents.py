@@ -98,11 +98,25 @@ class _Unpickler(pickle.Unpickler):
         return pid
 
 
+_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
+
+
 def _tensors_in(value: Any, name: str) -> Iterator[Stored]:
     if isinstance(value, _Tensor):
         kind = value.storage[1].__name__ if isinstance(value.storage, tuple) else "?"
-        dtype = {"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16"}.get(kind)
-        yield Stored(name, tuple(value.size), dtype or kind.removesuffix("Storage").lower())
+        yield Stored(name, tuple(value.size), _DTYPES.get(kind) or kind.removesuffix("Storage").lower())
     elif isinstance(value, _Object) and isinstance(value.state, dict):
         for key, one in value.state.items():
             yield from _tensors_in(one, f"{name}.{key}" if name else str(key))

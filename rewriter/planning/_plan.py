@@ -151,13 +151,14 @@ class Plan:
         built = {id(claim.entries[0]): (site, False) for claim, site in self.new}
         built |= {id(claim.entries[0]): (site, True) for claim, site in self.present}
         built |= {id(entry): (site, False) for entry, site in self.absorbed}
+        new = {site for _, site in self.new}
         sites = []
         for entry in self.entries:
             if id(entry) in built:
                 site, present = built[id(entry)]
                 how, why = self.table.reached(self.capture, site)
                 fused = tuple((start + 1, stop) for start, stop in getattr(site, "fused", ()))
-                moved, zeros = (0.0, None) if present else self.measures.get(site, Measures())
+                moved, zeros = self.measures.get(site, Measures()) if site in new else Measures(0.0)
                 sites.append(PlannedSite(site.spec, how, why, moved, present, fused, zeros))
         return tuple(sites)
 

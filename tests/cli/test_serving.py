@@ -75,3 +75,12 @@ def test_inputs_and_examples_are_read(reparam, rewritten, folder):
         example_tensor("float32[2]:0..3")
     with pytest.raises(Exception, match="int8 cannot hold"):
         example_tensor("int8[20]:0..999")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_inspect_of_torchscript_has_torchs_names_of_dtypes(reparam, folder, dtype):
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("extra", torch.ones(2).to(dtype))
+    torch.jit.save(torch.jit.script(model), "model.ts")
+    found = {row["names"][0]: row["dtype"] for row in reparam("inspect", "model.ts", "--json").json["tensors"]}
+    assert found["extra"] == str(dtype).removeprefix("torch.")

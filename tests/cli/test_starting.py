@@ -66,6 +66,7 @@ def test_starter_spec_validates_and_plans_on_its_model(reparam, folder, job, kin
     assert planned.json["sites"]
     assert len(rewrite(model, (folder / "new.yaml").read_text()).state_dict()) >= len(model.state_dict())
     assert Path("new.yaml").read_text().startswith("# ")
+    assert "# Check it:  reparam plan new.yaml weights.pt --model their_code:make\n" in Path("new.yaml").read_text()
 
 
 def test_starter_spec_is_printed_without_an_output(reparam, folder):
