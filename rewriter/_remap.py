@@ -286,7 +286,7 @@ def _grouped(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _in_order(parameters: Sequence[Tensor], model: Parameters) -> bool:
-    """Return whether parameters are in the model's order, as in the optimizer of whoever resumes the training."""
+    """Return whether parameters are in the model's order, as in an optimizer that is built for the model later."""
     order = {parameter: index for index, parameter in enumerate(model.names)}
     places = [order.get(id(parameter), -1) for parameter in parameters]
     return -1 not in places and places == sorted(places)

@@ -1,7 +1,7 @@
 """What the main commands print on a terminal of 80 columns, as files.
 
-``UPDATE_GOLDEN=1 python -m pytest tests/cli/test_golden.py`` writes the files anew; look at the difference before you
-commit it.
+``UPDATE_GOLDEN=1 python -m pytest tests/cli/test_golden.py`` replaces the files with the present output. Look at the
+difference before you commit it.
 """
 
 from __future__ import annotations
