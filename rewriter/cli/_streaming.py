@@ -28,7 +28,9 @@ def streamed(path: Path, files: bool) -> bool:
     """Whether a model is streamed: a folder of shards or an index always, a safetensors file if `files` says so."""
     if path.suffix == ".safetensors" and not os.path.isdir(path):
         return files
-    if os.path.isfile(path / "adapter_config.json"):  # an adapter of PEFT, which `load_model` reads
+    from rewriter.serialization._adapter import is_adapter
+
+    if is_adapter(path):  # `load_model` reads it
         return False
     names = (f"{glob.escape(str(path))}/{pattern}" for pattern in ("*.safetensors*", ".metadata"))
     return path.name.endswith(".safetensors.index.json") or any(map(glob.glob, names))
@@ -76,10 +78,10 @@ def factory(path: Path, options: ModelOptions) -> Iterator[Any]:
         return
     with _inputs.working_folder_importable(True):
         from rewriter.cli._script import script_of
-        from rewriter.serialization._load import _factory
+        from rewriter.serialization._load import factory_of
 
         with script_of(path, options.model) as (named, _):
-            yield _factory(named)
+            yield factory_of(named)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def read_adapter_with(read: Callable[[Path], Mapping[str, Tensor]], path: Path) 
     """
     if not is_adapter(path):
         raise ModelFileError(f"{path} is no folder that PEFT's save_pretrained wrote: it has no {CONFIG}")
-    settings = _settings(path / CONFIG)
+    settings = adapter_settings(path / CONFIG)
     files = [path / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
@@ -56,7 +56,12 @@ def read_adapter_with(read: Callable[[Path], Mapping[str, Tensor]], path: Path) 
     return state
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def adapter_settings(path: Path) -> dict[str, Any]:
+    """Return what the settings file of an adapter says.
+
+    Raises:
+        ModelFileError: it is missing or damaged, or the adapter is of a kind that no step computes.
+    """
     try:
         settings: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:

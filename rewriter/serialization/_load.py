@@ -68,7 +68,7 @@ def load_model(
         if model is not None:
             raise ModelFileError(f"{path} holds an ExportedProgram, a whole model; leave the model factory out")
         return _read_exported(file.path, trust)
-    factory = _factory(model)
+    factory = factory_of(model)
     loaded = _read(file, tuple(allow), trust)
     if key is not None:
         loaded = entry_of(file.path, loaded, key)
@@ -99,7 +99,7 @@ def read_adapter(path: str | os.PathLike[str]) -> OrderedDict[str, torch.Tensor]
 
 
 def _with_adapter(path: Path, model: str | ModelFactory | None, key: str | None) -> nn.Module:
-    factory = _factory(model)
+    factory = factory_of(model)
     if factory is None:
         raise ModelFileError(
             f"{path} holds a PEFT adapter without its model; say whose (--model package.module:factory)"
@@ -215,7 +215,8 @@ def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torc
     return {name: stored[id(tensor)] for name, tensor in tensors.items() if id(tensor) in stored}
 
 
-def _factory(model: str | ModelFactory | None) -> ModelFactory | None:
+def factory_of(model: str | ModelFactory | None) -> ModelFactory | None:
+    """Return the function that makes a model, imported if it is given as ``package.module:factory``."""
     if not isinstance(model, str):
         return model
     module, colon, name = model.partition(":")

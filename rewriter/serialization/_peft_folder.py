@@ -31,15 +31,22 @@ def sorted_parts(state: Mapping[str, T]) -> tuple[dict[str, dict[str, T]], dict[
     return changes, others
 
 
+def alpha(path: str, settings: Mapping[str, Any]) -> float:
+    """Return the setting `lora_alpha` of the layer at `path`.
+
+    >>> alpha("block.fc", {"lora_alpha": 8, "alpha_pattern": {"fc": 2}}), alpha("head", {"lora_alpha": 8})
+    (2, 8)
+    """
+    for pattern, other in (settings.get("alpha_pattern") or {}).items():
+        if path == pattern.removeprefix("^") or path.endswith(f".{pattern}"):
+            return other  # type: ignore[no-any-return]
+    return settings.get("lora_alpha", 8)  # type: ignore[no-any-return]
+
+
 def scale(path: str, rank: int, settings: Mapping[str, Any]) -> float:
     """Return the factor of the product of B and A in the layer at `path`.
 
     >>> scale("block.fc", 4, {"lora_alpha": 8, "alpha_pattern": {"fc": 2}})
     0.5
     """
-    alpha = settings.get("lora_alpha", 8)
-    for pattern, other in (settings.get("alpha_pattern") or {}).items():
-        if path == pattern.removeprefix("^") or path.endswith(f".{pattern}"):
-            alpha = other
-            break
-    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return float(alpha(path, settings)) / (math.sqrt(rank) if settings.get("use_rslora") else rank)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 
 from rewriter.parametrizations._adapters import Dora, Lora
 from rewriter.serialization._adapter import SETTINGS
+from rewriter.serialization._peft_folder import PREFIX, alpha, scale, sorted_parts
 from rewriter.sites._bridge import StateError
 from rewriter.sites._container import plain_class
 
 if TYPE_CHECKING:
     from rewriter.sites._translation import Place
 
-_PREFIX = "base_model.model."
 _PARTS = {
     "lora_A": "lora_A",
     "lora_B": "lora_B",
@@ -27,14 +26,13 @@ _PARTS = {
 }
 """PEFT's names of the tensors of an adapter, and ours."""
 
-_LORA = re.compile(rf"(.*)\.({'|'.join(_PARTS)})(?:\.weight)?")
 _SAME_BASE = (True, "gaussian", "orthogonal")
 """Starts of ``lora`` that leave the base as it is."""
 
 
 def is_adapter_state(state: Mapping[str, Any]) -> bool:
     """Whether the keys are those that PEFT gives to a wrapped model."""
-    return bool(state) and all(str(key).startswith(_PREFIX) for key in state)
+    return bool(state) and all(str(key).startswith(PREFIX) for key in state)
 
 
 def from_adapter(
@@ -57,7 +55,8 @@ def from_adapter(
             "the state has the keys of a PEFT model, without the scale of its adapter: save it with PEFT's "
             "save_pretrained(folder), and load rewriter.io.read_adapter(folder)"
         )
-    changes, others = _sorted(state)
+    layers, others = sorted_parts(state)
+    changes = {path: {_PARTS[part]: tensor for part, tensor in parts.items()} for path, parts in layers.items()}
     problems: list[str] = []
     made: dict[str, Any] = {}
     for place in places:
@@ -78,20 +77,6 @@ def from_adapter(
     replaced = tuple(prefix for name, prefix in computed.items() if name in others)
     kept = {key: tensor for key, tensor in current.items() if not key.startswith(replaced)}
     return {**kept, **others, **made}
-
-
-def _sorted(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the parts of each layer's change, by the layer's path, and the other tensors, by the model's names."""
-    changes: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Any] = {}
-    for key, tensor in state.items():
-        name = key.removeprefix(_PREFIX)
-        found = _LORA.fullmatch(name)
-        if found is None:
-            others[name.replace(".base_layer.", ".")] = tensor
-        else:
-            changes.setdefault(found[1], {})[_PARTS[found[2]]] = tensor
-    return changes, others
 
 
 def _tensors(place: Place, change: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,10 +100,10 @@ def _tensors(place: Place, change: Mapping[str, Tensor], settings: Mapping[str, 
         raise StateError(f"{name}: the adapter has {', '.join(sorted(change))} for it, and not {', '.join(needed)}")
     tensors = dict(zip(needed, (*read(change), *(change[key].reshape(-1, 1) for key in needed[2:])), strict=True))
     rank = tensors["lora_A"].shape[0]
-    scale = _scale(place.path[:-1], rank, settings)
-    if step.r != rank or not math.isclose(step.scaling, scale, rel_tol=1e-9):
+    factor = scale(place.path[:-1], rank, settings)
+    if step.r != rank or not math.isclose(step.scaling, factor, rel_tol=1e-9):
         raise StateError(
-            f"{name}: the adapter has rank {rank} and scale {scale:.6g}, and {shown} has rank {step.r} and scale "
+            f"{name}: the adapter has rank {rank} and scale {factor:.6g}, and {shown} has rank {step.r} and scale "
             f"{step.scaling:.6g}: let the chain be {wanted}"
         )
     for key, tensor in tensors.items():
@@ -133,18 +118,7 @@ def _wanted(path: str, change: Mapping[str, Tensor], settings: Mapping[str, Any]
     rank = len(change["lora_A"]) if "lora_A" in change else settings.get("r", 8)
     stabilised = ", use_rslora: true" if settings.get("use_rslora") else ""
     name = "dora" if settings.get("use_dora") else "lora"
-    return f"{name}: {{r: {rank}, lora_alpha: {_alpha(path, settings)}{stabilised}}}"
-
-
-def _alpha(path: str, settings: Mapping[str, Any]) -> float:
-    for pattern, alpha in settings.get("alpha_pattern", {}).items():
-        if path == pattern.removeprefix("^") or path.endswith(f".{pattern}"):
-            return float(alpha)
-    return settings.get("lora_alpha", 8)  # type: ignore[no-any-return]
-
-
-def _scale(path: str, rank: int, settings: Mapping[str, Any]) -> float:
-    return _alpha(path, settings) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return f"{name}: {{r: {rank}, lora_alpha: {alpha(path, settings)}{stabilised}}}"
 
 
 def _check_start(name: str, step: Lora, theirs: Any) -> None:

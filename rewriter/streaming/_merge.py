@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewriter.absorbing import LowRankChange
 from rewriter.errors import ModelFileError, PlanError, RewriterError
 from rewriter.parametrizations.maths._precision import widen
-from rewriter.serialization._adapter import CONFIG, _settings
+from rewriter.serialization._adapter import CONFIG, adapter_settings
 from rewriter.serialization._peft_folder import scale, sorted_parts
 from rewriter.streaming._checkpoint import Checkpoint, open_checkpoint, read_tensor
 from rewriter.streaming._header import Header, Stored, read_header
@@ -111,7 +111,7 @@ def merge_checkpoint(
 def _adapter(folder: Path, weight: float) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise ModelFileError(f"{folder} is no folder that PEFT's save_pretrained wrote: it has no {CONFIG}")
-    settings = _settings(folder / CONFIG)
+    settings = adapter_settings(folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         raise ModelFileError(f"{folder} has no {WEIGHTS}; save the adapter with a PEFT that writes safetensors")
     return Adapter(folder, weight, settings, read_header(folder / WEIGHTS))
