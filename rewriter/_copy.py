@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from rewriter._given import is_fully_sharded
 from rewriter.errors import CaptureError
 
 T = TypeVar("T")
@@ -31,8 +31,7 @@ def copied(value: T, model: nn.Module | None = None, same: Iterable[object] = ()
     if model is None:
         assert isinstance(value, nn.Module)
         model = value
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+    if any(map(is_fully_sharded, model.modules())):
         raise CaptureError(
             f"fully_shard sharded the {type(model).__name__}, and torch copies no such model: rewrite the model before "
             "it is sharded; bake gives its values"

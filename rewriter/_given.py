@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 
 from rewriter.errors import RewriterError
 
+_FSDP = "torch.distributed.fsdp"
+
 
 def check_model(model: Any, verb: str, *, programs: bool = True, wrapped: bool = False) -> None:
     """Refuse what is no model, and models inside a wrapper.
@@ -24,8 +26,7 @@ def check_model(model: Any, verb: str, *, programs: bool = True, wrapped: bool =
     Raises:
         RewriterError: says what to give instead.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if not wrapped and fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel):
+    if not wrapped and isinstance(model, fsdp_classes()[1:]):
         raise RewriterError(
             f"{verb} takes no {type(model).__name__}, whose shards are parts of flat tensors: shard with fully_shard "
             "instead, or take its full state dict and give it to rewriter.state.convert_state_dict"
@@ -57,8 +58,18 @@ def is_distributed(tensor: Any) -> bool:
 
 def fsdp_classes() -> tuple[type[Any], ...]:
     """Return FSDP's classes, if it is imported: the code that shards a model imports it."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get(_FSDP)
     return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+
+
+def is_fully_sharded(module: object) -> bool:
+    """Whether `fully_shard` sharded a module."""
+    return isinstance(module, fsdp_classes()[:1])
+
+
+def is_fsdp_hook(hook: object) -> bool:
+    """Whether FSDP registered a hook."""
+    return str(getattr(hook, "__module__", "")).startswith(_FSDP)
 
 
 def kind_of(value: object) -> str:

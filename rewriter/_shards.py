@@ -6,35 +6,29 @@ FSDP's classes and hooks leave a model that is baked, and its parameters stay sh
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from rewriter._given import is_fsdp_hook, is_fully_sharded
 from rewriter._torch import composable_keys
 from rewriter._undo import undone
 from rewriter.errors import PlanError
 from rewriter.sites import Site
 
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
-_HOME = "torch.distributed.fsdp"
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` sharded a module of the model."""
-    return any(map(_is_fsdp, model.modules()))
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    fsdp = sys.modules.get(_HOME)  # imported by the code that shards
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    return any(map(is_fully_sharded, model.modules()))
 
 
 def reshard(model: nn.Module) -> None:
     """Put the shards in the places of whole parameters, of which FSDP frees the memory."""
     for module in model.modules():
-        if _is_fsdp(module):
+        if is_fully_sharded(module):
             module.reshard()  # type: ignore[operator]
 
 
@@ -47,13 +41,12 @@ def leave_fsdp(model: nn.Module) -> None:
             if name.endswith("_hooks") and isinstance(hooks, dict):
                 for key in [key for key, hook in hooks.items() if _is_fsdps(hook)]:
                     del hooks[key]
-        if _is_fsdp(module):
+        if is_fully_sharded(module):
             module.__class__ = type(module).__bases__[1]
 
 
 def _is_fsdps(hook: Any) -> bool:
-    hook = getattr(hook, "hook", hook)  # of a state dict
-    return str(getattr(hook, "__module__", "")).startswith(_HOME)
+    return is_fsdp_hook(getattr(hook, "hook", hook))  # a hook of state dicts is wrapped
 
 
 @contextlib.contextmanager

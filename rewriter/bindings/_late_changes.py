@@ -8,7 +8,6 @@ something else than the rewritten one.
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from rewriter._given import is_fsdp_hook, is_fully_sharded
 from rewriter.context._fingerprint import same_setting
 from rewriter.errors import RewriterError
 from rewriter.sites._places import CONTAINER, CONTEXTS, GRAPH_OF
@@ -49,7 +49,7 @@ def _warning(register: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(register)
     def registering(self: Any, *args: Any, **kwargs: Any) -> Any:
         path = inlined_as(self)
-        if path and any(map(_is_of_fsdp, args)):
+        if path and any(map(is_fsdp_hook, args)):
             raise RewriterError(_sharded_in_vain(path))
         if path:
             warnings.warn(
@@ -61,10 +61,6 @@ def _warning(register: Callable[..., Any]) -> Callable[..., Any]:
         return register(self, *args, **kwargs)
 
     return registering
-
-
-def _is_of_fsdp(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def _sharded_in_vain(path: str) -> str:
@@ -81,9 +77,8 @@ def refuse_sharded_parts(model: fx.GraphModule) -> None:
     Raises:
         RewriterError: there is one.
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    for module, path in _paths(model).items() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
+    for module, path in _paths(model).items():
+        if is_fully_sharded(module):
             raise RewriterError(_sharded_in_vain(path))
 
 
