@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from rewriter import bake, plan, rewrite
 from rewriter.io import load_model, save_model
 from rewriter.sites import PASSED, Site
+from tests.capture.configurations import CONFIGURATIONS, Configuration
 
 
 class Symmetric(nn.Module):
@@ -115,7 +116,7 @@ def evaluations(model: nn.Module) -> list[int]:
     return counts
 
 
-def prepared(configuration: Any, chain: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+def prepared(configuration: Configuration, chain: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = configuration.model().to(dtype)
@@ -126,22 +127,39 @@ def prepared(configuration: Any, chain: str, dtype: torch.dtype) -> tuple[nn.Mod
     return model, [name for name in names if CHAINS[chain][2](model.get_parameter(name))]
 
 
-DTYPES = pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-10), pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow)],
-)
+# One configuration of each kind: the other chains, captures and dtypes run on these; on all of them in the slow tests.
+KINDS = (
+    "linear", "conv2d circular", "conv transpose 2d", "batch norm 1d sequence", "embedding bag weighted",
+    "lstm deep", "gru packed", "gru cell", "attention", "encoder layer masked",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("chain", "capture"), [*((chain, "auto") for chain in CHAINS), ("weight_norm", "module")])
-@DTYPES
-def test_equals_torch_in_train_and_eval_and_bakes_back(
-    configuration: Any, chain: str, capture: str, dtype: torch.dtype, tolerance: float
-) -> None:
+def sampled(name: str, *others: Any, default: bool = False) -> Any:
+    """Parameters that run by default on one configuration of each kind, or wherever `default` says so."""
+    marks = () if default or name in KINDS else pytest.mark.slow
+    return pytest.param(name, *others, marks=marks)
+
+
+KIND = pytest.mark.parametrize("name", [sampled(name) for name in CONFIGURATIONS])
+WAYS = [*((chain, "auto", torch.float64) for chain in CHAINS), ("weight_norm", "module", torch.float64)]
+CASES = [sampled(name, *way, default=way == WAYS[1]) for name in CONFIGURATIONS for way in WAYS]
+CASES += [pytest.param(name, "weight_norm", "auto", torch.float32, marks=pytest.mark.slow) for name in CONFIGURATIONS]
+
+
+@pytest.mark.parametrize(("name", "chain", "capture", "dtype"), CASES)
+def test_equals_torch_in_train_and_eval_and_bakes_back(name: str, chain: str, capture: str, dtype: torch.dtype) -> None:
+    configuration, tolerance = CONFIGURATIONS[name], 1e-10 if dtype is torch.float64 else 1e-5
     model, names = prepared(configuration, chain, dtype)
     if not names:
         pytest.skip("no tensor of that shape")
     arguments = configuration.arguments(dtype)
-    new = rewrite(model, spec_of(model, names, chain), capture=capture)
+    found = plan(model, spec_of(model, names, chain), capture=capture)
+    new = rewrite(model, found)
+    if capture == "auto":
+        assert {site.capture for site in found} == {configuration.capture}, str(found)
+    if found.root == "graph":
+        called = any(PASSED in node.kwargs for node in new.graph.nodes)
+        assert called == (configuration.capture == "called")
     reference = with_torch(model, names, chain)
     assert list(new.state_dict()) == list(reference.state_dict())
     reference.load_state_dict(new.state_dict())
@@ -163,17 +181,9 @@ def test_equals_torch_in_train_and_eval_and_bakes_back(
     assert_near(dict(enumerate(run(baked, arguments)[0])), dict(enumerate(outputs)), tolerance)
 
 
-def test_the_plan_says_which_modules_become_one_function_call(configuration: Any) -> None:
-    model, names = prepared(configuration, "weight_norm", torch.float32)
-    spec = spec_of(model, names, "weight_norm")
-    found = plan(model, spec)
-    assert {site.capture for site in found} == {configuration.capture}, str(found)
-    if found.root == "graph":
-        called = any(PASSED in node.kwargs for node in rewrite(model, spec).graph.nodes)
-        assert called == (configuration.capture == "called")
-
-
-def test_scripts_when_the_plain_module_does(configuration: Any, request: pytest.FixtureRequest) -> None:
+@KIND
+def test_scripts_when_the_plain_module_does(name: str) -> None:
+    configuration = CONFIGURATIONS[name]
     model, names = prepared(configuration, "weight_norm", torch.float64)
     if configuration.capture == "module":
         pytest.skip("TorchScript compiles no packed sequences")
@@ -187,11 +197,13 @@ def test_scripts_when_the_plain_module_does(configuration: Any, request: pytest.
         with pytest.raises(Exception, match=r"."):
             torch.jit.script(model.layer)
         return
-    if "masked" not in request.node.name:  # that host makes the mask
+    if "masked" not in name:  # that host makes the mask
         torch.testing.assert_close(run(scripted, arguments)[0], run(new, arguments)[0], rtol=1e-12, atol=1e-12)
 
 
-def test_saved_and_loaded_as_data(configuration: Any, tmp_path: Any) -> None:
+@KIND
+def test_saved_and_loaded_as_data(name: str, tmp_path: Any) -> None:
+    configuration = CONFIGURATIONS[name]
     model, names = prepared(configuration, "weight_norm", torch.float64)
     arguments = configuration.arguments(torch.float64)
     new = rewrite(model, spec_of(model, names, "weight_norm")).eval()
