@@ -151,7 +151,14 @@ def test_a_browser_shows_the_first_rows_and_runs_no_name(tmp_path):
     rules = [{"name": HOSTILE, "chains": ["a"], "tensors": 500, "moved": 0.5}]
     document = {"title": HOSTILE, "compared": "x", "class": "M", "tensors": [row] * 500, "rules": rules, "warnings": []}
     (tmp_path / "out.html").write_text(page({**document, "totals": totals}))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        f"--user-data-dir={tmp_path}/profile",
+        "--dump-dom",
+    ]
     done = subprocess.run(
         [CHROMIUM, *options, f"file://{tmp_path}/out.html"], capture_output=True, text=True, timeout=120
     )

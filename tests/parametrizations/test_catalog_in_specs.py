@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from rewriter import bake, rewrite
-from rewriter.parametrizations import describe
 
 IN_PLACE: list[dict[str, Any]] = [
     {"l1_unstructured": {"amount": 0.5}},
@@ -122,13 +121,3 @@ def test_a_head_is_the_transpose_of_an_embedding() -> None:
     plain, x = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 6, bias=False)), torch.randn(3, 6)
     new = rewrite(plain, spec("transpose", select="1.weight", **{"from": "0.weight"}))
     torch.testing.assert_close(new(x), x @ plain[0].weight.T @ plain[0].weight)
-
-
-@pytest.mark.parametrize("step", [*IN_PLACE, *ADAPTERS, *FACTORS], ids=name_of)
-def test_the_description_is_complete(step: dict[str, Any]) -> None:
-    entry = describe(name_of(step))
-    assert entry.summary.endswith((".", ":"))
-    assert entry.guarantee
-    assert entry.cost
-    assert entry.example
-    assert entry.right_inverse

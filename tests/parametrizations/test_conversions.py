@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from rewriter import bake, rewrite
 from tests.parametrizations.test_catalog_in_specs import ADAPTERS, FACTORS, IN_PLACE, name_of
-from tests.parametrizations.test_laws import MEMBERS, title
+from tests.parametrizations.test_laws import MEMBERS, Member, title
 
-HALVES = [torch.bfloat16, torch.float16]
+HALVES = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, id="bfloat16"), pytest.param(torch.float16, id="float16", marks=pytest.mark.slow)],
+)
 # Their right inverse wants a tensor of the family, which a random one is not.
 BUILT_ON_THEIR_OWN = [member for member in MEMBERS if member[0] not in ("gl_plus", "sl", "hurwitz_stable")]
 
@@ -27,19 +30,18 @@ class Product(nn.Module):
         return x * self.w
 
 
-def rewritten(member: tuple[str, tuple[int, ...], dict[str, Any]], **rule: Any) -> Any:
+def rewritten(member: Member, **rule: Any) -> Any:
     name, shape, arguments = member
     spec = {"reparam": 1, "rules": [{"name": "w", "select": "w", "chain": [{name: arguments}], **rule}]}
     return rewrite(Product(shape), spec)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@HALVES
 @pytest.mark.parametrize("member", BUILT_ON_THEIR_OWN, ids=title)
-def test_a_model_in_half_precision_gives_the_rounded_values_and_trains(
-    member: tuple[str, tuple[int, ...], dict[str, Any]], dtype: torch.dtype
-) -> None:
+def test_a_model_in_half_precision_gives_the_rounded_values_and_trains(member: Member, dtype: torch.dtype) -> None:
     full = rewritten(member).eval()
     half = copy.deepcopy(full).to(dtype)
+    there_and_back = copy.deepcopy(half).float()
     x = torch.randn(member[1])
     ours = half(x.to(dtype))
     assert ours.dtype == half.w.dtype == dtype
@@ -48,19 +50,10 @@ def test_a_model_in_half_precision_gives_the_rounded_values_and_trains(
     for name, parameter in half.named_parameters():
         assert parameter.grad is not None and parameter.grad.dtype == dtype, name
     assert torch.equal(bake(half.eval())(x.to(dtype)), half(x.to(dtype)))
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("member", BUILT_ON_THEIR_OWN, ids=title)
-def test_on_the_way_there_and_back_only_what_is_trained_is_rounded(
-    member: tuple[str, tuple[int, ...], dict[str, Any]], dtype: torch.dtype
-) -> None:
-    model = rewritten(member).eval()
-    there_and_back = copy.deepcopy(model).to(dtype).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
+    with torch.no_grad():  # on the way there and back, only what is trained is rounded
+        for parameter in full.parameters():
             parameter.copy_(parameter.to(dtype))
-    assert torch.equal(there_and_back.w, model.w)
+    assert torch.equal(there_and_back.w, full.w)
 
 
 @pytest.mark.parametrize("chain", ["orthogonal", "stiefel"])
@@ -80,7 +73,7 @@ def test_a_state_that_was_rounded_elsewhere_is_taken_over(chain: str) -> None:
     model.train()(torch.randn(6, 4).bfloat16()).sum().backward()
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@HALVES
 @pytest.mark.parametrize("step", [*IN_PLACE, *ADAPTERS, *FACTORS], ids=name_of)
 def test_masks_adapters_and_factors_follow_the_model(step: dict[str, Any], dtype: torch.dtype) -> None:
     plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
