@@ -83,8 +83,7 @@ def _counted(run: Callable[[], Any]) -> tuple[int, int]:
     return Runs.forward, Runs.backward
 
 
-@pytest.mark.parametrize("cache", ["forward", "version"])
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize(("cache", "memory"), [("forward", "keep"), ("version", "recompute")])
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__.strip("_"))
 def test_one_evaluation_and_one_backward_of_each_chain(capture: str, run: Any, cache: str, memory: str) -> None:
     net = trained(capture, cache=cache, memory=memory)

@@ -134,7 +134,9 @@ def test_numbers_are_drawn_anew_where_the_random_state_is_not_kept(kind: str, sp
     assert not torch.equal(torch.rand(8), drawn)
 
 
-@pytest.mark.parametrize("chain", ["symmetric", "spectral_norm", "growing"])
+@pytest.mark.parametrize(
+    "chain", ["growing", *(pytest.param(chain, marks=pytest.mark.slow) for chain in ("symmetric", "spectral_norm"))]
+)
 def test_in_a_compiled_model(chain: str, spec: Any) -> None:
     torch._dynamo.reset()
     made = spec("layer.weight", Growing() if chain == "growing" else chain, init="raw")

@@ -21,75 +21,6 @@ def made(request: pytest.FixtureRequest, recurrent: Any) -> Any:
     return recurrent(cache=request.param)
 
 
-def test_grad_and_vmap_of_a_functional_call(made: Any) -> None:
-    parameters = {name: parameter.detach() for name, parameter in made.model.named_parameters()}
-
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(made.model, parameters, (x[None],)).square().sum()
-
-    with torch.no_grad():
-        made.model(made.x)
-    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, made.x)
-    for index, x in enumerate(made.x):
-        made.model.zero_grad()
-        made.model(x[None]).square().sum().backward()
-        for name, parameter in made.model.named_parameters():
-            torch.testing.assert_close(each[name][index], parameter.grad)
-    made.model.zero_grad()
-    torch.testing.assert_close(made.model(made.x), made.fresh())
-
-
-def test_an_ensemble_of_stacked_models(made: Any) -> None:
-    models = [copy.deepcopy(made.model) for _ in range(3)]
-    with torch.no_grad():
-        for scale, model in enumerate(models):
-            model(made.x)
-            model.cell.parametrizations.weight_hh.original.mul_(scale)
-    parameters, buffers = torch.func.stack_module_state(models)
-
-    def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(made.model, (parameters, buffers), (made.x,))
-
-    outs = torch.vmap(run)(parameters, buffers)
-    for out, model in zip(outs, models, strict=True):
-        torch.testing.assert_close(out, model(made.x))
-
-
-def test_forward_mode(made: Any) -> None:
-    key = "cell.parametrizations.weight_hh.original"
-    tangent = torch.randn(5, 5, dtype=torch.float64)
-
-    def run(original: Tensor) -> Tensor:
-        return torch.func.functional_call(made.model, {key: original}, (made.x,))
-
-    original = made.site.original.detach()
-    with torch.no_grad():
-        made.model(made.x)
-        _, derivative = torch.func.jvp(run, (original,), (tangent,))
-        step = 1e-6
-        numeric = (run(original + step * tangent) - run(original - step * tangent)) / (2 * step)
-    torch.testing.assert_close(derivative, numeric, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize(("step", "cache"), [("spectral_norm", "forward"), ("weight_norm", "version")])
-def test_compiled_without_a_break_and_without_recompiling(recurrent: Any, cache: str, step: Any) -> None:
-    made = recurrent(step, cache=cache, init="keep")
-    for backend in ("eager", "aot_eager"):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        compiled: Callable[..., Any] = torch.compile(made.model, backend=backend, fullgraph=True)
-        reference = copy.deepcopy(made.model)
-        optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (made.model, reference))
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for _ in range(3):
-                for model, run, stepper in ((made.model, compiled, optimizer), (reference, reference, other)):
-                    model.zero_grad()
-                    run(made.x).square().sum().backward()
-                    stepper.step()
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-        torch.testing.assert_close(made.model(made.x), reference(made.x))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
@@ -115,8 +46,9 @@ def test_a_feed_forward_network_compiles_once_for_twenty_steps(step: Any) -> Non
     torch.testing.assert_close(new(x), reference(x))
 
 
-def test_compiled_without_gradients_follows_updates(made: Any) -> None:
+def test_compiled_without_gradients_follows_updates(recurrent: Any) -> None:
     torch._dynamo.reset()
+    made = recurrent(cache="version")
     with torch.no_grad():
         made.model(made.x)
         compiled: Callable[..., Any] = torch.compile(made.model, backend="eager", fullgraph=True)
@@ -135,8 +67,9 @@ def test_compiled_while_frozen_uses_the_held_value(recurrent: Any) -> None:
     torch.testing.assert_close(made.model.state_dict(), before)
 
 
-def test_compiled_inside_evaluate_once_is_right(made: Any) -> None:
+def test_compiled_inside_evaluate_once_is_right(recurrent: Any) -> None:
     torch._dynamo.reset()
+    made = recurrent()
     compiled: Callable[..., Any] = torch.compile(made.model, backend="eager", fullgraph=True)
     reference = copy.deepcopy(made.model)
     with evaluate_once(made.model):
@@ -146,17 +79,6 @@ def test_compiled_inside_evaluate_once_is_right(made: Any) -> None:
         reference(made.x).sum().backward()
     for one, other in zip(made.model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_exported_and_left_as_it_was(made: Any, strict: bool) -> None:
-    with torch.no_grad():
-        made.model(made.x)
-    program = torch.export.export(made.model, (made.x,), strict=strict)
-    torch.testing.assert_close(program.module()(made.x), made.model(made.x))
-    with torch.no_grad():
-        made.site.original.add_(1)
-        torch.testing.assert_close(made.model(made.x), made.fresh())
 
 
 class _Fails(nn.Module):

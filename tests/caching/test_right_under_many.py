@@ -102,9 +102,10 @@ def test_an_ensemble(net: nn.Module) -> None:
         torch.testing.assert_close(out, model(X))
 
 
-def test_jacobians_hessians_and_forward_mode(net: nn.Module) -> None:
+@pytest.mark.parametrize("layer", ["layers.1", "kept"])
+def test_jacobians_hessians_and_forward_mode(net: nn.Module, layer: str) -> None:
     names = [name for name, p in net.named_parameters() if p.requires_grad]
-    key = next(name for name in names if name.startswith("layers.1.") and name.endswith("original"))
+    key = next(name for name in names if name.startswith(f"{layer}.") and name.endswith(("original", "original1")))
     start = net.get_parameter(key).detach()
 
     def run(original: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def test_jacobians_hessians_and_forward_mode(net: nn.Module) -> None:
         torch.testing.assert_close(hessian[(..., *place)], numeric, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_once_for_all_steps_of_a_training(net: nn.Module, backend: str, training: bool) -> None:
     torch._dynamo.reset()

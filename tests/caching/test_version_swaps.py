@@ -75,10 +75,6 @@ def _swap_a_buffer_of_the_step(made: Any) -> None:
     torch.utils.swap_tensors(step.shift, step.shift + 1)
 
 
-def _set_data_to_another(made: Any) -> None:
-    made.site.original.set_(made.site.original.detach() + 1)
-
-
 def _replace_the_step(made: Any) -> None:
     other = copy.deepcopy(getattr(made.site, "0"))
     other.power = 5.0
@@ -339,12 +335,9 @@ def test_a_write_by_another_process_is_a_change(recurrent: Any) -> None:
             torch.testing.assert_close(made.model(made.x), made.fresh(), rtol=0, atol=0)
 
 
-def _catalog() -> dict[str, Any]:
-    return {name: find(name) for name in members()}
-
-
 def test_every_step_of_the_catalog_that_is_a_function_is_kept_while_training_too() -> None:
-    for name, kind in _catalog().items():
+    for name in members():
+        kind = find(name)
         if getattr(kind, "random", False) or getattr(kind, "stateful", False):
             continue
         torch.manual_seed(0)
@@ -356,9 +349,3 @@ def test_every_step_of_the_catalog_that_is_a_function_is_kept_while_training_too
         with torch.no_grad():
             model(torch.randn(2, 4))
         assert model.get_submodule("0").parametrizations.weight.policy.cached, name
-
-
-def test_nothing_in_the_catalog_says_by_accident_that_it_draws_or_advances() -> None:
-    for name, kind in _catalog().items():
-        for what in ("random", "stateful", "batched"):
-            assert getattr(kind, what, False) in (True, False), f"{name}.{what}"
