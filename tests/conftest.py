@@ -8,7 +8,9 @@ import numpy
 import pytest
 import torch
 
-hypothesis.settings.register_profile("reparam", deadline=None, derandomize=True, print_blob=True)
+# `pytest --hypothesis-profile=thorough` draws eight times as many examples.
+hypothesis.settings.register_profile("reparam", max_examples=25, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("reparam"), max_examples=200)
 hypothesis.settings.load_profile("reparam")
 
 # pytest-xdist runs one process per core. More threads in each process only compete with the other processes.

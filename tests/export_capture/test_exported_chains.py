@@ -50,10 +50,16 @@ def _calls(program):
 
 
 @pytest.mark.parametrize(
-    ("strict", "then"),
-    [(False, _as_it_is), (False, _saved), (False, _decomposed), (False, _decomposed_and_saved), (True, _as_it_is)],
+    ("capture", "strict", "then"),
+    [
+        ("graph", False, _decomposed_and_saved),
+        ("graph", True, _as_it_is),
+        ("module", False, _as_it_is),
+        pytest.param("graph", False, _saved, marks=pytest.mark.slow),
+        pytest.param("module", False, _decomposed_and_saved, marks=pytest.mark.slow),
+        pytest.param("module", True, _as_it_is, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("capture", ["graph", "module"])
 def test_an_export_of_a_rewritten_model_bakes(capture, strict, then):
     model = rewriter.rewrite(_plain(), SPEC, capture=capture)
     baked = rewriter.bake(then(torch.export.export(model, (X,), strict=strict)))
@@ -67,8 +73,8 @@ def test_an_export_of_a_rewritten_model_bakes(capture, strict, then):
     _saved(baked)
 
 
-@pytest.mark.parametrize("then", [_decomposed, _decomposed_and_saved])
-def test_a_rewritten_program_bakes_after_decompositions(then):
+def test_a_rewritten_program_bakes_after_decompositions():
+    then = _decomposed_and_saved
     program = rewriter.rewrite(torch.export.export(_plain(), (X,)), SPEC)
     expected = program.module()(X)
     new = then(program)
@@ -95,7 +101,7 @@ def test_a_chain_with_another_value_in_training_keeps_its_evaluation_after_decom
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("then", [_as_it_is, _decomposed])
+@pytest.mark.parametrize("then", [_as_it_is, pytest.param(_decomposed, marks=pytest.mark.slow)])
 def test_a_program_in_train_mode_is_refused_by_name(then):
     model = rewriter.rewrite(_plain(), SPEC).train()
     with pytest.raises(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -280,7 +280,6 @@ STEPS = st.sampled_from(
 
 
 @given(st.lists(STEPS, min_size=1, max_size=6), st.booleans())
-@settings(max_examples=40)
 def test_every_chain_has_the_same_value_and_gradient(chain: list[Any], training: bool) -> None:
     torch.manual_seed(0)
     model = net().train(training)

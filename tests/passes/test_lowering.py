@@ -181,7 +181,9 @@ ASKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize(
+    "ask", [pytest.param(ask, marks=pytest.mark.slow if ask in ("compile", "export") else ()) for ask in ASKS]
+)
 def test_the_code_of_a_large_graph_is_written_when_it_is_asked_for(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_graph_module, "WRITTEN_AT_ONCE", 20)
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(10)])

@@ -186,7 +186,11 @@ def test_baking_gives_the_sums_back(model: nn.Module) -> None:
     assert str(fx.symbolic_trace(bake(rewrite(model, SPEC))).graph) == before
 
 
-@pytest.mark.parametrize("model", [Recurrent(), Recurrent(True), Wider()], ids=_name)
+@pytest.mark.parametrize(
+    "model",
+    [Recurrent(True), *(pytest.param(model, marks=pytest.mark.slow) for model in (Recurrent(), Wider()))],
+    ids=_name,
+)
 def test_sums_script_save_and_export(model: nn.Module, tmp_path: Any) -> None:
     torch.manual_seed(0)
     new, x = rewrite(model, SPEC), torch.randn(3, 4)

@@ -104,7 +104,7 @@ def test_autograd_transposes_it_once_only(capture: str) -> None:
 @pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (0, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_values_and_gradients_are_those_of_torch(
     capture: str, bias: bool, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

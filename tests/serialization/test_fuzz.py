@@ -17,6 +17,7 @@ from rewriter.errors import ModelFileError
 from rewriter.io import load_model, save_model
 from rewriter.serialization import graph_to_data, restore_graph_module
 
+SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 RELU = nn.functional.relu
 SPEC = {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": ["symmetric"]}]}
 OPCODES = b"().0NRbcdehijlopqrstu}]\x80\x81\x85\x86\x87\x88\x89X\x8aK"
@@ -90,7 +91,7 @@ def changed_bytes(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@SEEDS
 def test_a_pickle_with_changed_opcodes_runs_nothing(tmp_path, content, seed):
     draw = random.Random(seed)
     for _ in range(100):
@@ -116,7 +117,7 @@ def crossed(value, draw: random.Random):
     return value
 
 
-@pytest.mark.parametrize("seed", range(3))
+@SEEDS
 def test_a_crafted_graph_runs_nothing(tmp_path, seed):
     draw = random.Random(seed)
 
@@ -142,7 +143,7 @@ def test_a_crafted_graph_runs_nothing(tmp_path, seed):
     assert built > 5
 
 
-@pytest.mark.parametrize("seed", range(3))
+@SEEDS
 def test_a_crafted_state_runs_nothing(tmp_path, seed):
     draw = random.Random(seed)
     for _ in range(100):

@@ -260,7 +260,7 @@ def test_a_length_beyond_all_memory_is_damage(tmp_path):
         load_model(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_end_in_a_model_file_error(tmp_path, data):
     path = tmp_path / "model.pt"
@@ -274,7 +274,7 @@ def test_damaged_files_end_in_a_model_file_error(tmp_path, data):
         load_model(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     start=st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04", b"\x10\0\0\0\0\0\0\0{"]),
     rest=st.binary(max_size=200),
