@@ -287,6 +287,9 @@ class Site(nn.Module):
         """Return the value for the running forward; without one, the value as it stands."""
         context = self.contexts.context
         if context is None:
+            once = self.policy.once
+            if once is not None and not self.policy.frozen and (self.repeatable or once.at[self]):  # no state advances
+                return self.policy.value(self, self.read_inputs())
             value = self.read(*self.read_inputs())
             if not torch.compiler.is_compiling():
                 self.policy.read(self, value)
