@@ -68,6 +68,8 @@ class Chain:
         self.steps: list[nn.Module] = []
         self.refits: dict[int, Tensor] = {}
         """Stateful steps whose right inverse gives back its argument, with the value that they were fitted to."""
+        self.listed = False
+        """Whether the right inverse of the first step gives a sequence."""
         first = values[0]
         self._restart(tuple(values) if len(values) > 1 else first if self.layout.plain else self.layout.inward(first))
         self._entering = self._entering_dtypes()
@@ -145,6 +147,8 @@ class Chain:
                 " (with `init: raw` the tensor is stored as it is)"
             ) from problem
         parts = parts_of(found)
+        if index == 0 and len(self.claim.entries) == 1:
+            self.listed = not isinstance(found, Tensor)
         _check_parts(index, step, module, parts, first_of(value))
         check_arity(module, step, len(parts) + len(further))
         starts = index == 0 and self.rule.source is None

@@ -65,7 +65,7 @@ class Site(nn.Module):
         contexts: Contexts | None = None,
     ) -> None:
         super().__init__()
-        names = ("original",) if len(originals) == 1 else tuple(f"original{index}" for index in range(len(originals)))
+        names = spec.original_names(len(originals))
         # Module.__setattr__ looks for parameters in every value, which takes time for thousands of sites.
         contexts = Contexts() if contexts is None else contexts
         self.__dict__.update(spec=spec, contexts=contexts, original_names=names, _places=())
