@@ -67,6 +67,11 @@ def is_fully_sharded(module: object) -> bool:
     return isinstance(module, fsdp_classes()[:1])
 
 
+def is_managed(module: nn.Module) -> bool:
+    """Whether `fully_shard` puts the tensors of a module in place at each forward."""
+    return "_is_fsdp_managed_module" in module.__dict__
+
+
 def is_fsdp_hook(hook: object) -> bool:
     """Whether FSDP registered a hook."""
     return str(getattr(hook, "__module__", "")).startswith(_FSDP)

@@ -43,6 +43,7 @@ class Taken:
         carries: for each step, which of its inputs is the previous step's result.
         sources: who computed it.
         kind: ``"parameter"`` or ``"buffer"``.
+        listed: whether torch numbers a single original: ``original0``.
     """
 
     place: Place
@@ -52,6 +53,7 @@ class Taken:
     carries: list[int]
     sources: list[str]
     kind: str = "parameter"
+    listed: bool = False
 
 
 def holders_of(model: nn.Module) -> list[Holder]:
@@ -199,6 +201,7 @@ def _take(holder: Holder, steps: list[nn.Module], taken: dict[tuple[int, str], T
     for step in steps:
         step.train(holder.owner.training)
     plain = Taken(holder.place, steps, inputs, [len(inputs)] + [0] * (len(steps) - 1), [0] * len(steps), [])
+    plain.listed = any(name == "original0" for _, name in holder.stored)
     if inner:
         first = before[inner[0]]
         assert first is not None
@@ -207,6 +210,7 @@ def _take(holder: Holder, steps: list[nn.Module], taken: dict[tuple[int, str], T
         plain.counts = [*first.counts, len(inputs) - 1, *plain.counts[1:]]
         plain.carries = [*first.carries, inner[0], *plain.carries[1:]]
         plain.sources = list(first.sources)
+        plain.listed = first.listed
     plain.sources.append(holder.source)
     plain.kind = holder.kind
     trained = any(original.requires_grad for original in plain.originals)
@@ -256,6 +260,7 @@ def _site(one: Taken, entry: Entry) -> Site:
         layout=layout_of(info.shape),
         outer=False,
         batch="never",
+        listed=one.listed,
     )
     site = Site(one.steps, one.originals, record)
     site.training = one.place[0].training

@@ -36,6 +36,7 @@ class Evaluated:
         self.value = value
         self.leaf = leaf
         self.given: Any = leaf
+        self.versions = _versions(leaf)
         """What forwards get: the leaf, or the same value with a way to the originals for `torch.autograd.grad`."""
         self.arrived: list[tuple[Tensor, Tensor]] = []
         """The originals with the `.grad` that each had when the last gradient arrived at the leaf."""
@@ -73,8 +74,13 @@ class Evaluated:
         """Say whether the tensors have the content that was evaluated.
 
         Raises:
-            RewriterError: they have not, and gradients depend on it.
+            RewriterError: they have not, and gradients depend on it; or somebody wrote to the value.
         """
+        if self.versions != _versions(self.leaf) and not self.site.renormed:
+            raise RewriterError(
+                f"{self.site.spec.name}: its value was written to inside evaluate_once, where all forwards share it; "
+                "write to a clone(), or give the tensor another value with rewriter.state.set_value before the block"
+            )
         same = self.fingerprint.same_content()
         if self.trained and not same:
             raise RewriterError(
@@ -243,6 +249,10 @@ def _backward(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for kind in {value.device.type for value, _ in pairs}:
             precision.enter_context(torch.autocast(kind, enabled=False))
         torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _versions(value: Any) -> list[int]:
+    return [part._version for part in (value if isinstance(value, tuple) else (value,))]
 
 
 def _leaf(value: Tensor) -> Tensor:

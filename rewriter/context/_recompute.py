@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rewriter._given import is_managed
 from rewriter.context._fingerprint import mark, transformed, version_of
 from rewriter.errors import RewriterError
 
@@ -42,11 +43,11 @@ def recomputed(site: Site, inputs: Sequence[Tensor]) -> Any:
         if not again:
             again = True
             return site.compose(*given)
-        if [mark(source) for source in sources] != marks:
+        # FSDP frees whole tensors after the forward, and gathers them again for the backward.
+        if not is_managed(site) and [mark(source) for source in sources] != marks:
             raise RewriterError(
                 f"{site.spec.name}: a tensor that it is computed from was modified between forward and backward, "
-                "and `memory: recompute` evaluates it again in backward. fully_shard replaces tensors in between: "
-                "leave `memory` out there, and checkpoint the blocks instead"
+                "and `memory: recompute` evaluates it again in backward"
             )
         return _bound(snapshot).compose(*given)
 

@@ -37,7 +37,7 @@ class AlmostOrthogonal(Space, name="almost_orthogonal"):
     guarantee = "all singular values lie in [1 - radius, 1 + radius], up to 10 n eps, with matrix_exp times 1 + |X|"
     cost = "O(n k^2) for n rows and k <= n columns"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
-    takes = ("no kernel", "real")
+    takes = ("matrix", "real")
     batched = True
 
     radius: float

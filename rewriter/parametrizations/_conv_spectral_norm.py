@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._base import Precise
+from rewriter.parametrizations.maths._eager import overwrite
 from rewriter.parametrizations.maths._precision import widen
 
 
@@ -89,7 +90,11 @@ class ConvSpectralNorm(Precise, name="conv_spectral_norm"):
             for _ in range(steps):
                 back = self._transposed(W, self._convolve(W, widen(self._v)))
                 norm = torch.linalg.vector_norm(back)
-                self._v.copy_(torch.where(norm <= self.eps, self._v, back / norm.clamp_min(self.eps)))
+                turned = torch.where(norm <= self.eps, self._v, back / norm.clamp_min(self.eps))
+                if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                    self._v.copy_(turned)
+                else:
+                    overwrite(self._v, turned)
 
     def _convolve(self, W: Tensor, x: Tensor) -> Tensor:
         none = [0] * len(self.strides)

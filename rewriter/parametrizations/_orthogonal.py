@@ -24,7 +24,7 @@ _VERY_TALL = 2048
 class _Orthogonal(Space):
     guarantee = "|Q^T Q - I| <= 10 n eps (Q Q^T where Q is wide), with matrix_exp times 1 + |X|"
     reference = "Lezcano-Casado, https://arxiv.org/abs/1909.09501"
-    takes: ClassVar[tuple[str, ...]] = ("no kernel",)
+    takes: ClassVar[tuple[str, ...]] = ("matrix",)
     batched = True
 
     map: Literal["matrix_exp", "cayley", "householder"] | None = None
@@ -192,7 +192,7 @@ class SpecialOrthogonal(Orthogonal, name="special_orthogonal"):
 
     guarantee = "|Q^T Q - I| <= 10 n eps, with matrix_exp times 1 + |X|, and the determinant is one"
     cost = "O(n^3)"
-    takes = ("square", "no kernel")
+    takes = ("square",)
 
     map: Literal["matrix_exp", "cayley"] = "matrix_exp"
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._base import Parametrization
-from rewriter.parametrizations.maths._eager import at_hand
+from rewriter.parametrizations.maths._eager import at_hand, overwrite
 from rewriter.parametrizations.maths._precision import widen
 from rewriter.parametrizations.maths._unit_norm import as_matrix, over_norm
 
@@ -37,7 +37,7 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
     guarantee = "the largest singular value is one, up to the error of the power method; zero stays zero"
     cost = "2 (n_power_iterations + 1) matrix-vector products"
     reference = "Miyato et al., https://arxiv.org/abs/1802.05957"
-    takes = ("matrix",)
+    takes = ("no vector",)
     stateful = True
 
     n_power_iterations: int = 1
@@ -112,7 +112,7 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
             vector.copy_(torch.where(norm <= self.eps, vector, x / norm.clamp_min(self.eps)))
         else:
             if not at_hand(x):
-                vector.copy_(torch.where(norm <= self.eps, vector, x / norm.clamp_min(self.eps)))
+                overwrite(vector, torch.where(norm <= self.eps, vector, x / norm.clamp_min(self.eps)))
             elif not norm.item() <= self.eps:
                 torch.div(x, norm, out=vector)
 

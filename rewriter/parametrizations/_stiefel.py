@@ -32,7 +32,7 @@ class Stiefel(_Orthogonal, name="stiefel"):
 
     cost = "O(n k^2) for n rows and k <= n columns"
     reference = "Edelman, Arias and Smith, https://arxiv.org/abs/physics/9806030"
-    takes = ("no kernel", "real")
+    takes = ("matrix", "real")
 
     def _first_base(self) -> Tensor:
         *lead, m, n = self.shape or ()

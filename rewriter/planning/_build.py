@@ -141,6 +141,7 @@ def build(
         memory=rule.memory,
         trainable=rule.trainable,
         gather=gather,
+        listed=chain is not None and chain.listed,
     )
     tensors = _stored_tensors(claim, steps, originals)
     if layout.only:

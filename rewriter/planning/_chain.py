@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewriter._given import kind_of
 from rewriter.language import Step
 from rewriter.parametrizations._registry import construct
-from rewriter.parametrizations.maths._checks import require_no_kernel
+from rewriter.parametrizations.maths._checks import OF_MATRICES, REQUIREMENTS, require_no_kernel
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.sites import Chunked, Layout, Site, layout_of
@@ -68,6 +68,8 @@ class Chain:
         self.steps: list[nn.Module] = []
         self.refits: dict[int, Tensor] = {}
         """Stateful steps whose right inverse gives back its argument, with the value that they were fitted to."""
+        self.listed = False
+        """Whether the right inverse of the first step gives a sequence."""
         first = values[0]
         self._restart(tuple(values) if len(values) > 1 else first if self.layout.plain else self.layout.inward(first))
         self._entering = self._entering_dtypes()
@@ -116,14 +118,23 @@ class Chain:
         weight = first_of(self._seen_by(index)) if weight is None else weight
         step = self.rule.chain[index]
         try:
-            if _is_kernel_of_conv1d(self.claim, self.layout) and "no kernel" in getattr(step.factory, "takes", ()):
-                require_no_kernel(step.name, value_of(self.claim.entries[0]), most=2)
+            self._require(step, weight)
             made = _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
         except Exception as problem:
             raise BuildError(f"step {index + 1}, {step}: {first_line(problem)}") from problem
         if self.like is not None:
             copy_from_first(made, self.like)
         return made
+
+    def _require(self, step: Step, weight: Tensor) -> None:
+        """Refuse a tensor that the step declares not to take (``takes``)."""
+        takes = getattr(step.factory if step.module is None else step.module, "takes", ())
+        if OF_MATRICES.intersection(takes) and not self.layout.matrix:
+            owners = self.claim.entries[0].owners
+            most = 2 if owners and isinstance(owners[0][0], _CONV1D) else 3
+            require_no_kernel(step.name, value_of(self.claim.entries[0]), most)
+        for kind in takes if step.module is not None else ():  # a constructor asks for itself
+            REQUIREMENTS[kind](step.name, weight)
 
     def _invert(self, index: int, module: nn.Module, value: Any) -> None:
         step = self.rule.chain[index]
@@ -136,6 +147,8 @@ class Chain:
                 " (with `init: raw` the tensor is stored as it is)"
             ) from problem
         parts = parts_of(found)
+        if index == 0 and len(self.claim.entries) == 1:
+            self.listed = not isinstance(found, Tensor)
         _check_parts(index, step, module, parts, first_of(value))
         check_arity(module, step, len(parts) + len(further))
         starts = index == 0 and self.rule.source is None
@@ -220,12 +233,6 @@ def transposed(claim: Claim) -> bool:
     """Say whether a claim's tensor is the kernel of a transposed convolution, whose outputs are dimension 1."""
     owners = claim.entries[0].owners
     return bool(owners) and isinstance(owners[0][0], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-
-
-def _is_kernel_of_conv1d(claim: Claim, layout: Layout) -> bool:
-    """Say whether a chain would take the kernel of a one-dimensional convolution for a stack of matrices."""
-    owners = claim.entries[0].owners
-    return len(layout.shape) == 3 and not layout.matrix and bool(owners) and isinstance(owners[0][0], _CONV1D)
 
 
 def _make(

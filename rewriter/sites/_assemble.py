@@ -21,8 +21,7 @@ def reassemble(site: Site, steps: Sequence[nn.Module], originals: Sequence[Tenso
     """
     for name in (*site.original_names, *map(str, range(len(site.spec.chain)))):
         delattr(site, name)
-    count = len(originals)
-    site.original_names = ("original",) if count == 1 else tuple(f"original{index}" for index in range(count))
+    site.original_names = record.original_names(len(originals))
     for name, original in zip(site.original_names, originals, strict=True):
         if isinstance(original, nn.Parameter):
             site.register_parameter(name, original)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriter._given import kind_of
+from rewriter._given import is_distributed, is_managed, kind_of
 from rewriter.errors import PlanError, RewriterError
 from rewriter.sites._inverse import invert_chain
-from rewriter.sites._shards import is_managed
+from rewriter.sites._shards import all_whole, whole
 from rewriter.sites._site import Site
 
 
@@ -59,17 +59,26 @@ def assign_value(site: Site, name: str, value: Any) -> None:
     """Set the originals of `site` so that it computes `value`; they stay as they were if it cannot.
 
     Raises:
-        PlanError: the value has another shape, or the chain cannot produce it.
+        PlanError: the value has another shape, or the chain cannot produce it; or its tensors are whole for a forward.
     """
     record = site.spec
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
     check_shape(record.name, record.members[0].shape, value)
-    if is_managed(site):
+    if not is_managed(site):
+        _assign(site, value)
+        return
+    if not any(map(is_distributed, site.parameters())):
         raise PlanError(
-            f"{record.name} cannot be set: fully_shard keeps its tensors as shards, and puts them in place at each "
-            f"forward. Load a state dict, in which {record.name!r} may have the value as a DTensor"
+            f"{record.name} cannot be set now: fully_shard has put whole tensors in place for a forward. Call "
+            "rewriter.state.set_value in every process, outside of a forward"
         )
+    with all_whole(site, keep=True):
+        _assign(site, whole(value))
+
+
+def _assign(site: Site, value: Tensor) -> None:
+    record = site.spec
     tensors = [*site.parameters(), *site.buffers()]
     before = [tensor.clone() for tensor in tensors]
     try:

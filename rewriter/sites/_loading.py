@@ -74,6 +74,7 @@ def converting_owner(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _convert_nested(place: Place, state: dict[str, Any], assign: bool, errors: list[str]) -> None:
+    place.respell(state)
     if not needs_bridge(place, state):
         return
     try:

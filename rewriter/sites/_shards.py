@@ -19,11 +19,6 @@ from rewriter.sites._gathered import gathered, possible
 from rewriter.sites._site import Site
 
 
-def is_managed(site: Site) -> bool:
-    """Whether `fully_shard` puts the tensors of a site in place at each forward."""
-    return "_is_fsdp_managed_module" in site.__dict__
-
-
 def whole(tensor: Any) -> Any:
     """Return all of a DTensor as a plain tensor; anything else as it is."""
     return gathered(tensor.detach()) if is_distributed(tensor) else tensor
@@ -57,14 +52,19 @@ def values_of(site: Site, evaluate: Callable[[Site], Sequence[Tensor]]) -> list[
     shards = [tensor for tensor in (*site.originals, *site.parameters()) if is_distributed(tensor)]
     if not shards:
         return list(evaluate(site))
-    with _all_whole(site):
+    with all_whole(site):
         values = [value.detach() for value in evaluate(site)]
     return [as_shards(site.spec.name, value, shards[0]) for value in values]
 
 
 @contextlib.contextmanager
-def _all_whole(site: Site) -> Iterator[None]:
-    """Put whole tensors in the places of those that a site reads."""
+def all_whole(site: Site, keep: bool = False) -> Iterator[None]:
+    """Put whole tensors in the places of those that a site reads.
+
+    Arguments:
+        site: the site.
+        keep: whether the site's own shards get what was written to the whole tensors.
+    """
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     known: dict[int, Tensor] = {}
     try:
@@ -77,6 +77,10 @@ def _all_whole(site: Site) -> Iterator[None]:
                 replaced.append((tensors, name, tensor))
                 tensors[name] = known[id(tensor)]
         yield
+        own = {id(tensor) for tensor in site.parameters()} if keep else ()
+        for tensors, name, tensor in replaced:
+            if id(tensors[name]) in own:
+                tensor.copy_(as_shards(site.spec.name, tensors[name].detach(), tensor))
     finally:
         for tensors, name, tensor in replaced:
             tensors[name] = tensor

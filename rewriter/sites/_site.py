@@ -65,7 +65,7 @@ class Site(nn.Module):
         contexts: Contexts | None = None,
     ) -> None:
         super().__init__()
-        names = ("original",) if len(originals) == 1 else tuple(f"original{index}" for index in range(len(originals)))
+        names = spec.original_names(len(originals))
         # Module.__setattr__ looks for parameters in every value, which takes time for thousands of sites.
         contexts = Contexts() if contexts is None else contexts
         self.__dict__.update(spec=spec, contexts=contexts, original_names=names, _places=())
@@ -287,6 +287,9 @@ class Site(nn.Module):
         """Return the value for the running forward; without one, the value as it stands."""
         context = self.contexts.context
         if context is None:
+            once = self.policy.once
+            if once is not None and not self.policy.frozen and (self.repeatable or once.at[self]):  # no state advances
+                return self.policy.value(self, self.read_inputs())
             value = self.read(*self.read_inputs())
             if not torch.compiler.is_compiling():
                 self.policy.read(self, value)

@@ -56,6 +56,7 @@ class SiteSpec:
         memory: ``"keep"`` or ``"recompute"``.
         trainable: whether its parameters are trained; ``None`` if the tensor decided that.
         gather: whether the chain runs on whole tensors although the stored ones are distributed over processes.
+        listed: whether the first right inverse gives a sequence, of which torch numbers even a single tensor.
     """
 
     members: tuple[Member, ...]
@@ -74,6 +75,7 @@ class SiteSpec:
     memory: str = "keep"
     trainable: bool | None = None
     gather: bool = False
+    listed: bool = False
     simple: bool = field(init=False, repr=False, compare=False)
     """Whether the first step takes all stored tensors as they are, and each other step only the result before it."""
 
@@ -86,6 +88,10 @@ class SiteSpec:
     def name(self) -> str:
         """The site's first name."""
         return self.members[0].names[0]
+
+    def original_names(self, count: int) -> tuple[str, ...]:
+        """Return the names of so many originals: those that torch gives them."""
+        return ("original",) if count == 1 and not self.listed else tuple(f"original{index}" for index in range(count))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -46,6 +46,14 @@ class Place:
         """The keys of the stored tensors that the chain starts from."""
         return [self.prefix + name for name in self.site.original_names]
 
+    def respell(self, state: dict[str, Any]) -> None:
+        """Give a single original the name that the site has for it: ``original``, or ``original0`` if it is listed."""
+        if len(self.site.original_names) == 1:
+            (wanted,) = self.originals
+            other = self.prefix + ("original" if self.site.spec.listed else "original0")
+            if other in state and wanted not in state:
+                state[wanted] = state.pop(other)
+
     def own(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of a state dict that is the site's, by the names of the site's tensors."""
         return {key[len(self.prefix) :]: value for key, value in state.items() if key.startswith(self.prefix)}
@@ -119,6 +127,8 @@ class Translation:
         self.state, self.metadata = _without_prefixes(model, state)
         self.assign = assign
         self.places = list(all_places(model))
+        for place in self.places:
+            place.respell(self.state)
         if is_adapter_state(self.state):
             self.state = from_adapter(self.places, self.state, self.metadata, model.state_dict())
             self.metadata = {}

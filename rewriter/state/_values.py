@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._bake import _chosen, _present
-from rewriter._given import check_model
+from rewriter._given import check_model, is_distributed, is_managed
+from rewriter._shards import reshard
 from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
 from rewriter.sites import Site, assign_value, check_shape
-from rewriter.sites._shards import is_managed, values_of
+from rewriter.sites._shards import as_shards, values_of
 
 
 def get_value(model: nn.Module, name: str) -> Tensor:
@@ -64,16 +65,18 @@ def set_value(model: nn.Module, name: str, value: Tensor) -> None:
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
         name: any of the tensor's names.
-        value: of the tensor's shape.
+        value: of the tensor's shape. Of a model that `fully_shard` sharded every process gives it, whole or as shards.
 
     Raises:
         PlanError: the model has no such tensor, or its chain cannot produce the value; nothing has changed then.
     """
+    check_model(model, "set_value", programs=False, wrapped=True)
+    reshard(model)
     entry = _entry(model, name, "set_value")
     if entry.site is None:
         assert entry.tensor is not None
         check_shape(name, tuple(entry.tensor.shape), value)
-        entry.tensor.copy_(value)
+        entry.tensor.copy_(value if is_distributed(value) else as_shards(name, value, entry.tensor))
         return
     assign_value(entry.site, name, value)
 

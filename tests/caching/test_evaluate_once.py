@@ -248,3 +248,26 @@ def test_a_wrapped_model_is_taken(tmp_path: Any) -> None:
         assert all(parameter.grad is not None for parameter in model.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_reads_outside_of_forwards_are_the_one_value_too(recurrent: Any) -> None:
+    def reads(model: nn.Module, x: Tensor) -> None:
+        cell = model.cell
+        (model(x).sum() + cell.weight_hh.square().sum()).backward()
+        cell.weight_hh.sum().backward()
+
+    _expect_same(recurrent(), reads)
+    for made in (recurrent(), recurrent("symmetric")):
+        with evaluate_once(made.model):
+            if made.site.spec.chain != ("symmetric",):  # a step of its own could advance a state
+                made.model(made.x)
+            assert made.model.cell.weight_hh is made.model.cell.weight_hh
+
+
+def test_a_write_to_the_one_value_is_an_error(recurrent: Any) -> None:
+    made = recurrent()
+    with pytest.raises(RewriterError, match=r"cell\.weight_hh: its value was written to"), evaluate_once(made.model):
+        made.model(made.x)
+        with torch.no_grad():
+            made.model.cell.weight_hh.clamp_(-0.1, 0.1)
+        made.model(made.x)

@@ -52,7 +52,7 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Any], Callable[[nn.Module, str], Any]
     "symmetric": (
         lambda w: "symmetric",
         lambda m, n: parametrize.register_parametrization(m, n, Symmetric()),
-        lambda w: w.dim() > 1 and w.shape[-1] == w.shape[-2],
+        lambda w: w.dim() in (2, 3) and w.shape[-1] == w.shape[-2],
     ),
     "mask": (
         lambda w: Mask(_mask(w)),

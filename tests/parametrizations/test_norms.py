@@ -311,3 +311,44 @@ def test_averaged_models_keep_the_spectral_norm_near_one() -> None:
         average.update_parameters(new)
     average.eval()
     assert torch.linalg.matrix_norm(get_value(average.module, "0.weight"), 2) < 1.3
+
+
+@pytest.mark.parametrize("given", ["parameters", "parameters and buffers"])
+@pytest.mark.parametrize("capture", ["graph", "module"])
+def test_spectral_norm_differentiated_by_torch_func_is_torchs(capture: str, given: str) -> None:
+    theirs = parametrizations.spectral_norm(nn.Linear(3, 9, dtype=torch.float64))
+    plain = nn.Sequential(nn.Linear(3, 9, dtype=torch.float64))
+    rule = {"name": "r", "select": "0.weight", "chain": ["spectral_norm"]}
+    ours = rewrite(plain, {"reparam": 1, "rules": [rule]}, capture=capture)
+    ours.load_state_dict({f"0.{name}": tensor for name, tensor in theirs.state_dict().items()})
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = []
+    for model in (nn.Sequential(theirs), ours):
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if "buffers" in given else {}
+
+        def loss(
+            parameters: dict[str, Tensor], model: nn.Module = model, buffers: dict[str, Tensor] = buffers
+        ) -> Tensor:
+            return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+        gradients = torch.func.grad(loss)({name: tensor.detach() for name, tensor in model.named_parameters()})
+        found.append((gradients, dict(model.named_buffers()), buffers))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "step", ["spectral_norm", {"conv_spectral_norm": {"input_size": [4, 4]}}], ids=["plain", "conv"]
+)
+def test_a_buffer_that_advances_has_no_value_for_each_example_of_vmap(step: str | dict[str, object]) -> None:
+    rule = {"name": "r", "select": "0.weight", "chain": [step]}
+    model = rewrite(nn.Sequential(nn.Conv2d(2, 2, 3)), {"reparam": 1, "rules": [rule]})
+    parameters, buffers = torch.func.stack_module_state([model, copy.deepcopy(model)])
+    x = torch.randn(1, 2, 4, 4)
+
+    def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, (parameters, buffers), (x,))
+
+    with pytest.raises(RewriterError, match="give functional_call the buffers too"):
+        torch.vmap(run, (0, None))(parameters, {})
+    together = torch.vmap(run)(parameters, buffers)
+    torch.testing.assert_close(together[1], model(x))

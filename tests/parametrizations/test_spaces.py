@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import rewriter
 from rewriter import PlanError, rewrite
 from rewriter.parametrizations._base import Space
+from rewriter.parametrizations._linear_spaces import Symmetric
 from rewriter.parametrizations._registry import construct, find
+from rewriter.parametrizations.maths._checks import OF_MATRICES
 from rewriter.testing import on_space
 from tests.members import members
 
@@ -102,16 +104,23 @@ def test_a_stack_of_matrices_that_is_no_kernel_needs_no_reshape() -> None:
     torch.testing.assert_close(value.mT @ value, torch.eye(3).expand(2, 3, 3), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "special_orthogonal", "stiefel", "grassmann", "almost_orthogonal"])
-def test_a_kernel_is_refused_with_the_two_ways_to_reshape_it(name: str) -> None:
-    rule = {"name": "r", "select": "0.weight", "chain": [{name: NEEDED.get(name, {})}]}
-    model = nn.Sequential(nn.Conv2d(4, 6, 3))
-    with pytest.raises(PlanError, match=r"`reshape: \[out, -1\]` .* `reshape: \[-1, 3, 3\]`"):
+@pytest.mark.parametrize(
+    "conv", [nn.Conv1d(4, 4, 4), nn.Conv2d(4, 4, 4), nn.ConvTranspose3d(4, 4, 4)], ids=lambda conv: type(conv).__name__
+)
+@pytest.mark.parametrize("name", [name for name in members() if OF_MATRICES.intersection(find(name).takes)])
+def test_a_kernel_is_refused_with_the_two_ways_to_reshape_it(name: str, conv: nn.Module) -> None:
+    rule = {"name": "r", "select": "0.weight", "chain": [{name: NEEDED.get(name, {})}], "init": "sample"}
+    model = nn.Sequential(conv)
+    with pytest.raises(PlanError, match=r"`reshape: \[out, -1\]` .* `reshape: \[-1, 4, 4\]`"):
         rewrite(model, {"reparam": 1, "rules": [rule]})
-    if name in ("orthogonal", "stiefel", "special_orthogonal"):
-        new = rewrite(model, {"reparam": 1, "rules": [{**rule, "reshape": [-1, 3, 3]}]})
-        slices = rewriter.state.get_value(new, "0.weight").flatten(0, 1)
-        torch.testing.assert_close(slices @ slices.mT, torch.eye(3).expand_as(slices), atol=1e-5, rtol=0)
+    if name not in ("grassmann", "hurwitz_stable"):  # one has no square matrices, the other draws no stack of them
+        rewrite(model, {"reparam": 1, "rules": [{**rule, "reshape": [-1, 4, 4]}]})
+
+
+def test_a_step_that_is_given_as_a_module_refuses_kernels_and_vectors_too() -> None:
+    for layer, message in [(nn.Conv2d(3, 3, 3), "reshape"), (nn.BatchNorm1d(3), "leave biases")]:
+        with pytest.raises(PlanError, match=message):
+            rewrite(layer, {"reparam": 1, "rules": [{"name": "r", "select": "weight", "chain": [Symmetric()]}]})
 
 
 @pytest.mark.parametrize("name", ["skew", "symmetric", "special_orthogonal"])

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.testing._internal.two_tensor import TwoTensor
 
-from rewriter import PlanError, bake, rewrite
+from rewriter import PlanError, absorb, bake, rewrite
 from rewriter.io import load_model, save_model
-from rewriter.state import extend, get_value, set_value
+from rewriter.state import convert_state_dict, extend, get_value, set_value
 
 
 class Skew(nn.Module):
@@ -290,9 +290,28 @@ def test_names_that_are_not_there_are_refused() -> None:
         bake(rewrite(layer(), spec(Function())), only=["0.bias"])
 
 
-def test_a_sequence_of_one_original_is_one_original(capture: str) -> None:
-    new = rewrite(layer(), spec(Function(lambda x: x, lambda w: (w,))), capture=capture)
-    assert torch.equal(get_value(new, "0.weight"), bake(new, keep="original")[0].weight.detach())
+@pytest.mark.parametrize("inverse", [lambda w: (w / 2,), lambda w: w / 2], ids=["sequence", "tensor"])
+def test_a_single_original_has_torchs_name_and_loads_under_both(capture: str, inverse: Any) -> None:
+    new = rewrite(layer(), spec(Function(lambda x: 2 * x, inverse)), capture=capture)
+    theirs = layer()
+    parametrize.register_parametrization(theirs[0], "weight", Function(lambda x: 2 * x, inverse))
+    assert sorted(new.state_dict()) == sorted(theirs.state_dict())
+    assert sorted(absorb(copy.deepcopy(theirs)).state_dict()) == sorted(theirs.state_dict())
+    assert torch.equal(get_value(new, "0.weight") / 2, bake(new, keep="original")[0].weight.detach())
+    for name in ("original", "original0"):
+        key = f"0.parametrizations.weight.{name}"
+        state = {"0.bias": new[0].bias.detach(), key: torch.ones_like(new[0].weight)}
+        for model in (new, nn.Sequential(new)):  # inside another module, torch's load_state_dict runs
+            loaded = copy.deepcopy(model)
+            loaded.load_state_dict(state if model is new else {f"0.{one}": value for one, value in state.items()})
+            assert (loaded.get_parameter(f"{'' if model is new else '0.'}{_original(new)}") == 1).all()
+        assert (convert_state_dict(state, new, to="plain")["0.weight"] == 2).all()
+        set_value(new, "0.weight", torch.zeros_like(new[0].weight))
+    assert not get_value(new, "0.weight").any()
+
+
+def _original(model: nn.Module) -> str:
+    return next(name for name, _ in model.named_parameters() if "original" in name)
 
 
 def test_several_originals_and_a_step_on_top(capture: str) -> None:

@@ -150,7 +150,7 @@ def _refused(rank: int, folder: str) -> None:
             r"copies no such model: rewrite the model before": lambda: rewrite(model, {"reparam": 1, "rules": []}),
             r"over processes: save model\.state_dict\(\)": lambda: save_model(model, f"{folder}/m{rank}.pt"),
             r"are distributed over processes": lambda: export_model(model, f"{folder}/m{rank}.safetensors"),
-            r"wide\.weight cannot be set: fully_shard": lambda: set_value(model, "wide.weight", torch.ones(3, 4)),
+            r"fc\.weight cannot be set to this value": lambda: set_value(model, "blocks.0.fc.weight", torch.ones(4, 4)),
             r"cannot be frozen: fully_shard": lambda: freeze(model),
             r"map=matrix_exp": lambda: sharded(rewritten("module", 0, **other)).load_state_dict(model.state_dict()),
             r"takes no FullyShardedDataParallel.*convert_state_dict": lambda: bake(_flat()),
@@ -160,6 +160,39 @@ def _refused(rank: int, folder: str) -> None:
             with pytest.raises(RewriterError) as raised:
                 call()
             assert re.search(message, str(raised.value)), str(raised.value)
+
+
+def _set(rank: int, folder: str) -> None:
+    with group(rank, folder):
+        for capture, blocks in (("module", True), ("graph", False)):
+            reference = rewritten(capture)
+            model = sharded(copy.deepcopy(reference), blocks)
+            trained(model, reference)  # the root's tensors are whole after a forward
+            for name, value in {
+                "blocks.0.fc.weight": torch.eye(4),
+                "blocks.1.fc.weight": torch.diag(torch.tensor([1.0, 0.5, 0.5, 0.5])),
+                "tied.weight": torch.arange(12.0).reshape(4, 3),
+                "head.bias": torch.arange(4.0),
+            }.items():
+                set_value(reference, name, value.double())
+                set_value(model, name, value.double())
+                torch.testing.assert_close(whole(get_value(model, name)), value.double())
+            set_value(model, "tied.weight", get_value(model, "head.weight"))  # as shards
+            trained(model, reference)
+            torch.testing.assert_close(model(X), reference(X))
+
+
+def _recompute(rank: int, folder: str) -> None:
+    with group(rank, folder):
+        rules = [{"name": n, "select": s, "chain": [step], "memory": "recompute"} for n, (s, step) in RULES.items()]
+        for capture, blocks in (("module", True), ("graph", False)):
+            torch.manual_seed(0)
+            reference = rewrite(Net().double(), {"reparam": 1, "rules": rules}, capture=capture)
+            model = sharded(copy.deepcopy(reference), blocks)
+            for _ in range(2):
+                trained(model, reference)
+            for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(whole(one), other)
 
 
 def _flat() -> nn.Module:
@@ -245,7 +278,9 @@ def _other_forms(model: nn.Module, reference: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "worker", [_bake, _checkpoints, _refused, _values_across_forwards], ids=lambda worker: worker.__name__[1:]
+    "worker",
+    [_bake, _checkpoints, _recompute, _refused, _set, _values_across_forwards],
+    ids=lambda worker: worker.__name__[1:],
 )
 def test_two_processes_agree_with_one(worker: Callable[[int, str], None], tmp_path: Path) -> None:
     run_processes(worker, tmp_path, 2)

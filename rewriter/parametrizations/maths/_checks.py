@@ -19,12 +19,11 @@ def require_matrix(name: str, weight: Tensor) -> None:
 
 
 def require_no_kernel(name: str, weight: Tensor, most: int = 3) -> None:
-    """Raise RewriterError for fewer than two dimensions, and for the kernel of a convolution.
+    """Raise RewriterError for the kernel of a convolution: each slice of it would be a matrix.
 
     Arguments:
         most: the dimensions that are allowed. Three can be a stack of matrices, or the kernel of a Conv1d.
     """
-    require_matrix(name, weight)
     if weight.ndim > most:
         slices = ", ".join(map(str, weight.shape[-2:]))
         raise RewriterError(
@@ -54,11 +53,14 @@ def require_real(name: str, weight: Tensor) -> None:
 
 REQUIREMENTS: Mapping[str, Callable[[str, Tensor], None]] = {
     "matrix": require_matrix,
-    "no kernel": require_no_kernel,
+    "no vector": require_matrix,
     "square": require_square,
     "real": require_real,
 }
 """What a member may ask of its weight, by the word for it."""
+
+OF_MATRICES = frozenset({"matrix", "square"})
+"""The words of members that act on the last two dimensions. A plan refuses them for kernels."""
 
 
 def require_values(name: str, value: Tensor) -> None:

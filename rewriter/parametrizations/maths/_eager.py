@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
@@ -14,6 +15,7 @@ from rewriter._torch import (
     is_functorch_tensor,
     tracing_state,
 )
+from rewriter.errors import RewriterError
 
 _SYMBOLS = (FakeTensor, FunctionalTensor)
 
@@ -59,3 +61,21 @@ def executed_now() -> bool:
 def at_hand(X: Tensor) -> bool:
     """Return whether the numbers of ``X`` are :func:`readable` without waiting for a device."""
     return X.is_cpu and readable(X)
+
+
+def overwrite(buffer: Tensor, value: Tensor) -> None:
+    """Write `value` into a buffer, also where a transform of torch.func was not given the buffer.
+
+    Raises:
+        RewriterError: vmap has a value for each example, and one buffer.
+    """
+    if functorch_interpreter() is None or is_functorch_tensor(buffer):
+        buffer.copy_(value)
+        return
+    try:
+        torch.add(value, 0, out=buffer)  # copy_ refuses what the transform captured
+    except RuntimeError as problem:
+        raise RewriterError(
+            "a buffer that advances in train mode has one value, and vmap computes one for each example: give "
+            "functional_call the buffers too, stacked as torch.func.stack_module_state does, or call eval() before"
+        ) from problem
