@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from rewriter._copy import copied
 from rewriter._given import check_model
 from rewriter._pause import collector_paused
-from rewriter.absorbing import absorbable, absorbed_sites, foreign_entries, take_over
+from rewriter.absorbing import absorbable, absorbed_sites, foreign_entries, holders_of, take_over
 from rewriter.capture import Call, call_for
 from rewriter.context._random import nothing_drawn
 from rewriter.language import Spec, load_spec
@@ -65,7 +65,7 @@ def plan(
     if isinstance(model, ExportedProgram):
         return plan_program(model, read, origin)
     with collector_paused(), nothing_drawn((*model.parameters(), *model.buffers())):
-        target = copied(model) if absorbable(model, read) else model
+        target = copied(model) if absorbable(model, read, holders_of(model)) else model
         made = plan_module(target, read, capture, call, without, origin)
     _ = made.sites, made.frozen, made.added  # while the model is as it was planned
     return made
@@ -89,7 +89,11 @@ def plan_module(
         without: passes that will be left out.
         origin: of the plan of a user, which also says how far each value moves.
     """
-    model, taken = take_over(model, absorbable(model, spec))
-    table = ModuleTable(model, mode, call, foreign_entries(model))
-    table.absorbed = absorbed_sites(taken, table.entries)
+    found = holders_of(model)
+    if found:
+        model, taken = take_over(model, absorbable(model, spec, found))
+        table = ModuleTable(model, mode, call, foreign_entries(model, holders_of(model)))
+        table.absorbed = absorbed_sites(taken, table.entries)
+    else:
+        table = ModuleTable(model, mode, call)
     return make_plan(table, spec, measure=origin is not None, without=without, origin=origin)

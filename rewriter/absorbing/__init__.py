@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from rewriter.absorbing._low_rank_change import LowRankChange
-from rewriter.absorbing._take_over import absorbable, absorbed_sites, foreign_entries, take_over, taken_over
+from rewriter.absorbing._take_over import (
+    absorbable,
+    absorbed_sites,
+    foreign_entries,
+    holders_of,
+    take_over,
+    taken_over,
+)
 
-__all__ = ["LowRankChange", "absorbable", "absorbed_sites", "foreign_entries", "take_over", "taken_over"]
+__all__ = [
+    "LowRankChange",
+    "absorbable",
+    "absorbed_sites",
+    "foreign_entries",
+    "holders_of",
+    "take_over",
+    "taken_over",
+]

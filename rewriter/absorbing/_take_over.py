@@ -17,7 +17,7 @@ from rewriter.context._random import nothing_drawn
 from rewriter.errors import PlanError
 from rewriter.language import Spec, TensorInfo, class_names
 from rewriter.planning import Entry, dtype_name, resolve, survey
-from rewriter.sites import Member, Site, SiteSpec, layout_of, plain_class
+from rewriter.sites import CONTAINER, Member, Site, SiteSpec, layout_of, plain_class
 
 _SOURCES: tuple[Callable[[nn.Module], Iterator[Holder]], ...] = (
     _prune.holders,
@@ -25,6 +25,8 @@ _SOURCES: tuple[Callable[[nn.Module], Iterator[Holder]], ...] = (
     _torch_parametrize.holders,
     _peft.holders,
 )
+_TRACES = frozenset({CONTAINER, "base_layer"})
+"""Submodules that a tool leaves on a module; the others leave hooks that run before the forward."""
 # A tensor that is put back goes to its end of the list of parameters; torch.nn's modules have them in this order.
 _ORDER = (
     *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"),
@@ -63,12 +65,14 @@ def holders_of(model: nn.Module) -> list[Holder]:
     """
     lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
     private = {id(module) for found in lists for step in found for module in step.modules()}
-    readable = [
-        module
+    waiting = [
+        holder
         for module in model.modules()
-        if id(module) not in private and not isinstance(module, torch.jit.ScriptModule)
+        if not isinstance(module, torch.jit.ScriptModule) and id(module) not in private
+        if module._forward_pre_hooks or not _TRACES.isdisjoint(module._modules)
+        for find in _SOURCES
+        for holder in find(module)
     ]
-    waiting = [holder for module in readable for find in _SOURCES for holder in find(module)]
     # An adapter changes a tensor where it is: it comes after the source that computes the tensor.
     waiting.sort(key=lambda holder: any(_key(place) == _key(holder.place) for place in holder.stored))
     ordered: list[Holder] = []
@@ -84,16 +88,15 @@ def holders_of(model: nn.Module) -> list[Holder]:
     return ordered
 
 
-def absorbable(model: nn.Module, spec: Spec) -> list[Holder]:
-    """Return what a spec takes over from other tools; nothing changes.
+def absorbable(model: nn.Module, spec: Spec, found: list[Holder]) -> list[Holder]:
+    """Return what a spec takes over of what `holders_of` found in a model; nothing changes.
 
     With `absorb: true` that is everything. Without it, torch's parametrizations at the modules whose other tensors
     the rules claim: a module has one class and one container for its computed tensors.
     """
-    found = holders_of(model)
     if spec.absorb or not any(holder.source == "torch.parametrize" for holder in found):
         return found if spec.absorb else []
-    foreign = [entry for entry, _ in foreign_entries(model)]
+    foreign = [entry for entry, _ in foreign_entries(model, found)]
     claims, _ = resolve(spec, [*survey(model), *foreign])
     claimed = [entry for claim in claims for entry in claim.entries]
     if any(entry in foreign for entry in claimed):  # refused by the plan, which names it
@@ -144,8 +147,6 @@ def _steps(holder: Holder, model: nn.Module) -> list[nn.Module]:
 
 def absorbed_sites(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tuple[Entry, Site]]:
     """Return the sites of the absorbed tensors, in the model's order."""
-    if not taken:
-        return []
     by_place = {(id(owner), tensor): entry for entry in entries for owner, tensor in entry.owners}
     order = {id(entry): index for index, entry in enumerate(entries)}
     found = []
@@ -159,11 +160,8 @@ def absorbed_sites(taken: Sequence[Taken], entries: Sequence[Entry]) -> list[tup
     return sorted(found, key=lambda pair: order[id(pair[0])])
 
 
-def foreign_entries(model: nn.Module) -> list[tuple[Entry, str]]:
+def foreign_entries(model: nn.Module, holders: Sequence[Holder]) -> list[tuple[Entry, str]]:
     """Return the tensors that other tools compute, as selectors see them, each with the tool's name."""
-    holders = holders_of(model)
-    if not holders:
-        return []
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)

@@ -331,6 +331,6 @@ def _revive(clone: RewrittenModule, state: dict[str, Any], captured: fx.Graph, g
 
 def _join(model: RewrittenModule) -> None:
     """Make the model known to the contexts of its sites."""
-    for site in model.sites:
+    site = next((module for module in model.modules() if isinstance(module, Site)), None)
+    if site is not None:
         site.contexts.graphs.add(model)
-        return

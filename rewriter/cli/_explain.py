@@ -32,12 +32,12 @@ def explain(
     """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
     from torch import nn
 
-    from rewriter.absorbing import foreign_entries
+    from rewriter.absorbing import foreign_entries, holders_of
     from rewriter.parametrizations._registry import suggestion
 
     read = spec_options.read(spec)
     loaded = model_options.read_for(read, model_file)
-    held = foreign_entries(loaded) if isinstance(loaded, nn.Module) else []
+    held = foreign_entries(loaded, holders_of(loaded)) if isinstance(loaded, nn.Module) else []
     entries = [*(entry for entry, _ in held), *entries_of(loaded)]
     found = next((entry for entry in entries if tensor in entry.names), None)
     if found is None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,11 @@ class Parametrization(WideBuffers):
     random = False
     freezes_original = False
     fields: ClassVar[Mapping[str, inspect.Parameter]] = {}
+    signature_of_fields = inspect.Signature()
+    if TYPE_CHECKING:
+        shape: tuple[int, ...] | None
+        dtype: torch.dtype
+        device: torch.device
     __rshift__ = compose
 
     def __init_subclass__(cls, name: str = "", **named: Any) -> None:
@@ -92,6 +97,7 @@ class Parametrization(WideBuffers):
             kind = inspect.Parameter.KEYWORD_ONLY if field in INJECTED else inspect.Parameter.POSITIONAL_OR_KEYWORD
             fields[field] = inspect.Parameter(field, kind, default=default, annotation=annotation)
         cls.fields = dict(sorted(fields.items(), key=lambda field: field[1].kind))
+        cls.signature_of_fields = inspect.Signature([*cls.fields.values()])
         cls.__annotations__ = {}  # TorchScript would read them as types of its own
         weight = inspect.Parameter("weight", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None")
         own = inspect.Signature([*cls.fields.values(), weight]) if "__init__" not in cls.__dict__ else None
@@ -102,14 +108,14 @@ class Parametrization(WideBuffers):
 
     def __init__(self, *positional: Any, weight: Tensor | None = None, **named: Any) -> None:
         super().__init__()
-        signature = inspect.Signature(list(self.fields.values()))
-        given = signature.bind(*positional, **named)
+        given = self.signature_of_fields.bind(*positional, **named)
         given.apply_defaults()
-        self.shape: tuple[int, ...] | None = None
+        self.shape = None
         if weight is not None:
             for kind in self.takes:
                 REQUIREMENTS[kind](self.name, weight)
-            self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+            # Module.__setattr__ looks for parameters in every value, which takes time for thousands of sites.
+            self.__dict__.update(shape=tuple(weight.shape), dtype=weight.dtype, device=weight.device)
         choices = _choices(type(self))  # type: ignore[arg-type]
         for field, value in given.arguments.items():
             if value not in choices.get(field, (value,)) and value != self.fields[field].default:

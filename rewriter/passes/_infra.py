@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx, nn
 
@@ -56,17 +55,17 @@ class Pass:
 
     Arguments:
         name: as messages show it, and as `rewrite(without=…)` takes it.
-        run: makes the change.
+        run: makes the change; returns whether there was one to make.
         ensures: raises PassError unless the pass did what it promises.
     """
 
     name: str
-    run: Callable[[Lowering], Any]
+    run: Callable[[Lowering], bool]
     ensures: Callable[[Lowering], None] = lambda lowering: None
 
 
 def run_passes(lowering: Lowering, passes: Sequence[Pass]) -> None:
-    """Run the passes in order, and check after each one what it ensures.
+    """Run the passes in order, and check after each one that changed something what it ensures.
 
     Raises:
         PassError: a condition does not hold; the message names the pass and those that ran before it.
@@ -74,8 +73,8 @@ def run_passes(lowering: Lowering, passes: Sequence[Pass]) -> None:
     done: list[str] = []
     for step in passes:
         try:
-            step.run(lowering)
-            step.ensures(lowering)
+            if step.run(lowering):
+                step.ensures(lowering)
         except PassError as problem:
             before = f" after {', '.join(done)}" if done else ""
             raise PassError(f"pass {step.name}{before}: {problem}") from problem

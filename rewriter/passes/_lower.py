@@ -134,7 +134,7 @@ class Writer:
         else:
             kwargs = {**kwargs, PASSED: [self.evaluation(site) for site in called_sites(module)]}
             written = self.graph.create_node("call_module", node.target, args, kwargs, node.name, node.type)
-        written.meta = copy.copy(node.meta)
+        written.meta = dict(node.meta)
         return written
 
     def _tensors_of(self, module: nn.Module, path: str, leaf: LeafCall) -> Any:
@@ -173,7 +173,7 @@ def _verify(lowering: Lowering) -> None:
             raise PassError(f"{site.spec.name} is evaluated {len(nodes)} times")
 
 
-verify_pass = Pass("verify", lambda lowering: None, ensures=_verify)
+verify_pass = Pass("verify", lambda lowering: True, ensures=_verify)
 
 
 def chosen(optional: Sequence[Pass], without: Collection[str]) -> list[Pass]:

@@ -147,7 +147,9 @@ def build(
     if layout.only:
         tensors.append(_rest(claim.entries[0], layout))
     site = Site(steps, tensors, record, contexts)
-    site.train(claim.entries[0].owners[0][0].training)
+    training = claim.entries[0].owners[0][0].training
+    if any(module.training is not training for module in site.modules()):
+        site.train(training)
     if chain is not None and chain.refits:
         chain.refit(site)
     return site

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewriter._copy import copied
+from rewriter._frozen import trained_rest
 from rewriter._html import html_table
 from rewriter.capture import Capture
 from rewriter.errors import PlanError
@@ -167,15 +168,11 @@ class Plan:
         """Names of the trained parameters that ``trainable: rewritten`` freezes; a checkpoint has no such."""
         if self.spec.trainable != "rewritten" or self.model is None:
             return ()
-        own = {id(entry.tensor) for claim, _ in self.new for entry in claim.entries}
         sites = [site for _, site in (*self.present, *self.absorbed)]
-        own |= {id(parameter) for site in sites for parameter in site.parameters()}
-        own |= {id(entry.tensor) for entry, _ in self.absorbed}
-        return tuple(
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in own
-        )
+        replaced = [entry.tensor for claim, _ in self.new for entry in claim.entries]
+        replaced += [entry.tensor for entry, _ in self.absorbed]
+        rest = trained_rest(self.model, sites, replaced)
+        return tuple(f"{path}.{name}" if path else name for path, _, name, _ in rest)
 
     @functools.cached_property
     def added(self) -> tuple[str, ...]:

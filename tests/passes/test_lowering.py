@@ -113,12 +113,12 @@ def test_unfolding_shows_the_steps() -> None:
 def test_a_failing_condition_names_the_pass_and_those_before_it() -> None:
     new = rewritten("fc.weight")
 
-    def lose(lowering: Lowering) -> None:
+    def lose(lowering: Lowering) -> bool:
         raise PassError("relu is lost")
 
     lowering = Lowering(new, copy.deepcopy(new.graph), new.sites)
     with pytest.raises(PassError, match="pass lose after first: relu is lost"):
-        run_passes(lowering, [Pass("first", lambda _: None), Pass("lose", lose)])
+        run_passes(lowering, [Pass("first", lambda _: True), Pass("lose", lose)])
 
 
 def _add_node(node: fx.Node) -> None:

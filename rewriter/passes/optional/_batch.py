@@ -23,7 +23,7 @@ NEIGHBOURS = 64
 """How many are compared with what they give in a batch of so many."""
 
 
-def batch_evaluations(lowering: Lowering) -> None:
+def batch_evaluations(lowering: Lowering) -> bool:
     """Give the evaluations of every group of equal sites one node that does their work."""
     evaluations = evaluations_of(lowering).items()
     nodes = {site: found[0] for site, found in evaluations if len(found) == 1}
@@ -36,6 +36,7 @@ def batch_evaluations(lowering: Lowering) -> None:
             batch = lowering.graph.create_node("call_module", f"{BATCHES}.{index}")
         for slot, site in enumerate(group):
             nodes[site].kwargs = {**nodes[site].kwargs, "batch": batch, "slot": slot}
+    return bool(chosen)
 
 
 def is_batch(root: nn.Module, node: fx.Node) -> bool:

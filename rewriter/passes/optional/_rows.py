@@ -78,17 +78,18 @@ Calls = dict[fx.Node, int]
 """Calls in the graph's order, each with the index of its row."""
 
 
-def join_rows(lowering: Lowering) -> None:
+def join_rows(lowering: Lowering) -> bool:
     """Join the calls of at least `LEAST` rows that follow each other in one tensor."""
     groups = _groups(lowering)
     if not groups:
-        return
+        return False
     ranks, written = _writes(lowering)
     for (x, before, after, *_), calls in groups.items():
         first, *_, last = calls
         nothing_written = written[ranks[first]] == written[ranks[last]]
         if nothing_written and all(is_read_only(lowering, call) for call in calls):
             _join(lowering.graph, (x, before, after), calls)
+    return True
 
 
 def _groups(lowering: Lowering) -> dict[Any, Calls]:

@@ -72,14 +72,17 @@ def _is_like_product(summand: Tensor, x: Tensor, transposed: Tensor) -> bool:
     return not is_compiling() and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
-def transpose_once(lowering: Lowering) -> None:
+def transpose_once(lowering: Lowering) -> bool:
     """Transpose the matrices that at least `LEAST` linear calls use."""
+    transposed = False
     for site, nodes in evaluations_of(lowering).items():
         members = site.spec.members
         for node in nodes if len(members) == 1 and len(members[0].shape) == 2 else ():
             calls = [user for user in node.users if _is_linear(user, node)]
             if len(calls) >= LEAST:
                 _transpose(lowering, node, calls)
+                transposed = True
+    return transposed
 
 
 def _transpose(lowering: Lowering, node: fx.Node, calls: Sequence[fx.Node]) -> None:
