@@ -21,11 +21,6 @@ ROWS = torch.tensor([[1.0, 2, 3, 4], [-4, -3, -2, -1]])
 SCORES = torch.tensor([[4.0, 2, 1, 3], [-3, -1, -2, -4]])
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def spec(*chain: Any, select: str = "0.weight") -> dict[str, Any]:
     return {"reparam": 1, "rules": [{"name": "prune", "select": select, "chain": list(chain)}]}
 

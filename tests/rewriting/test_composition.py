@@ -82,7 +82,6 @@ COMPOSITIONS: dict[str, tuple[list[Any], Callable[[Stored], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_a_chain_is_the_composition_written_by_hand(name: str, capture: str) -> None:
     chain, by_hand = COMPOSITIONS[name]

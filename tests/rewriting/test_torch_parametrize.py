@@ -106,11 +106,6 @@ class Function(nn.Module):
 X = torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5)
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def layer() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 5)).double()
 
