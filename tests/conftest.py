@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import numpy
@@ -28,6 +29,22 @@ def reproducible() -> Iterator[None]:
         yield
     random.setstate(python)
     numpy.random.set_state(arrays)
+
+
+@pytest.fixture(params=["graph", "module"])
+def capture(request: pytest.FixtureRequest) -> str:
+    """Each binding of a rewritten model in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def spec() -> Callable[..., dict[str, Any]]:
+    """A spec with one rule."""
+
+    def make(select: Any, *chain: Any, **options: Any) -> dict[str, Any]:
+        return {"reparam": 1, "rules": [{"name": "rule", "select": select, "chain": list(chain), **options}]}
+
+    return make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

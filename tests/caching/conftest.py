@@ -73,21 +73,6 @@ class Rewritten:
         return Count.total - before
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def spec() -> Callable[..., dict[str, Any]]:
-    """A spec with one rule."""
-
-    def make(select: Any, *chain: Any, **options: Any) -> dict[str, Any]:
-        return {"reparam": 1, "rules": [{"name": "rule", "select": select, "chain": list(chain), **options}]}
-
-    return make
-
-
 @pytest.fixture
 def counted() -> nn.Module:
     return Counted()

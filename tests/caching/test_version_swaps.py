@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -98,23 +99,25 @@ def _replace_the_owner(made: Any) -> None:
     made.site = other.parametrizations.weight_hh
 
 
-def _convert_with_swaps(made: Any) -> None:
+@contextlib.contextmanager
+def _swaps() -> Iterator[None]:
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        made.model.float()
+        yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def _convert_with_swaps(made: Any) -> None:
+    with _swaps():
+        made.model.float()
     made.x = made.x.float()
 
 
 def _load_with_swaps(made: Any) -> None:
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
+    with _swaps():
         made.model.load_state_dict({key: value + 1 for key, value in made.model.state_dict().items()})
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def _foreach(made: Any) -> None:

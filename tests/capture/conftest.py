@@ -50,10 +50,9 @@ def flat(value: Any) -> list[Any]:
 def assert_same(model: nn.Module, calls: list[Callable[[nn.Module], Any]], root: str | None = None) -> nn.Module:
     """The rewritten model does in each call what the plain one does, and leaves the same buffers; it bakes back."""
     before = copy.deepcopy(model)
-    new = rewrite(model, SPEC)
-    if root is not None:
-        found = plan(model, SPEC)
-        assert found.root == root, found.why
+    planned = plan(model, SPEC)
+    assert root in (None, planned.root), planned.why
+    new = rewrite(model, planned)
     for training in (True, False):
         before.train(training), new.train(training)
         for call in calls:

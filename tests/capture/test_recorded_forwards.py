@@ -19,7 +19,6 @@ from torch import Tensor, nn, rand, zeros
 from rewriter import rewrite
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
-Y = torch.linspace(2, -1, 12).reshape(3, 4)
 Pair = namedtuple("Pair", ["first", "second"])
 
 

@@ -111,7 +111,12 @@ class Case:
         return tokens
 
 
-@pytest.fixture(params=MODELS)
+def some(*names: str) -> Any:
+    """A decoder and an encoder with a decoder by default, the other models in the slow tests."""
+    return [pytest.param(name, marks=() if name in ("gpt2", "t5") else pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(params=some(*MODELS))
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
@@ -136,7 +141,9 @@ def with_torch(case: Case) -> Any:
     return reference
 
 
-def test_outputs_and_gradients_are_those_of_torch(case: Case) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_are_those_of_torch(name: str) -> None:
+    case = Case(name)
     new, reference = case.rewritten(), with_torch(case)
     assert list(new.state_dict()) == list(reference.state_dict())
     new.load_state_dict(reference.state_dict())
@@ -158,7 +165,7 @@ def test_outputs_and_gradients_are_those_of_torch(case: Case) -> None:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(*MODELS))
 def test_one_evaluation_for_each_forward(name: str) -> None:
     case = Case(name, Halved())
     new = case.rewritten()
@@ -180,7 +187,7 @@ def test_the_class_stays(case: Case) -> None:
     assert {*dir(case.model)} <= {*dir(new)}
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", some(*GENERATING))
 def test_generate_gives_the_same_tokens_before_and_after_bake(name: str) -> None:
     case = Case(name, Halved())
     expected_model = copy.deepcopy(case.model)
@@ -206,7 +213,7 @@ def test_bake_gives_the_model_back(case: Case, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**case.inputs).logits, plain(**case.inputs).logits, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "whisper"])
+@pytest.mark.parametrize("name", some("gpt2", "bert", "t5", "whisper"))
 def test_tied_weights_can_be_tied_again(name: str) -> None:
     new = Case(name).rewritten()
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
@@ -283,7 +290,7 @@ def test_copies_and_pickles_work(case: Case) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "whisper"])
+@pytest.mark.parametrize("name", some("gpt2", "llama", "bert", "t5", "whisper"))
 def test_gradient_checkpointing_changes_no_gradient(name: str, reentrant: bool) -> None:
     case = Case(name)
     new = case.rewritten()

@@ -46,7 +46,15 @@ def test_help_of_a_command_has_examples(reparam, command):
         assert " ".join(example.split()) in " ".join(short.out.split())
 
 
-@pytest.mark.parametrize("example", [example for name in COMMANDS if name != "demo" for example in EXAMPLES[name]])
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(example, marks=pytest.mark.slow if ".pt2" in example else ())
+        for name in COMMANDS
+        if name != "demo"
+        for example in EXAMPLES[name]
+    ],
+)
 def test_example_of_a_help_text_works(reparam, rewritten, example):
     words = shlex.split(example.partition(" > ")[0])
     assert words[0] == "reparam"
@@ -67,7 +75,7 @@ def test_verbose_prints_the_duration_of_each_step(reparam, folder):
     assert "planning" not in reparam("plan", "spec.yaml", "model.pt").err
 
 
-@pytest.mark.parametrize("arguments", [["catalog"], ["--help"]])
+@pytest.mark.parametrize("arguments", [["catalog"], pytest.param(["--help"], marks=pytest.mark.slow)])
 def test_no_color_turns_colours_off(arguments):
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "80"}
     command = [sys.executable, "-m", "rewriter", *arguments]

@@ -20,6 +20,7 @@ def rewritten(reparam, folder):
     return folder / "rewritten.pt"
 
 
+@pytest.mark.slow
 def test_bake_compares_the_file_and_inspect_says_where_its_weights_come_from(reparam, rewritten, folder):
     torch.save({"input": X}, folder / "sample.pt")
     result = reparam("bake", rewritten, "-o", "o.pt2", "--inputs", "sample.pt", "--dynamic", "batch=0", "--json")
@@ -32,7 +33,7 @@ def test_bake_compares_the_file_and_inspect_says_where_its_weights_come_from(rep
     assert found["tensors"]["0.weight"] == {"rule": "even", "chain": ["symmetric"], "options": ""}
 
 
-@pytest.mark.parametrize("name", ["o.ts", "o.onnx", "o.safetensors"])
+@pytest.mark.parametrize("name", ["o.ts", pytest.param("o.onnx", marks=pytest.mark.slow), "o.safetensors"])
 def test_inspect_reads_exported_files_without_running_them(reparam, rewritten, name):
     pytest.importorskip("onnxscript") if name == "o.onnx" else None
     result = reparam("bake", rewritten, "-o", name, "--example", "float32[3,4]", "--no-verify")

@@ -45,8 +45,14 @@ MODELS = {
 IMPOSSIBLE = {("convolutions only", "lora")}
 
 
-@pytest.mark.parametrize("job", get_args(Job))
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "job"),
+    [
+        pytest.param(kind, job, marks=() if kind == "dense" or index == number % 5 else pytest.mark.slow)
+        for number, kind in enumerate(MODELS)
+        for index, job in enumerate(get_args(Job))
+    ],
+)
 def test_starter_spec_validates_and_plans_on_its_model(reparam, folder, job, kind):
     model = MODELS[kind]()
     torch.save(model.state_dict(), "weights.pt")

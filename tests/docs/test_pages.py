@@ -27,7 +27,10 @@ RUNNABLE = [
 ]
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("serving", "migrate") else ()) for name in RUNNABLE],
+)
 def test_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run_page(name, tmp_path, monkeypatch)
     if name == "guide":

@@ -56,6 +56,7 @@ def test_a_baked_model_is_exported(tmp_path, make, format):
         torch.testing.assert_close(next(iter(found.values())), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_folder_of_a_baked_model_keeps_its_configurations(tmp_path):
     new = _rewritten(_gpt2)

@@ -40,7 +40,8 @@ def _model():
 
 
 @pytest.mark.parametrize(
-    "name", ["o.ts", pytest.param("o.pt2", marks=pytest.mark.slow), "o.onnx", "o.pt", "o.safetensors"]
+    "name",
+    ["o.ts", "o.safetensors", *(pytest.param(name, marks=pytest.mark.slow) for name in ("o.pt2", "o.onnx", "o.pt"))],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_is_read_back_and_compared(tmp_path, name):
@@ -107,9 +108,8 @@ class _Noise(nn.Module):
         return x + torch.rand_like(x)
 
 
-@pytest.mark.parametrize(
-    "format", ["pt2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("onnx", "torchscript"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "onnx", "torchscript"])
 @pytest.mark.filterwarnings("ignore")
 def test_keyword_arguments_and_a_dataclass_as_output(tmp_path, format):
     pytest.importorskip("onnxruntime") if format == "onnx" else None
@@ -168,7 +168,7 @@ def test_a_size_that_the_model_fixes_is_refused(tmp_path):
         export_model(Fixed(), tmp_path / "o.pt2", example_inputs=X, dynamic_shapes="batch=0")
 
 
-@pytest.mark.parametrize("name", ["o.ts", "o.pt2", "o.onnx", "o.safetensors"])
+@pytest.mark.parametrize("name", ["o.ts", "o.pt2", pytest.param("o.onnx", marks=pytest.mark.slow), "o.safetensors"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_says_where_its_weights_come_from(tmp_path, name):
     pytest.importorskip("onnxscript") if name == "o.onnx" else None
@@ -195,6 +195,7 @@ def test_large_weights_of_an_onnx_file_are_in_a_second_file(tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["o.onnx", "o.onnx.data"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_a_computed_tensor_without_operator_says_bake_first(tmp_path):
     pytest.importorskip("onnxscript")

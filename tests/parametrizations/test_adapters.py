@@ -116,14 +116,6 @@ def test_lora_is_the_formula_of_the_paper_on_matrices_and_kernels() -> None:
     assert make("lora", weight, r=4, lora_alpha=3, use_rslora=True).scaling == 1.5
 
 
-def test_lora_of_a_kernel_is_two_convolutions() -> None:
-    weight, x = torch.randn(6, 4, 3, 3), torch.randn(2, 4, 7, 7)
-    adapter = trained(make("lora", weight, r=2, lora_alpha=2))
-    down = nn.functional.conv2d(x, adapter.lora_A.view(2, 4, 3, 3))
-    both = nn.functional.conv2d(x, weight) + nn.functional.conv2d(down, adapter.lora_B.view(6, 2, 1, 1))
-    torch.testing.assert_close(nn.functional.conv2d(x, adapter(weight)), both, rtol=1e-4, atol=1e-4)
-
-
 def test_pissa_takes_the_leading_singular_triplets_out_of_the_base() -> None:
     weight = torch.randn(6, 8, dtype=torch.float64)
     adapter = make("lora", weight, r=2, lora_alpha=5, init_lora_weights="pissa")
@@ -296,17 +288,6 @@ def test_gralora_has_its_own_low_rank_change_in_each_tile() -> None:
         for n in range(2):
             tile = B[k, 2 * n : 2 * n + 2].T @ A[n, :, 2 * k : 2 * k + 2].T
             torch.testing.assert_close(delta[3 * k : 3 * k + 3, 4 * n : 4 * n + 4], tile / 2)
-
-
-def test_gralora_is_the_merge_of_peft() -> None:
-    weight = torch.zeros(6, 8, dtype=torch.float64)
-    adapter = trained(make("gralora", weight, r=4, alpha=4, gralora_k=2))
-    place = torch.arange(8)
-    scattered = torch.zeros(8, 2, 4, dtype=torch.float64)
-    scattered[place, place // 4] = adapter.gralora_A[place // 4, place % 4]
-    turned = scattered.view(8, 2, 2, 2).permute(0, 2, 1, 3).reshape(8, 2, 4)
-    by_hand = torch.einsum("ikr,kro->iko", turned, adapter.gralora_B).reshape(8, 6).T
-    torch.testing.assert_close(adapter(weight), by_hand)
 
 
 @pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])

@@ -123,18 +123,6 @@ CASES = [("low_rank", {"rank": 2}), ("fixed_rank", {"rank": 2}), ("kronecker", {
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES)
-def test_gradcheck_scripting_and_export(name: str, arguments: dict[str, Any]) -> None:
-    weight = torch.randn(4, 6, dtype=torch.float64)
-    step = make(name, weight, **arguments)
-    factors = tuple(torch.randn_like(f).requires_grad_() for f in step.right_inverse(weight))
-    assert torch.autograd.gradcheck(step, factors)
-    value = step(*factors)
-    torch.testing.assert_close(torch.jit.script(step)(*factors), value)
-    exported = torch.export.export(step, tuple(f.detach() for f in factors))
-    torch.testing.assert_close(exported.module()(*(f.detach() for f in factors)), value)
-
-
-@pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_autocast_does_not_round_the_value(name: str, arguments: dict[str, Any]) -> None:
     weight = torch.randn(4, 6)
     step = make(name, weight, **arguments)

@@ -35,22 +35,10 @@ def test_values_are_as_written_by_hand(shape: list[int], dtype: torch.dtype, a: 
         assert torch.equal(value, by_hand)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("scale", {"factor": 0.3}),
-        ("shift", {"offset": -2.0}),
-        ("transpose", {}),
-        ("transpose", {"dim0": 0, "dim1": 2}),
-        ("identity", {}),
-        ("detach", {}),
-        ("cast", {"dtype": "float64"}),
-        ("weight_dropout", {"p": 0.3}),
-    ],
-)
-def test_right_inverse_scripting_and_export(name: str, arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize("arguments", [{}, {"dim0": 0, "dim1": 2}], ids=str)
+def test_right_inverse_scripting_and_export_of_transpose(arguments: dict[str, Any]) -> None:
     weight = torch.randn(2, 3, 4)
-    step = construct(find(name), weight, arguments).eval()
+    step = construct(find("transpose"), weight, arguments).eval()
     value = step(weight)
     X = step.right_inverse(value)
     assert X.shape == weight.shape

@@ -178,27 +178,6 @@ def test_training_keeps_the_values_few(name: str, arguments: dict[str, Any]) -> 
     assert len(layer.weight.unique()) <= limit
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("fake_quantize", {}),
-        ("fake_quantize", {"symmetric": False, "scheme": "per_channel"}),
-        ("fake_quantize", {"step": "learned", "scheme": "per_group", "group_size": 2}),
-        ("binary", {}),
-        ("ternary", {}),
-        ("quantized_storage", {}),
-        ("quantized_storage", {"scheme": "per_group", "group_size": 4}),
-    ],
-)
-def test_scripts_and_exports(name: str, arguments: dict[str, Any]) -> None:
-    weight = torch.randn(4, 8)
-    step = make(name, weight, **arguments)
-    X = step.right_inverse(weight)
-    value = step(X)
-    torch.testing.assert_close(torch.jit.script(step)(X), value)
-    torch.testing.assert_close(torch.export.export(step, (X,)).module()(X), value)
-
-
 @pytest.mark.parametrize("name", ["fake_quantize", "binary", "ternary", "quantized_storage"])
 def test_a_weight_of_zeros_is_kept(name: str) -> None:
     weight = torch.zeros(4, 8)

@@ -21,11 +21,6 @@ ROWS = torch.tensor([[1.0, 2, 3, 4], [-4, -3, -2, -1]])
 SCORES = torch.tensor([[4.0, 2, 1, 3], [-3, -1, -2, -4]])
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def spec(*chain: Any, select: str = "0.weight") -> dict[str, Any]:
     return {"reparam": 1, "rules": [{"name": "prune", "select": select, "chain": list(chain)}]}
 
@@ -42,15 +37,6 @@ def of_weights(*weights: Tensor) -> nn.Sequential:
 def test_amounts_that_mean_nothing_are_refused(amount: Any) -> None:
     with pytest.raises(RewriterError, match=r"amount"):
         rewrite(of_weights(ROWS), spec({"l1_unstructured": {"amount": amount}}))
-
-
-@pytest.mark.parametrize(("amount", "zeros"), [(0, 0), (8, 8), (1, 1), (1.0, 8), (0.4, 3), (0.0, 0)])
-def test_an_amount_is_a_count_or_a_share(amount: float, zeros: int) -> None:
-    for name in ("l1_unstructured", "random_unstructured", "global_l1"):
-        new = rewrite(of_weights(ROWS), spec({name: {"amount": amount}}))
-        assert int((get_value(new, "0.weight") == 0).sum()) == zeros
-    with pytest.raises(RewriterError, match="8"):
-        rewrite(of_weights(ROWS), spec({"l1_unstructured": {"amount": 9}}))
 
 
 @pytest.mark.parametrize("tensor", ["weight", "bias"])
@@ -75,17 +61,6 @@ def test_the_original_stays_and_the_value_is_masked(
     assert list(plain.state_dict()) == list(model.state_dict())
 
 
-def test_a_mask_of_ones_changes_no_value_and_no_gradient(capture: str) -> None:
-    model, x = of_weights(ROWS), torch.ones(1, 4)
-    new = rewrite(model, spec({"random_unstructured": {"amount": 0}}), capture=capture)
-    assert torch.equal(new(x), model(x))
-    for one in (model, new):
-        one(x).sum().backward()
-    assert torch.equal(new.get_parameter("0.parametrizations.weight.original").grad, model[0].weight.grad)
-    assert torch.equal(new.get_parameter("0.bias").grad, model[0].bias.grad)
-    assert torch.equal(new(x), new(x))
-
-
 def test_masked_entries_get_no_gradient_and_do_not_move(capture: str) -> None:
     mask = torch.ones(2, 4)
     mask[1, 0] = mask[0, 3] = 0
@@ -102,15 +77,6 @@ def test_masked_entries_get_no_gradient_and_do_not_move(capture: str) -> None:
     assert torch.equal(baked(torch.ones(1, 4)), new(torch.ones(1, 4)))
 
 
-def test_in_place_the_parameter_stays_the_same_object(capture: str) -> None:
-    model = nn.Sequential(nn.Linear(5, 2, bias=False))
-    parameter = model[0].weight
-    new = rewrite(model, spec({"random_unstructured": {"amount": 0.9}}), capture=capture, inplace=True)
-    assert next(new.parameters()) is parameter
-    baked = bake(new, inplace=True)
-    assert next(baked.parameters()) is parameter
-
-
 @pytest.mark.parametrize("way", ["one chain", "extend"])
 @pytest.mark.parametrize("scores", [None, SCORES], ids=["magnitudes", "scores"])
 def test_a_second_pruning_takes_the_next_entries(capture: str, way: str, scores: Tensor | None) -> None:
@@ -123,15 +89,6 @@ def test_a_second_pruning_takes_the_next_entries(capture: str, way: str, scores:
     assert torch.equal(get_value(twice, "0.weight"), torch.tensor(second))
 
 
-def test_scores_that_are_the_weight_change_nothing() -> None:
-    given = {"l1_unstructured": {"amount": 3, "importance_scores": ROWS}}
-    values = [
-        get_value(rewrite(of_weights(ROWS), spec(step)), "0.weight")
-        for step in ({"l1_unstructured": {"amount": 3}}, given)
-    ]
-    assert torch.equal(*values)
-
-
 def test_structured_pruning_acts_on_its_own_axis() -> None:
     weight = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
     before = Mask(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 1]]))
@@ -142,22 +99,6 @@ def test_structured_pruning_acts_on_its_own_axis() -> None:
         assert torch.equal(value, weight * torch.tensor(mask))
     value = get_value(rewrite(of_weights(weight), spec(columns)), "0.weight")
     assert torch.equal(value, weight * torch.tensor([0, 1, 1, 1]))
-
-
-def test_channels_are_ranked_by_their_norm_or_their_scores() -> None:
-    weight = torch.tensor([[[[1.0, 2.0], [1.0, 2.5]], [[0.5, 1.0], [0.1, 0.1]], [[-3.0, -5.0], [0.1, -1.0]]]])
-    scores = torch.tensor([[[[10.0, 1.0]] * 2, [[30.0, 3.0]] * 2, [[-20.0, -2.0]] * 2]])
-    for given, channel, column in ((None, 1, 0), (scores, 0, 1)):
-        extra = {} if given is None else {"importance_scores": given}
-        model = nn.Sequential(nn.Conv2d(3, 1, 2))
-        model[0].weight.data = weight.clone()
-        first = {"ln_structured": {"amount": 1, "n": 2, "dim": 1, **extra}}
-        second = {"ln_structured": {"amount": 1, "n": 1, "dim": -1, **extra}}
-        mask = torch.ones_like(weight)
-        mask[:, channel] = 0
-        assert torch.equal(get_value(rewrite(model, spec(first)), "0.weight"), weight * mask)
-        mask[..., column] = 0
-        assert torch.equal(get_value(rewrite(model, spec(first, second)), "0.weight"), weight * mask)
 
 
 def test_ties_are_pruned_by_count_and_not_by_threshold() -> None:
@@ -196,24 +137,6 @@ def test_long_arguments_are_printed_short() -> None:
     assert plan(of_weights(ROWS), spec(step)).sites[0].chain == ("l1_unstructured(amount=1, importance_scores=…)",)
 
 
-def test_masks_given_one_after_the_other_multiply() -> None:
-    masks = Mask(torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])), Mask(torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))
-    value = get_value(rewrite(of_weights(ROWS), spec(*masks)), "0.weight")
-    assert torch.equal(value, ROWS * torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]]))
-
-
-def test_a_failing_criterion_leaves_the_model_as_it_was(capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> Tensor:
-        raise ValueError("no mask today")
-
-    monkeypatch.setattr(prune.L1Unstructured, "compute_mask", fails)
-    model = of_weights(ROWS)
-    with pytest.raises(RewriterError, match="no mask today"):
-        rewrite(model, spec({"l1_unstructured": {"amount": 1}}), capture=capture, inplace=True)
-    assert list(model.state_dict()) == ["0.weight", "0.bias"]
-    assert type(model[0]) is nn.Linear
-
-
 def test_undoing_what_is_not_pruned_is_refused() -> None:
     new = rewrite(of_weights(ROWS), spec({"l1_unstructured": {"amount": 1}}))
     with pytest.raises(RewriterError, match=r"0\.bias"):
@@ -231,23 +154,3 @@ def test_a_state_dict_of_torchs_pruning_goes_in_and_a_plain_one_comes_out() -> N
     plain.load_state_dict(bake(new).state_dict())
     assert torch.equal(plain[0].weight, pruned)
     assert torch.equal(get_value(absorb(reference), "0.weight"), pruned)
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lstm(x)[0]
-
-
-def test_a_pruned_lstm_has_its_parameters_back_after_bake(capture: str) -> None:
-    model = Recurrent()
-    rule = spec({"l1_unstructured": {"amount": 0.5}}, select="lstm.weight_ih_l0")
-    new = rewrite(model, rule, capture=capture)
-    assert int((get_value(new, "lstm.weight_ih_l0") == 0).sum()) == 32
-    plain = bake(new)
-    assert all(isinstance(weight, nn.Parameter) for weight in plain.lstm._flat_weights)
-    assert plain.lstm._flat_weights[0] is plain.lstm.weight_ih_l0
-    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in model.named_parameters()]

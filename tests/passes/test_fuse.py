@@ -55,7 +55,6 @@ def multiplications(model: nn.Module) -> int:
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize(
     ("chain", "calls", "groups"),
     [
@@ -175,7 +174,6 @@ def test_copies_conversions_and_files_go_on_alike() -> None:
     torch.testing.assert_close(copy.deepcopy(new).float()(X.float()), expected.float())
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("cache", ["forward", "version", "never"])
 def test_whatever_holds_or_changes_a_site_sees_the_same_value(cache: str, capture: str, tmp_path: Path) -> None:
     chain = [MASK, {"l1_unstructured": {"amount": 5, "label": "second"}}, {"scale": {"factor": 2.0, "label": "twice"}}]

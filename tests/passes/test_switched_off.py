@@ -91,7 +91,6 @@ def _with_all_passes(capture: str) -> tuple[Tensor, list[Tensor]]:
     return rounded, _results(model, X)
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("without", [[name] for name in PASSES] + [PASSES], ids=" ".join)
 def test_leaving_a_pass_out_changes_no_number(capture: str, without: list[str]) -> None:
     rounded, whole = _with_all_passes(capture)

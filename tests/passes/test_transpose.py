@@ -93,7 +93,6 @@ def test_can_be_left_out() -> None:
     assert ".t(" not in print_graph(rewrite(Net(), SPEC, without=["transpose"]))
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 def test_autograd_transposes_it_once_only(capture: str) -> None:
     x = torch.randn(3, 4)
     transposes = calls_of(rewrite(Net(), SPEC, capture=capture), x).count("TBackward0")
@@ -101,7 +100,6 @@ def test_autograd_transposes_it_once_only(capture: str) -> None:
     assert calls_of(reference(Net()), x).count("TBackward0") == STEPS
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (0, 4)])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])

@@ -40,7 +40,7 @@ def _layers(count: int, size: int = 5) -> nn.Sequential:
     ids=str,
 )
 def test_many_are_fitted_to_what_each_is_fitted_to_alone(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    many = _layers(40)
+    many = _layers(20)
     if step in ("symmetric", "skew", "psd"):
         for layer in many:
             square = layer.weight.data

@@ -68,7 +68,6 @@ def largest(weight: Tensor) -> float:
 NORM = {"spectral_norm": {"n_power_iterations": 3}}
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("first", ["triangular", "positive", "symmetric", nn.ReLU(), Counted("x")])
 def test_a_power_iteration_starts_from_what_it_receives(first: Any, capture: str) -> None:
     new = rewrite(one(16, 16), spec(first, NORM), capture=capture)

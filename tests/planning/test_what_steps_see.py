@@ -136,7 +136,6 @@ class Mix(nn.Module):
 register("mix_two")(Mix)
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("chain", [["mix"], ["half", "mix"], ["mix", "half"], ["half", "mix", "mix"]])
 def test_a_step_takes_several_tensors_anywhere_in_a_chain(chain: list[str], capture: str) -> None:
     steps = {

@@ -30,11 +30,6 @@ def rewritten(chain: Any, capture: str, model: nn.Module | None = None, select: 
     return rewrite(model or nn.Sequential(nn.Linear(4, 4)), {"reparam": 1, "rules": [rule]}, capture=capture)
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 OFF_SPACE = {
     "no right inverse": (Exp(), torch.full((4, 4), 3.0)),
     "not orthogonal": ({"orthogonal": {"map": "cayley"}}, torch.arange(16.0).reshape(4, 4)),

@@ -18,7 +18,6 @@ class Noise(nn.Module):
         return X + 0.1 * torch.randn_like(X)
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 def test_a_baked_draw_is_named(capture: str) -> None:
     rule = {"name": "n", "select": "0.weight", "chain": [Noise()]}
     new = rewrite(nn.Sequential(nn.Linear(3, 3)), {"reparam": 1, "rules": [rule]}, capture=capture)

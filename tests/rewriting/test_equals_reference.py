@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
-from rewriter import bake, rewrite
-
-
-class Symmetric(nn.Module):
-    def forward(self, X: Tensor) -> Tensor:
-        return X.triu() + X.triu(1).mT
+from rewriter import rewrite
 
 
 class Scale(nn.Module):
@@ -114,37 +109,6 @@ def test_state_dict_keys_equal_torch_and_load_both_ways(case: Any, rule: Callabl
             p.mul_(0.9)
     reference.load_state_dict(new.state_dict())
     torch.testing.assert_close(new(x), reference(x), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("chain", "register"),
-    [
-        ("symmetric", lambda m, n: parametrize.register_parametrization(m, n, Symmetric())),
-        ({"orthogonal": {"map": "matrix_exp"}}, lambda m, n: parametrizations.orthogonal(m, n, "matrix_exp")),
-        ({"orthogonal": {"map": "cayley"}}, lambda m, n: parametrizations.orthogonal(m, n, "cayley")),
-        ({"orthogonal": {"map": "householder"}}, lambda m, n: parametrizations.orthogonal(m, n, "householder")),
-        ("weight_norm", parametrizations.weight_norm),
-        ("spectral_norm", parametrizations.spectral_norm),
-    ],
-)
-def test_first_catalog_equals_torch(
-    chain: Any, register: Any, make: dict[str, Any], rule: Callable[..., dict[str, Any]]
-) -> None:
-    model = make["Unrolled"](nn.RNNCell(4, 5), 5).double()
-    nn.init.orthogonal_(model.cell.weight_hh)
-    x = torch.randn(3, 7, 4, dtype=torch.float64)
-    reference = copy.deepcopy(model)
-    torch.manual_seed(1)
-    register(reference.cell, "weight_hh")
-    new = rewrite(model, rule("cell.weight_hh", chain))
-    assert list(new.state_dict()) == list(reference.state_dict())
-    new.load_state_dict(reference.state_dict())
-    assert_same(new, reference, x)
-    new.eval(), reference.eval()
-    assert_same(new, reference, x)
-    baked = bake(new)
-    assert list(baked.state_dict()) == list(model.state_dict())
-    torch.testing.assert_close(baked(x), new(x), rtol=1e-12, atol=1e-12)
 
 
 def test_equals_a_forward_written_by_hand(make: dict[str, Any], rule: Callable[..., dict[str, Any]]) -> None:

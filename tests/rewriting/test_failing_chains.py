@@ -19,7 +19,6 @@ class Fails(nn.Module):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
-@pytest.mark.parametrize("capture", ["graph", "module"])
 def test_the_error_names_the_tensor_and_its_chain(capture: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval()
     spec = {

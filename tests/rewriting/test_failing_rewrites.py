@@ -90,7 +90,6 @@ def test_what_a_step_says_wrongly_is_a_problem_of_the_plan(spec: dict[str, Any],
         check()
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_breaks_on_the_way_leaves_the_model_as_it_was(
     monkeypatch: pytest.MonkeyPatch, capture: str, inplace: bool

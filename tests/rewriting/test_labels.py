@@ -12,10 +12,8 @@ from torch import nn
 from rewriter import PlanError, bake, rewrite
 
 Rule = Callable[..., dict[str, Any]]
-CAPTURES = pytest.mark.parametrize("capture", ["graph", "module"])
 
 
-@CAPTURES
 def test_baking_a_step_keeps_the_value_and_the_other_steps(capture: str, rule: Rule) -> None:
     model, x = nn.Sequential(nn.Linear(5, 4)).double(), torch.randn(2, 5, dtype=torch.float64)
     chain = "weight_norm", {"scale": {"factor": 2.0, "label": "double"}}
@@ -35,7 +33,6 @@ def test_baking_a_step_keeps_the_value_and_the_other_steps(capture: str, rule: R
     assert type(bake(shorter)) is nn.Sequential
 
 
-@CAPTURES
 def test_removing_a_step_gives_what_the_others_alone_give(capture: str, rule: Rule) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4)).double(), torch.randn(2, 4, dtype=torch.float64)
     new = rewrite(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from rewriter import PlanError, bake, plan, rewrite
 
 Rule = Callable[..., dict[str, Any]]
-CAPTURES = pytest.mark.parametrize("capture", ["graph", "module"])
 
 
 class Orthonormal(nn.Module):
@@ -33,7 +32,6 @@ class Lstm(nn.Module):
         return self.lstm(x)[0]
 
 
-@CAPTURES
 def test_per_acts_on_each_gate_on_its_own(capture: str, rule: Rule) -> None:
     model, x = Lstm().double(), torch.randn(5, 2, 3, dtype=torch.float64)
     for chain in (Orthonormal(), {"orthogonal": {"map": "cayley"}}):
@@ -64,7 +62,6 @@ def test_a_value_that_is_a_view_of_the_original_is_baked(rule: Rule) -> None:
     torch.testing.assert_close(bake(new)(x), new(x))
 
 
-@CAPTURES
 def test_reshape_shows_the_chain_a_matrix(capture: str, rule: Rule) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     new = rewrite(model, rule("0.weight", Orthonormal(), reshape=["out", -1]), capture=capture)
@@ -86,7 +83,6 @@ class AutoEncoder(nn.Module):
         return self.decoder(torch.tanh(self.encoder(x)))
 
 
-@CAPTURES
 def test_from_computes_a_tensor_from_another_and_stores_nothing(capture: str, rule: Rule) -> None:
     model, x = AutoEncoder().double(), torch.randn(2, 5, dtype=torch.float64)
     new = rewrite(model, rule("decoder.weight", "transpose", **{"from": "encoder.weight"}), capture=capture)
@@ -105,7 +101,6 @@ def test_from_computes_a_tensor_from_another_and_stores_nothing(capture: str, ru
     torch.testing.assert_close(baked(x), reference(x))
 
 
-@CAPTURES
 def test_a_source_may_be_parametrized_itself_and_is_evaluated_once(
     capture: str, counted: nn.Module, count: Any
 ) -> None:
@@ -131,7 +126,6 @@ def test_a_source_may_be_parametrized_itself_and_is_evaluated_once(
     torch.testing.assert_close(part(x), y)
 
 
-@CAPTURES
 def test_a_step_takes_further_tensors_of_the_model(capture: str, rule: Rule) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double(), torch.randn(2, 4, dtype=torch.float64)
     affine = {"affine": {"inputs": ["0.weight"]}}
@@ -147,7 +141,6 @@ def test_a_step_takes_further_tensors_of_the_model(capture: str, rule: Rule) -> 
     torch.testing.assert_close(bake(new)(x), reference(x))
 
 
-@CAPTURES
 def test_joint_computes_several_tensors_of_one_module(capture: str, rule: Rule) -> None:
     class Fold(nn.Module):
         def __init__(self) -> None:

@@ -32,7 +32,6 @@ def test_singular_vectors_that_are_loaded_stay_as_they_are(rule: Callable[..., d
     assert all(torch.equal(new.state_dict()[name], value) for name, value in state.items())
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 def test_a_plain_state_off_the_space_is_refused(rule: Callable[..., dict[str, Any]], capture: str) -> None:
     plain = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     new = rewrite(plain, rule("1.weight", "orthogonal"), capture=capture)

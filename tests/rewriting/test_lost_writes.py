@@ -15,7 +15,6 @@ from torch.nn import functional
 from rewriter import rewrite
 from rewriter.state import set_value
 
-CAPTURES = pytest.mark.parametrize("capture", ["graph", "module"])
 LOST = r"0\.weight was changed in place; it is computed by orthogonal, and the change is lost.*module\.weight = value"
 
 
@@ -28,7 +27,6 @@ def write_an_entry(weight: Tensor) -> None:
     weight[0] = 1.0
 
 
-@CAPTURES
 @pytest.mark.parametrize(
     "write",
     [
@@ -49,7 +47,6 @@ def test_a_write_outside_of_a_forward_is_told_at_its_line(write: Callable[[Any],
     assert torch.equal(layer.weight, before)
 
 
-@CAPTURES
 def test_reading_computing_and_assigning_are_no_writes(capture: str) -> None:
     model, x = rewritten(capture), torch.randn(2, 4)
     layer = model.get_submodule("0")
@@ -100,7 +97,6 @@ def test_a_forward_that_writes_to_a_weight_is_told_how_long_that_lasts() -> None
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-@CAPTURES
 def test_an_embedding_that_renormalizes_its_weight_does_so_in_every_forward(kind: Any, capture: Any) -> None:
     plain = nn.Sequential(kind(5, 3, max_norm=0.5))
     spec = {"reparam": 1, "rules": [{"name": "w", "select": "0.weight", "chain": ["weight_norm"]}]}

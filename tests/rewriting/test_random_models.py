@@ -69,7 +69,7 @@ def by_hand(model: Random, new: nn.Module) -> Random:
     return plain
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(models, rules, st.sampled_from(["graph", "module"]), st.integers(0, 2**16))
 def test_any_model_under_any_chain_equals_the_plain_one(
     model: Random, rule: dict[str, Any], capture: str, seed: int

@@ -29,7 +29,6 @@ def classes(model: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(module)) for name, module in model.named_modules()]
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_bake_gives_back_the_class_names_order_and_values(case: Any, capture: str, inplace: bool, rule: Rule) -> None:
     model, x, name = case
@@ -125,7 +124,6 @@ def test_the_unbaked_graph_scripts_when_the_plain_model_does(case: Any, rule: Ru
     torch.testing.assert_close(scripted(x), bake(new)(x))
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 def test_keep_original_undoes_what_raw_put_on(case: Any, capture: str, rule: Rule) -> None:
     model, x, name = case
     mask = torch.rand(model.get_parameter(name).shape, dtype=torch.float64)
@@ -146,7 +144,6 @@ def test_keep_original_refuses_where_there_is_no_one_original(make: dict[str, An
         bake(new, keep="original")
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 def test_a_part_is_baked_by_rule_or_by_name(capture: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 4))
     spec = {

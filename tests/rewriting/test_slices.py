@@ -32,11 +32,6 @@ class Fused(nn.Module):
         return self.out(torch.softmax(q @ k.mT, -1) @ v)
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def rules(*chain: Any, only: Any = (0, 2), **options: Any) -> dict[str, Any]:
     rule = {"name": "qv", "select": "attn", "per": {"dim": 1, "chunks": 3, "only": list(only)}, "chain": list(chain)}
     return {"reparam": 1, "rules": [{**rule, **options}]}

@@ -14,7 +14,6 @@ from rewriter import bake, rewrite
 from rewriter.errors import RewriterError
 
 SPEC = {"reparam": 1, "rules": [{"name": "first", "select": "0.weight", "chain": ["orthogonal"]}]}
-CAPTURES = pytest.mark.parametrize("capture", ["graph", "module"])
 
 
 class Double(nn.Module):
@@ -26,7 +25,6 @@ def rewritten(capture: Any) -> Any:
     return rewrite(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)), SPEC, capture=capture)
 
 
-@CAPTURES
 def test_torch_parametrizes_another_layer(capture: str) -> None:
     model, x = rewritten(capture), torch.randn(3, 6)
     before = copy.deepcopy(model)
@@ -34,7 +32,6 @@ def test_torch_parametrizes_another_layer(capture: str) -> None:
     torch.testing.assert_close(model(x), before(x) + before.get_submodule("2").bias)
 
 
-@CAPTURES
 def test_torch_parametrizes_another_tensor_of_the_same_layer_and_of_no_other_model(capture: str) -> None:
     model, other, x = rewritten(capture), rewritten(capture), torch.randn(3, 6)
     before, expected = copy.deepcopy(model), other(x)
@@ -56,7 +53,6 @@ class Scaled(nn.Module):
         return self.layer(x) * self.scale
 
 
-@CAPTURES
 @pytest.mark.parametrize("verb", [copy.deepcopy, bake, lambda model: bake(model, inplace=True)])
 @pytest.mark.parametrize(("path", "tensor"), [("layer", "bias"), ("", "scale")])
 def test_a_layer_that_torch_parametrizes_as_well_says_so_until_that_is_removed(
@@ -76,7 +72,6 @@ def test_a_layer_that_torch_parametrizes_as_well_says_so_until_that_is_removed(
     torch.testing.assert_close(verb(model)(x), before)
 
 
-@CAPTURES
 def test_such_a_layer_is_not_rewritten_in_place(capture: Any) -> None:
     model, x = rewritten(capture), torch.randn(3, 6)
     before = model(x)
@@ -87,7 +82,6 @@ def test_such_a_layer_is_not_rewritten_in_place(capture: Any) -> None:
     assert torch.equal(model(x), before)
 
 
-@CAPTURES
 @pytest.mark.parametrize(
     "attempt",
     [

@@ -7,18 +7,14 @@ in tests/rewriting and tests/caching. Torch's transfer of parametrizations to an
 from __future__ import annotations
 
 import copy
-import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.testing._internal.two_tensor import TwoTensor
 
 from rewriter import PlanError, absorb, bake, rewrite
-from rewriter.io import load_model, save_model
 from rewriter.state import convert_state_dict, extend, get_value, set_value
 
 
@@ -110,11 +106,6 @@ class Function(nn.Module):
 X = torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5)
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def layer() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 5)).double()
 
@@ -198,33 +189,6 @@ def test_torch_parametrizes_an_original(capture: str) -> None:
     torch.testing.assert_close(bake(new).state_dict()["0.weight"], 2 * site.original.detach())
 
 
-def test_a_buffer_is_computed_and_comes_back(capture: str) -> None:
-    model = layer()
-    del model[0].bias
-    model[0].register_buffer("bias", torch.ones(5, dtype=torch.float64))
-    new = rewrite(model, spec(Zero(0), Zero(-1), select="0.bias"), capture=capture)
-    assert torch.equal(get_value(new, "0.bias"), torch.tensor([0.0, 1, 1, 1, 0], dtype=torch.float64))
-    assert len(list(new.parameters())) == 1
-    plain = bake(new)
-    assert torch.equal(plain[0].bias, torch.tensor([0.0, 1, 1, 1, 0], dtype=torch.float64))
-    assert [name for name, _ in plain.named_buffers()] == ["0.bias"]
-
-
-def test_states_and_models_are_saved_with_the_state_of_steps(capture: str, tmp_path: Path) -> None:
-    def based() -> nn.Module:
-        step = BasedCayley(5)
-        nn.init.orthogonal_(step.base)
-        return rewrite(layer(), spec(Skew(), step, init="raw"), capture=capture)
-
-    model, other = based(), based()
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(get_value(other, "0.weight"), get_value(model, "0.weight"))
-    assert torch.equal(pickle.loads(pickle.dumps(model))(X), model(X))
-    save_model(model, tmp_path / "model.pt")
-    assert torch.equal(load_model(tmp_path / "model.pt", trust=True)(X), model(X))
-
-
 def test_values_are_assigned_through_the_right_inverses(capture: str) -> None:
     model = layer()
     model[0].weight.data = StrictSkew()(model[0].weight.detach())
@@ -252,10 +216,6 @@ def test_values_are_assigned_through_the_right_inverses(capture: str) -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "too few tensors": (Function(lambda x, y, z: x, lambda w: (w, w)), "argument|tensors"),
-    "an inverse without a tensor": (Function(lambda x: x, lambda w: None), "right inverse returns a NoneType"),
-    "an inverse with one that is none": (Function(lambda x, y: y, lambda w: (None, w)), "returns a NoneType"),
-    "an inverse of another dtype": (Function(lambda x: x.double(), lambda w: w.bool()), "bool for float64"),
-    "an inverse on another device": (Function(lambda x: x, lambda w: w.to("meta")), "on meta for a tensor on cpu"),
     "a number": (Function(lambda x: 2), "gives an int, not a tensor"),
     "two tensors": (Function(lambda x: (x, x)), "gives a tuple, not a tensor"),
     "another dtype": (Function(lambda x: x.bool()), "unsafe"),
@@ -281,13 +241,6 @@ def test_a_wrong_parametrization_is_refused_and_nothing_changes(capture: str, ca
             extend(new, spec(wrong), inplace=True)
         assert [*new.state_dict()] == ["0.bias", "0.parametrizations.weight.original"]
         torch.testing.assert_close(get_value(new, "0.weight"), model[0].weight.detach())
-
-
-def test_names_that_are_not_there_are_refused() -> None:
-    with pytest.raises(PlanError, match=r"0\.foo"):
-        rewrite(layer(), spec(Function(), select="0.foo"))
-    with pytest.raises(PlanError, match=r"0\.bias"):
-        bake(rewrite(layer(), spec(Function())), only=["0.bias"])
 
 
 @pytest.mark.parametrize("inverse", [lambda w: (w / 2,), lambda w: w / 2], ids=["sequence", "tensor"])
@@ -371,11 +324,9 @@ class CopiesItself(Shift):
 
 
 @pytest.mark.parametrize("kind", [Shift, CopiesItself])
-@pytest.mark.parametrize("names", [["weight"], ["weight", "bias"]])
-@pytest.mark.parametrize("count", [1, 2])
-def test_copies_are_independent(capture: str, kind: type[nn.Module], names: list[str], count: int) -> None:
-    add = [Function(lambda x: x + 1.0) for _ in range(count)]
-    rules = [rule for name in names for rule in spec(*add, select=f"0.{name}")["rules"]]
+def test_copies_are_independent(capture: str, kind: type[nn.Module]) -> None:
+    add = [Function(lambda x: x + 1.0) for _ in range(2)]
+    rules = [rule for name in ("weight", "bias") for rule in spec(*add, select=f"0.{name}")["rules"]]
     new = rewrite(nn.Sequential(kind()), {"reparam": 1, "rules": rules}, capture=capture)
     clone = copy.deepcopy(new)
     assert clone.get_submodule("0").notes == [1.0, 2.0]
@@ -399,42 +350,3 @@ def test_halves_of_a_frozen_tensor_are_frozen(capture: str) -> None:
     assert [tuple(original.shape) for original in originals] == [(3, 5), (2, 5)]
     assert not any(original.requires_grad for original in originals)
     torch.testing.assert_close(get_value(new, "0.weight"), model[0].weight.detach())
-
-
-def test_a_rule_gives_another_model_the_same_chain(capture: str) -> None:
-    rules = spec(Function(lambda x: x + 1.0), Double(), Function(lambda x: x - 1.0))
-    new, other = (rewrite(layer(), rules, capture=capture) for _ in range(2))
-    other.load_state_dict(new.state_dict())
-    assert torch.equal(get_value(other, "0.weight"), get_value(new, "0.weight"))
-    train(other)
-    assert not torch.equal(get_value(other, "0.weight"), get_value(new, "0.weight"))
-
-
-@pytest.mark.parametrize("tensor", ["weight", "table"])
-@pytest.mark.parametrize(
-    ("before", "step", "after"), [(Tensor, lambda x: TwoTensor(x, x), TwoTensor), (TwoTensor, lambda x: x.a, Tensor)]
-)
-def test_a_step_gives_a_subclass_or_takes_one(capture: str, tensor: str, before: Any, step: Any, after: Any) -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    model[0].register_buffer("table", torch.randn(2, 2))
-    if before is TwoTensor:
-        model._apply(lambda tensor: TwoTensor(tensor, tensor))
-    was = getattr(model[0], tensor)
-    new = rewrite(model, spec(Function(step), select=f"0.{tensor}"), capture=capture)
-    site = new.get_submodule(f"0.parametrizations.{tensor}")
-    assert type(site.original.detach()) is before
-    value = getattr(new.get_submodule("0"), tensor)
-    assert type(value.detach()) is after
-    baked, undone = (getattr(bake(new, keep=keep)[0], tensor) for keep in ("value", "original"))
-    assert type(baked.detach()) is after
-    assert type(undone.detach()) is before
-    for one in (baked, undone):
-        assert isinstance(one, nn.Parameter) is (tensor == "weight")
-    plain = [one.a if type(one.detach()) is TwoTensor else one for one in (was, value, baked, undone)]
-    for one in plain[1:]:
-        torch.testing.assert_close(one.detach(), plain[0].detach())
-
-
-def test_a_right_inverse_that_gives_a_subclass_is_refused(capture: str) -> None:
-    with pytest.raises(PlanError, match="right inverse returns a TwoTensor, a subclass of Tensor"):
-        rewrite(layer(), spec(Function(right_inverse=lambda value: TwoTensor(value, value))), capture=capture)

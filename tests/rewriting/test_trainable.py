@@ -33,11 +33,6 @@ class Net(nn.Module):
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def spec(*chain: Any, top: str | None = None, **options: Any) -> dict[str, Any]:
     rules = [{"name": "rule", "select": "first.weight", "chain": list(chain), **options}]
     return {"reparam": 1, "rules": rules, **({"trainable": top} if top else {})}

@@ -98,7 +98,6 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
 }
 
 
-@pytest.mark.parametrize("capture", ["graph", "module"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_outputs_are_pefts(case: str, capture: str, tmp_path: Path) -> None:
     config, chains = CASES[case]

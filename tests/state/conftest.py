@@ -12,21 +12,6 @@ from torch import Tensor, nn
 from rewriter import rewrite
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def spec() -> Callable[..., dict[str, Any]]:
-    """A spec with one rule."""
-
-    def make(select: Any, *chain: Any, **options: Any) -> dict[str, Any]:
-        return {"reparam": 1, "rules": [{"name": "rule", "select": select, "chain": list(chain), **options}]}
-
-    return make
-
-
 class Net(nn.Module):
     """Two square layers and a tensor of the root."""
 

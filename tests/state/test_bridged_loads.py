@@ -33,8 +33,7 @@ CHAINS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("strict", "assign"), [(True, False), (False, True)])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_plain_state_gives_the_plain_values(
     rewritten: Callable[..., nn.Module], chain: str, strict: bool, assign: bool

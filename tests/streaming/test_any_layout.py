@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -80,7 +80,6 @@ def aliases_in(folder: Path) -> dict[str, str]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
 @given(layout=layouts)
 def test_any_layout_is_baked_to_the_bit(layout: dict[str, Any]) -> None:
     torch.manual_seed(layout["seed"])
@@ -102,7 +101,6 @@ def test_any_layout_is_baked_to_the_bit(layout: dict[str, Any]) -> None:
 DRAWN = ("spectral_norm", "lora", "dora")
 
 
-@settings(max_examples=40, deadline=None)
 @given(layout=layouts.filter(lambda layout: not any(name in str(layout["chain"]) for name in DRAWN)))
 def test_any_layout_is_rewritten_to_the_bit(layout: dict[str, Any]) -> None:
     torch.manual_seed(layout["seed"])

@@ -22,6 +22,8 @@ FORMS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     *MEMBERS,
     *((name, (8, 6), arguments) for step in (*IN_PLACE, *ADAPTERS, *FACTORS) for name, arguments in step.items()),
 ]
+FIRST = list({form[0]: form for form in reversed(FORMS)}.values())
+"""One of each name; the others are slow tests."""
 SQUARE = ("hurwitz_stable", "gl_plus", "sl")
 """Their right inverses want a value of the space."""
 
@@ -34,7 +36,10 @@ def moved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("member", FORMS, ids=title)
+@pytest.mark.parametrize(
+    "member",
+    [pytest.param(form, id=title(form), marks=() if form in FIRST else pytest.mark.slow) for form in FORMS],
+)
 def test_stored_tensors_become_the_value_of_every_family(
     member: tuple[str, tuple[int, ...], dict[str, Any]], tmp_path: Path
 ) -> None:

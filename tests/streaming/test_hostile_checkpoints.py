@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(damage: str,
     assert [file.name for file in folder.parent.iterdir()] == ["in"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_changed_bytes_of_headers_never_crash(data: st.DataObject, folder: Path) -> None:
     file = folder / data.draw(st.sampled_from([FIRST, SECOND, INDEX]))

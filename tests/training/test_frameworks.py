@@ -50,11 +50,6 @@ class ByHand(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-@pytest.fixture(params=["graph", "module"])
-def capture(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def net() -> Net:
     return Net()
