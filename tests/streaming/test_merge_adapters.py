@@ -134,7 +134,6 @@ def changed_config(folder: Path, **settings: Any) -> None:
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"target_parameters": ["a.b"]}, "target_parameters="),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
     ],
     ids=str,
