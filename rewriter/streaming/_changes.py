@@ -77,8 +77,9 @@ def changes_of(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, Change
     for path, found in wrapped.items():
         inside = [name for name in base.tensors if name.rpartition(".")[0] == path]
         names = [name for name in inside if any(f".{name}".endswith(f".{target}") for target in targets)]
-        if not names and len(found) == 1:
-            yield f"{path}.weight", Change(adapter, path, found[0])
+        if len(found) == 1 and len(names) < 2:
+            name = names[0] if names else f"{path}.weight"
+            yield name, Change(adapter, name if names else path, found[0])
         else:
             yield from _of_parameters(adapter, base, path, names, found)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._given import kind_of
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import ModelFileError, NumericError, PlanError
 from rewriter.language import Rule, Spec
 from rewriter.planning import Entry, ModuleTable, Plan, dtype_name, make_plan
@@ -146,7 +147,8 @@ def planned(checkpoint: Checkpoint, spec: Spec, model: Factory | None = None) ->
     """Plan as `plan_checkpoint` does, for a checkpoint that was opened."""
     groups = groups_of(checkpoint)
     formal = _formal(spec)
-    plan = make_plan(_table(checkpoint, groups, formal, model), formal)
+    with nothing_drawn():
+        plan = make_plan(_table(checkpoint, groups, formal, model), formal)
     rules = {rule.name: rule for rule in spec.rules}
     for claim, _ in plan.new:
         claim.rule = rules[claim.rule.name]

@@ -31,7 +31,7 @@ from rewriter.streaming._header import Stored
 _drawing = threading.Lock()
 
 
-class _Drawing(TorchDispatchMode):  # type: ignore[misc]
+class _Drawing(TorchDispatchMode):
     """What this thread draws depends on a name alone, although torch has one generator for all threads.
 
     An operation that draws runs alone, with the generator in the state that this thread's last draw left.
