@@ -26,6 +26,7 @@ from torch.nn.utils.parametrizations import _Orthogonal as TorchOrthogonal
 from torch.nn.utils.parametrizations import _SpectralNorm as TorchSpectralNorm
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "_VF",
@@ -38,6 +39,7 @@ __all__ = [
     "OrthogonalMaps",
     "PyTreeCodeGen",
     "PyTreeInfo",
+    "TorchDispatchMode",
     "TorchOrthogonal",
     "TorchSpectralNorm",
     "TorchWeightNorm",

@@ -8,7 +8,7 @@ import typer
 
 from rewriter.cli._app import command
 from rewriter.cli._console import stderr, step
-from rewriter.cli._inputs import no_inputs
+from rewriter.cli._inputs import no_inputs, streamed
 from rewriter.cli._options import (
     Capture,
     ExampleOptions,
@@ -23,7 +23,7 @@ from rewriter.cli._options import (
 )
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._streaming import plan as plan_stream
-from rewriter.cli._streaming import refuse_options, run, streamed
+from rewriter.cli._streaming import refuse_options, run
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:

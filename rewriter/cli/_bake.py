@@ -10,11 +10,11 @@ import typer
 from rewriter.cli._app import command
 from rewriter.cli._complete import parts_to_bake
 from rewriter.cli._console import stderr, step
-from rewriter.cli._inputs import no_inputs, refuse_directory
+from rewriter.cli._inputs import no_inputs, refuse_directory, streamed
 from rewriter.cli._models import entries_of
 from rewriter.cli._options import ExampleOptions, Force, ModelFile, ModelOptions, Output, SpecOptions, StreamOptions
 from rewriter.cli._outcome import Outcome
-from rewriter.cli._streaming import refuse_options, run, streamed
+from rewriter.cli._streaming import refuse_options, run
 from rewriter.cli._text import counted
 from rewriter.errors import ModelFileError, RewriterError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,33 +11,65 @@ import typer
 from rich.console import Group
 
 from rewriter.cli._app import command
-from rewriter.cli._models import Model, entries_of, state_of, values_of
-from rewriter.cli._options import ModelOptions
+from rewriter.cli._inputs import streamed
+from rewriter.cli._models import entries_of, state_of, values_of
+from rewriter.cli._options import ModelOptions, SpecOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._text import counted, shape_text, table
-from rewriter.errors import listing
+from rewriter.errors import RewriterError, listing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rewriter.language import Spec
 
-@command("reparam diff model.pt plain.pt")
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two, in memory or in files.
+
+    Arguments:
+        kind: the class of the model.
+        tensors: the stored tensors.
+        chains: the chain of each computed tensor, by its first name.
+        computed: all names of computed tensors.
+        values: returns the plain tensors, by each of their names.
+        unknown: computed tensors whose values nobody can tell.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    chains: Mapping[str, str]
+    computed: Sequence[str]
+    values: Callable[[], Mapping[str, Tensor]]
+    unknown: Sequence[str] = ()
+
+
+@command("reparam diff model.pt plain.pt", "reparam diff FOLDER OTHER", "reparam diff REWRITTEN BAKED --spec spec.yaml")
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A model file.")],
-    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another model file.")],
+    first: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A model file, or a folder of shards.")],
+    second: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another one.")],
     model_options: ModelOptions,
+    spec_options: SpecOptions,
+    spec: Annotated[
+        Path | None,
+        typer.Option("--spec", metavar="SPEC", readable=False, help="The spec, for chains that a folder does not say."),
+    ] = None,
 ) -> Outcome:
     """Compare the tensors of two models, the chains of those that are computed, and their values.
 
-    Weights need no --model here. A rewritten and a baked model have other tensors, and the same values.
+    Weights need no --model here. A rewritten and a baked model have other tensors, and the same values. Folders and
+    indexes are streamed, one tensor in memory at a time.
     """
-    a, b = (model_options.read_or_weights(path) for path in (first, second))
-    tensors = _compare(state_of(a), state_of(b))
-    chains = _compare_chains(a, b)
+    read = spec_options.read(spec) if spec is not None else None
+    both = a, b = [_side(path, model_options, read) for path in (first, second)]
+    if read is not None and not any(streamed(path, True) for path in (first, second)):
+        raise RewriterError("--spec is for folders, indexes and safetensors files; a model has its chains with it")
+    tensors = _compare(a.tensors, b.tensors)
+    chains = _compare_chains(a.chains, b.chains)
     values = _compare_computed(a, b)
-    classes = ["weights" if isinstance(one, dict) else type(one).__name__ for one in (a, b)]
     document = {
-        "classes": classes,
+        "classes": [side.kind for side in both],
         "equal": not chains and all(row["change"] == "equal" for row in tensors),
         "tensors": tensors,
         "chains": chains,
@@ -44,23 +78,41 @@ def diff(
     changed = [row for row in tensors if row["change"] != "equal"]
     rows = [(row["name"], row["change"], row["detail"]) for row in [*changed, *chains]]
     head = f"{first} and {second}: {counted(len(tensors) - len(changed), 'tensor')} equal, {len(changed)} not"
-    if classes[0] != classes[1]:
-        head += f"; classes {' and '.join(classes)}"
+    if a.kind != b.kind:
+        head += f"; classes {a.kind} and {b.kind}"
     if values:
         differ = [f"{row['name']} ({row['detail']})" for row in values if not row["agree"]]
         agree = counted(len(values) - len(differ), "computed tensor")
         head += f"\nvalues: {agree} agree" + (f"; not {listing(differ)}" if differ else "")
+    unknown = list(dict.fromkeys([*a.unknown, *b.unknown]))
+    if unknown:
+        head += f"\nvalues not compared: {listing(unknown)}; the files do not say all of their chains: --spec SPEC"
     return Outcome(document, Group(head, "", table(("name", "change", ""), rows)) if rows else head)
 
 
-def _compare_computed(*models: Model) -> list[dict[str, Any]]:
+def _side(path: Path, options: ModelOptions, spec: Spec | None) -> _Side:
+    if streamed(path, options.model is None):
+        from rewriter.streaming import contents_of, open_checkpoint
+
+        found = contents_of(open_checkpoint(path), spec)
+        computed = [name for name in found.computed if name in found.values]
+        return _Side("Checkpoint", found.stored, found.chains, computed, lambda: found.values, found.unknown)
+    model = options.read_or_weights(path)
+    entries = [entry for entry in entries_of(model) if entry.site]
+    chains = {entry.name: " >> ".join(entry.site.spec.chain) for entry in entries if entry.site}
+    names = [name for entry in entries for name in entry.names]
+    kind = "weights" if isinstance(model, dict) else type(model).__name__
+    return _Side(kind, state_of(model), chains, names, lambda: values_of(model))
+
+
+def _compare_computed(a: _Side, b: _Side) -> list[dict[str, Any]]:
     """Compare the values of the tensors that a model computes, up to rounding."""
-    names = [name for model in models for entry in entries_of(model) if entry.site for name in entry.names]
+    names = dict.fromkeys([*a.computed, *b.computed])
     if not names:
         return []
-    old, new = map(values_of, models)
+    old, new = a.values(), b.values()
     rows = []
-    for name in dict.fromkeys(names):
+    for name in names:
         if name in old and name in new:
             one, other = old[name], new[name]
             detail = _compare_values(one, other)[1] if one.shape == other.shape else f"{_form(one)}, {_form(other)}"
@@ -77,17 +129,18 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.double(), other.double(), rounding, rounding * float(one.detach().double().abs().max()))
 
 
-def _compare(old: dict[str, Tensor], new: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _compare(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     rows = []
     for name in [*old, *(name for name in new if name not in old)]:
-        if name not in new:
-            change, detail = "only in the first", _form(old[name])
-        elif name not in old:
-            change, detail = "only in the second", _form(new[name])
-        elif _form(old[name]) != _form(new[name]):
-            change, detail = "form", f"{_form(old[name])} → {_form(new[name])}"
+        one, other = old.get(name), new.get(name)
+        if one is None or other is None:
+            present = one if other is None else other
+            assert present is not None
+            change, detail = f"only in the {'first' if other is None else 'second'}", _form(present)
+        elif _form(one) != _form(other):
+            change, detail = "form", f"{_form(one)} → {_form(other)}"
         else:
-            change, detail = _compare_values(old[name], new[name])
+            change, detail = _compare_values(one, other)
         rows.append({"name": name, "change": change, "detail": detail})
     return rows
 
@@ -102,11 +155,7 @@ def _form(tensor: Tensor) -> str:
     return f"{shape_text(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _compare_chains(*models: Model) -> list[dict[str, Any]]:
-    old, new = (
-        {entry.name: " >> ".join(entry.site.spec.chain) for entry in entries_of(model) if entry.site}
-        for model in models
-    )
+def _compare_chains(old: Mapping[str, str], new: Mapping[str, str]) -> list[dict[str, Any]]:
     details = {name: (old.get(name, "plain"), new.get(name, "plain")) for name in {**old, **new}}
     return [
         {"name": name, "change": "chain", "detail": f"{before} → {after}"}

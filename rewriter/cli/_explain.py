@@ -8,9 +8,11 @@ import typer
 
 from rewriter.cli._app import command
 from rewriter.cli._complete import tensor_names
+from rewriter.cli._inputs import streamed
 from rewriter.cli._models import entries_of
 from rewriter.cli._options import ModelFile, ModelOptions, SpecFile, SpecOptions
 from rewriter.cli._outcome import Outcome
+from rewriter.cli._streaming import entries as entries_of_checkpoint
 from rewriter.errors import PlanError
 
 if TYPE_CHECKING:
@@ -29,16 +31,23 @@ def explain(
     spec_options: SpecOptions,
     model_options: ModelOptions,
 ) -> Outcome:
-    """Say for each rule of SPEC why it does or does not own TENSOR of MODEL."""
+    """Say for each rule of SPEC why it does or does not own TENSOR of MODEL.
+
+    MODEL can also be a folder of shards, an index or a safetensors file, of which only the headers are read.
+    """
     from torch import nn
 
     from rewriter.absorbing import foreign_entries, holders_of
     from rewriter.parametrizations._registry import suggestion
 
     read = spec_options.read(spec)
-    loaded = model_options.read_for(read, model_file)
-    held = foreign_entries(loaded, holders_of(loaded)) if isinstance(loaded, nn.Module) else []
-    entries = [*(entry for entry, _ in held), *entries_of(loaded)]
+    held: list[tuple[Entry, str]] = []
+    if streamed(model_file, model_options.model is None):
+        entries = entries_of_checkpoint(model_file, read, model_options)
+    else:
+        loaded = model_options.read_for(read, model_file)
+        held = list(foreign_entries(loaded, holders_of(loaded))) if isinstance(loaded, nn.Module) else []
+        entries = [*(entry for entry, _ in held), *entries_of(loaded)]
     found = next((entry for entry in entries if tensor in entry.names), None)
     if found is None:
         near = suggestion(tensor, [name for entry in entries for name in entry.names])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import sys
 from collections.abc import Iterator
@@ -26,8 +27,25 @@ def refuse_directory(path: Path) -> None:
     found = [str(file) for file in sorted(path.iterdir()) if file.suffix in _MODEL_SUFFIXES]
     if not found:
         raise ModelFileError(f"{path} is a directory without a model file")
+    if streamed(path, True):
+        raise ModelFileError(
+            f"{path} is a checkpoint: it has weights and no model. The commands inspect, diff, plan, explain, apply, "
+            "bake and merge read it; for this one, name a file with a model"
+        )
     names = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
     raise ModelFileError(f"{path} is a directory; name a model file in it: {names}")
+
+
+def streamed(path: Path, files: bool) -> bool:
+    """Whether a model is streamed: a folder of shards or an index always, a safetensors file if `files` says so."""
+    if path.suffix == ".safetensors" and not os.path.isdir(path):
+        return files
+    from rewriter.serialization._adapter import is_adapter
+
+    if is_adapter(path):  # `load_model` reads it
+        return False
+    names = (f"{glob.escape(str(path))}/{pattern}" for pattern in ("*.safetensors*", ".metadata"))
+    return path.name.endswith(".safetensors.index.json") or any(map(glob.glob, names))
 
 
 def no_inputs(option: str) -> RewriterError:

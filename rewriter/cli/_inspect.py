@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 
 from rewriter.cli._app import command
+from rewriter.cli._inputs import streamed
 from rewriter.cli._models import entries_of, state_of
 from rewriter.cli._options import ModelFile, ModelOptions
 from rewriter.cli._outcome import Outcome
-from rewriter.cli._streaming import streamed, tensors_of
+from rewriter.cli._streaming import tensors_of
 from rewriter.cli._text import counted, shape_text, table
 from rewriter.errors import printable
 

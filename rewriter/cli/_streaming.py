@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,21 +18,11 @@ from rewriter.cli._text import counted
 from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
+    from rewriter.language import Spec
+    from rewriter.planning import Entry
     from rewriter.streaming import Streamed
 
     Verb = Callable[..., Streamed]
-
-
-def streamed(path: Path, files: bool) -> bool:
-    """Whether a model is streamed: a folder of shards or an index always, a safetensors file if `files` says so."""
-    if path.suffix == ".safetensors" and not os.path.isdir(path):
-        return files
-    from rewriter.serialization._adapter import is_adapter
-
-    if is_adapter(path):  # `load_model` reads it
-        return False
-    names = (f"{glob.escape(str(path))}/{pattern}" for pattern in ("*.safetensors*", ".metadata"))
-    return path.name.endswith(".safetensors.index.json") or any(map(glob.glob, names))
 
 
 def refuse_options(given: Mapping[str, Any]) -> None:
@@ -122,23 +111,16 @@ def plan(path: Path, spec: Path, spec_options: SpecOptions, model_options: Model
     return Outcome(made.to_dict(), str(made))
 
 
+def entries(path: Path, spec: Spec, model_options: ModelOptions) -> list[Entry]:
+    """Return the plain tensors of a checkpoint from its headers."""
+    from rewriter.streaming import plain_entries
+
+    with factory(path, model_options) as model:
+        return plain_entries(path, spec, model)
+
+
 def tensors_of(path: Path) -> list[dict[str, Any]]:
     """Describe the tensors of a checkpoint as its headers have them."""
-    from rewriter.planning import dtype_name
-    from rewriter.streaming import open_checkpoint
+    from rewriter.streaming import described_tensors, open_checkpoint
 
-    checkpoint = open_checkpoint(path)
-    names = {name: [name] for name in checkpoint.tensors}
-    for alias, kept in checkpoint.aliases.items():
-        names[kept].append(alias)
-    unknown = dict.fromkeys(("requires_grad", "chain", "rule", "cache"))
-    return [
-        {
-            "names": names[stored.name],
-            "kind": "tensor",
-            "shape": list(stored.shape),
-            "dtype": dtype_name(stored.dtype),
-            **unknown,
-        }
-        for stored in checkpoint.tensors.values()
-    ]
+    return described_tensors(open_checkpoint(path))

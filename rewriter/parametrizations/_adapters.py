@@ -54,7 +54,7 @@ class Lora(Adapter, name="lora"):
         _fill(self.init_lora_weights, self.lora_A, self.lora_B, self.scaling, weight)
 
     def delta(self) -> Tensor:
-        return widen(self.lora_B) @ widen(self.lora_A) * self.scaling
+        return (widen(self.lora_B) * self.scaling) @ widen(self.lora_A)  # the factor on the smaller tensor
 
     def drop(self, delta: Tensor) -> Tensor:
         return delta * F.dropout(torch.ones_like(delta[0]), self.lora_dropout, self.training)

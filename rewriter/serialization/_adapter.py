@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,12 @@ def read_adapter_with(read: Callable[[Path], Mapping[str, Tensor]], path: Path) 
     return state
 
 
-def adapter_settings(path: Path) -> dict[str, Any]:
+def adapter_settings(path: Path, also: Sequence[str] = ()) -> dict[str, Any]:
     """Return what the settings file of an adapter says.
+
+    Arguments:
+        path: the file.
+        also: further settings that the caller understands.
 
     Raises:
         ModelFileError: it is missing or damaged, or the adapter is of a kind that no step computes.
@@ -73,7 +77,7 @@ def adapter_settings(path: Path) -> dict[str, Any]:
         raise ModelFileError(
             f"{path}: peft_type is {printable(repr(kind))[:100]}; reparam loads 'LORA' (LoRA, rsLoRA, DoRA): {_REMEDY}"
         )
-    unknown = [key for key, value in settings.items() if key not in _USED | _NO_MATTER and value]
+    unknown = [key for key, value in settings.items() if value and key not in {*_USED, *_NO_MATTER, *also}]
     if unknown:
         shown = ", ".join(f"{printable(key)}={printable(repr(settings[key]))[:60]}" for key in unknown)
         raise ModelFileError(f"{path}: {shown} changes what the layers compute, and no step does that: {_REMEDY}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ from rewriter.sites._translation import Place, Translation, bridge, needs_bridge
 
 CONVERTED = "reparam_converted"
 """Marks the metadata of an owner whose part of a state dict was converted together with the whole."""
+
+
+_in_parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models on the meta device that are loaded shard by shard. The first shard warns; what stays on meta fails in use."""
 
 
 def converting(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,9 +42,10 @@ def converting(load: Callable[..., Any]) -> Callable[..., Any]:
         state = translation.to_rewritten()
         for place in translation.places:
             state._metadata.setdefault(place.path[:-1], {})[CONVERTED] = True  # type: ignore[attr-defined]
+        quiet = _warned(self, translation.places, assign)
         with unchanged_on_error(self, assign):
             result = load(self, state, *args, **kwargs)
-        if not strict:
+        if not strict and not quiet:
             _warn_of_missing(translation.places, state)
         return result
 
@@ -65,7 +71,7 @@ def converting_owner(load: Callable[..., Any]) -> Callable[..., Any]:
             places = places_in(self, prefix)
             for place in places:
                 _convert_nested(place, state_dict, assign, error_msgs)
-            if not error_msgs:
+            if not error_msgs and not _warned(self, places, assign):
                 untied = [place for place in places if len(place.site.spec.members[0].names) == 1]
                 _warn_of_missing(untied, state_dict)
         load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -88,6 +94,14 @@ def _convert_nested(place: Place, state: dict[str, Any], assign: bool, errors: l
         bridge(place, state, [], assign)
     except StateError as problem:
         errors.append(str(problem))
+
+
+def _warned(model: nn.Module, places: list[Place], assign: bool) -> bool:
+    """Whether a shard was loaded into `model` when it was on the meta device; note that this is one."""
+    warned = assign and model in _in_parts
+    if assign and any(original.is_meta for place in places for original in place.site.originals):
+        _in_parts.add(model)
+    return warned
 
 
 def _warn_of_missing(places: list[Place], state: Mapping[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import ModelFileError
+from rewriter.streaming._checksum import PAGE
 from rewriter.streaming._dcp import Pieces, dcp_headers, is_dcp
 from rewriter.streaming._header import Header, Stored, check_name, parsed, read_header
 
 INDEX = ".safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pt2", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
+BLOCK = 1 << 22
+"""The size of a block of rows in bytes: it stays in the processor's cache from reading to writing."""
 CHAINS = "reparam"
 """The key of a file's metadata with the identity of each chain, by the path of its site."""
 FORMS = "reparam.tensors"
@@ -157,19 +162,50 @@ def read_tensor(stored: Stored) -> Tensor:
     """
     if isinstance(stored, Pieces):
         return stored.read()
-    content = torch.empty(stored.nbytes, dtype=torch.uint8)
-    view = content.numpy().data
+    with _opened(stored) as file:
+        return _read(file, stored, stored.start, torch.empty(stored.shape, dtype=stored.dtype))
+
+
+def read_rows(stored: Stored) -> Iterator[tuple[int, Tensor]]:
+    """Read one tensor in blocks of rows that are whole pages, and yield each with the number of its first row.
+
+    The next block overwrites the memory of the one before.
+
+    Raises:
+        ModelFileError: as `read_tensor`.
+    """
+    if isinstance(stored, Pieces) or stored.nbytes <= BLOCK:
+        yield 0, read_tensor(stored)
+        return
+    (rows, *inner), row = stored.shape, stored.nbytes // stored.shape[0]
+    whole = PAGE // math.gcd(PAGE, row)  # so many rows end where a page ends
+    count = whole * max(1, BLOCK // (whole * row))
+    block = torch.empty((min(count, rows), *inner), dtype=stored.dtype)
+    with _opened(stored) as file:
+        for first in range(0, rows, count):
+            yield first, _read(file, stored, stored.start + first * row, block[: rows - first])
+
+
+@contextlib.contextmanager
+def _opened(stored: Stored) -> Iterator[int]:
     try:
         with stored.file.open("rb", buffering=0) as file:
-            done = 0
-            while done < len(view):
-                count = os.preadv(file.fileno(), [view[done:]], stored.start + done)
-                if not count:
-                    raise ModelFileError(f"{stored.file} became shorter while it was read")
-                done += count
+            yield file.fileno()
     except OSError as problem:
         raise ModelFileError(f"{stored.file} cannot be read: {problem.strerror or problem}") from problem
-    return content.view(stored.dtype).reshape(stored.shape)
+
+
+def _read(file: int, stored: Stored, start: int, content: Tensor) -> Tensor:
+    """Fill a tensor with the bytes from `start` on, and return it."""
+    if not content.numel():
+        return content
+    view, done = content.reshape(-1).view(torch.uint8).numpy().data, 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], start + done)
+        if not count:
+            raise ModelFileError(f"{stored.file} became shorter while it was read")
+        done += count
+    return content
 
 
 def index_text(metadata: Mapping[str, Any], places: Mapping[str, str], nbytes: int) -> str:

@@ -85,13 +85,7 @@ def entries_of(checkpoint: Checkpoint, groups: Mapping[str, Group], spec: Spec) 
         for name, group in groups.items()
         if group.plain
     }
-    for name, record in checkpoint.recorded(FORMS).items():
-        try:
-            for member in record:
-                shape, dtype = tuple(map(int, member["shape"])), getattr(torch, member["dtype"])
-                entries[member["names"][0]] = entry_of(member["names"], shape, dtype)
-        except (TypeError, KeyError, AttributeError, ValueError) as problem:
-            raise ModelFileError(f"{checkpoint.path}: the record of {name!r} is damaged") from problem
+    entries |= {entry.name: entry for members in recorded_forms(checkpoint).values() for entry in members}
     waiting = {name: group for name, group in groups.items() if name not in entries}
     while waiting:
         made = {name: entry for name, group in waiting.items() if (entry := _entry(group, spec, entries)) is not None}
@@ -101,6 +95,23 @@ def entries_of(checkpoint: Checkpoint, groups: Mapping[str, Group], spec: Spec) 
         waiting = {name: group for name, group in waiting.items() if name not in made}
     order = {name: index for index, name in enumerate(groups)}
     return sorted(entries.values(), key=lambda entry: order.get(entry.name, len(order)))
+
+
+def recorded_forms(checkpoint: Checkpoint) -> dict[str, list[Entry]]:
+    """Return the computed tensors that `apply` recorded, by the first name of each site.
+
+    Raises:
+        ModelFileError: the record of a tensor is damaged.
+    """
+    found: dict[str, list[Entry]] = {}
+    for name, record in checkpoint.recorded(FORMS).items():
+        try:
+            found[name] = [
+                entry_of(one["names"], tuple(map(int, one["shape"])), getattr(torch, one["dtype"])) for one in record
+            ]
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as problem:
+            raise ModelFileError(f"{checkpoint.path}: the record of {name!r} is damaged") from problem
+    return found
 
 
 def _unknown(checkpoint: Checkpoint, names: Sequence[str]) -> str:

@@ -42,23 +42,31 @@ class Work:
         replaces: the stored tensors that the output has no longer.
         reads: the stored tensors that it is computed from.
         outputs: what is written instead, in the order in which `run` returns it.
-        run: computes the outputs.
+        run: computes the outputs, each as blocks of rows that follow each other: the whole tensor, or parts of whole
+            pages (see `Checksum`).
         aliases: further names of the outputs → the name of each in the file.
         records: what the file says of it, by the key of the metadata and a name.
+        nbytes: what it holds in memory, intermediate results aside; by default, what it reads and what it writes.
     """
 
     name: str
     replaces: Sequence[Stored]
     reads: Sequence[Stored]
     outputs: Sequence[Output]
-    run: Callable[[], Sequence[Tensor]]
+    run: Callable[[], Iterable[Iterable[Tensor]]]
     aliases: Mapping[str, str] = field(default_factory=dict)
     records: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    nbytes: int = -1
 
-    @property
-    def nbytes(self) -> int:
-        """What it holds in memory, intermediate results aside."""
-        return sum(one.nbytes for one in self.reads) + sum(one.nbytes for one in self.outputs)
+    def __post_init__(self) -> None:
+        if self.nbytes < 0:
+            both: list[Stored | Output] = [*self.reads, *self.outputs]
+            object.__setattr__(self, "nbytes", sum(map(_in_memory, both)))
+
+
+def _in_memory(one: Stored | Output) -> int:
+    """Return the size of a tensor; numbers of two bytes and less are computed in four."""
+    return math.prod(one.shape) * max(one.dtype.itemsize, 4)
 
 
 @dataclass
@@ -120,7 +128,7 @@ def _keep_texts(shard: Shard, header: Header, tied: Mapping[str, str], replaced:
 
 
 def _gathering(stored: Stored, output: Output) -> Work:
-    return Work(stored.name, [stored], [stored], [output], lambda: [read_tensor(stored)])
+    return Work(stored.name, [stored], [stored], [output], lambda: [[read_tensor(stored)]])
 
 
 def _shard(header: Header, at: Mapping[str, list[Work]], replaced: set[str]) -> Shard:

@@ -4,62 +4,21 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from rewriter.absorbing import LowRankChange
 from rewriter.errors import ModelFileError, PlanError, RewriterError
-from rewriter.parametrizations.maths._precision import widen
 from rewriter.serialization._adapter import CONFIG, adapter_settings
-from rewriter.serialization._peft_folder import scale, sorted_parts
-from rewriter.streaming._checkpoint import Checkpoint, open_checkpoint, read_tensor
-from rewriter.streaming._header import Header, Stored, read_header
+from rewriter.streaming._changes import Adapter, Change, changes_of, merged_rows, misfit
+from rewriter.streaming._checkpoint import BLOCK, Checkpoint, open_checkpoint
+from rewriter.streaming._dcp import Pieces
+from rewriter.streaming._header import Stored, read_header
 from rewriter.streaming._layout import Output, Work, shards_of
 from rewriter.streaming._output import Written, write_output
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter folder whose tensors were not read yet.
-
-    Arguments:
-        folder: where it is.
-        weight: the factor of its changes.
-        settings: what its `adapter_config.json` says.
-        header: of its tensors.
-    """
-
-    folder: Path
-    weight: float
-    settings: Mapping[str, Any]
-    header: Header
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an adapter adds to one tensor, or puts in its place.
-
-    Arguments:
-        adapter: the adapter.
-        path: of the layer.
-        parts: its tensors, by PEFT's names; the one name ``""`` for a tensor that replaces the base's.
-    """
-
-    adapter: Adapter
-    path: str
-    parts: Mapping[str, Stored]
-
-    @property
-    def replaces(self) -> bool:
-        """Whether the tensor takes the place of the base's."""
-        return "" in self.parts
 
 
 @dataclass(frozen=True)
@@ -111,7 +70,7 @@ def merge_checkpoint(
 def _adapter(folder: Path, weight: float) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise ModelFileError(f"{folder} is no folder that PEFT's save_pretrained wrote: it has no {CONFIG}")
-    settings = adapter_settings(folder / CONFIG)
+    settings = adapter_settings(folder / CONFIG, also=("target_parameters",))
     if not (folder / WEIGHTS).is_file():
         raise ModelFileError(f"{folder} has no {WEIGHTS}; save the adapter with a PEFT that writes safetensors")
     return Adapter(folder, weight, settings, read_header(folder / WEIGHTS))
@@ -120,11 +79,8 @@ def _adapter(folder: Path, weight: float) -> Adapter:
 def _work(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[Work]:
     changes: dict[str, list[Change]] = defaultdict(list)
     for adapter in adapters:
-        layers, others = sorted_parts({stored.name: stored for stored in adapter.header.tensors})
-        for name, stored in others.items():
-            changes[name].append(Change(adapter, name.rpartition(".")[0], {"": stored}))
-        for path, parts in layers.items():
-            changes[f"{path}.weight"].append(Change(adapter, path, parts))
+        for name, change in changes_of(adapter, checkpoint):
+            changes[name].append(change)
     problems = [text for name, found in changes.items() for text in _problems(checkpoint, name, found)]
     if problems:
         raise PlanError("\n  ".join([f"the adapters do not fit {checkpoint.path}:", *problems]))
@@ -134,6 +90,11 @@ def _work(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[Work]:
 def _problems(checkpoint: Checkpoint, name: str, changes: Sequence[Change]) -> list[str]:
     if name in checkpoint.aliases or name in checkpoint.aliases.values():
         return [f"{name} is tied, and PEFT changes one of its names alone: untie it first"]
+    if name.endswith(".*"):
+        return [
+            f"{name}: {changes[0].adapter.folder} changes parameters of this module (target_parameters), and names and "
+            "shapes do not tell which: merge it with PEFT's merge_and_unload()"
+        ]
     if name not in checkpoint.tensors:
         return [f"{name}: {changes[0].adapter.folder} changes it, and the base has no such tensor"]
     alone = [change for change in changes if change.replaces or "lora_magnitude_vector" in change.parts]
@@ -145,61 +106,17 @@ def _problems(checkpoint: Checkpoint, name: str, changes: Sequence[Change]) -> l
         if others:
             return [f"{name}: {change.adapter.folder} {what}, and {others[0].adapter.folder} changes it too"]
     base = checkpoint.tensors[name]
-    return [f"{name}: {text}" for change in changes for text in [_misfit(base, change)] if text]
-
-
-def _misfit(base: Stored, change: Change) -> str:
-    if not base.dtype.is_floating_point or base.dtype.itemsize < 2:
-        return f"the base has {base.dtype}, to which nothing can be added: merge into the weights it was quantized from"
-    if change.replaces:
-        shape = change.parts[""].shape
-        return "" if shape == base.shape else f"the adapter has {list(shape)}, and the base {list(base.shape)}"
-    if not ({"lora_A", "lora_B"} <= change.parts.keys() or {"lora_embedding_A", "lora_embedding_B"} == {*change.parts}):
-        return f"the adapter has only {', '.join(sorted(change.parts))} for it"
-    wanted = ("lora_A", "lora_B") if "lora_A" in change.parts else ("lora_embedding_A", "lora_embedding_B")
-    A, B = (change.parts[part].shape for part in wanted)
-    if len(A) < 2 or len(B) < 2 or A[0] != B[1] or not _layout(base.shape, change):
-        return f"the adapter has A {list(A)} and B {list(B)}, and the base {list(base.shape)}"
-    return ""
-
-
-def _layout(shape: tuple[int, ...], change: Change) -> str:
-    """Return the layout of `LowRankChange` in which A and B have the shape of the base; empty for none."""
-    if "lora_embedding_A" in change.parts:
-        A, B = change.parts["lora_embedding_A"].shape, change.parts["lora_embedding_B"].shape
-        return "embedding" if shape == (A[1], B[0]) else ""
-    A, B = change.parts["lora_A"].shape, change.parts["lora_B"].shape
-    if len(shape) > 2:
-        return "conv" if shape == (B[0], *A[1:]) else ""
-    fitting = {"linear": shape == (B[0], A[1]), "transposed": shape == (A[1], B[0])}
-    likely = "transposed" if change.adapter.settings.get("fan_in_fan_out") else "linear"
-    return likely if fitting[likely] else next((layout for layout, fits in fitting.items() if fits), "")
+    return [f"{name}: {text}" for change in changes for text in [misfit(base, change)] if text]
 
 
 def _merging(base: Stored, changes: Sequence[Change]) -> Work:
-    ordered = sorted(changes, key=lambda change: not change.replaces)
-    reads = [base, *(stored for change in ordered for stored in change.parts.values())]
-
-    def run() -> list[Tensor]:
-        value = read_tensor(base)
-        for change in ordered:
-            value = _changed(value, change)
-        return [value]
-
-    return Work(base.name, [base], reads, [Output(base.name, base.dtype, base.shape)], run)
-
-
-def _changed(value: Tensor, change: Change) -> Tensor:
-    parts = {part: read_tensor(stored) for part, stored in change.parts.items()}
-    if change.replaces:
-        return parts[""].to(value.dtype)
-    A, B, *magnitude = (parts[part] for part in sorted(parts))
-    factor = scale(change.path, A.shape[0], change.adapter.settings) * change.adapter.weight
-    frozen = [nn.Parameter(widen(one), requires_grad=False) for one in (A, B)]
-    lengths = nn.Parameter(magnitude[0], requires_grad=False) if magnitude else None
-    step = LowRankChange(frozen[0], frozen[1], factor, _layout(tuple(value.shape), change), magnitude=lengths).eval()
-    if magnitude:
-        return step(value)  # type: ignore[no-any-return]
-    # As PEFT on a CPU: the change is rounded to the precision of A and B, and added in the wider of the two.
-    delta = step.delta().to(B.dtype).reshape(value.shape)
-    return torch.add(value, delta).to(value.dtype)
+    parts = [stored for change in changes for stored in change.parts.values()]
+    whole = isinstance(base, Pieces) or any("lora_magnitude_vector" in change.parts for change in changes)
+    return Work(
+        base.name,
+        [base],
+        [base, *parts],
+        [Output(base.name, base.dtype, base.shape)],
+        lambda: [merged_rows(base, changes)],
+        nbytes=-1 if whole else sum(one.nbytes for one in parts) + 4 * BLOCK,
+    )

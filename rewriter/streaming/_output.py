@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def write_output(
         job: everything that decides the bytes; a shard is kept only from the same job.
         force: replace what is there.
         resume: keep the complete shards of a run that ended early.
-        workers: how many sites are evaluated at a time; the default is the number of cores.
+        workers: how many sites are evaluated at a time; the default is this process's share of the cores.
         report: hears of the bytes that were written.
         ranks: the processes that write together; each writes some of the shards.
 
@@ -101,7 +101,7 @@ def write_output(
         PlanError: chains refuse values; every value is named, and nothing is written under a final name.
     """
     check_output(checkpoint, shards, output, force)
-    writer = Writer(shards, workers or cores(), report)
+    writer = Writer(shards, workers or max(1, cores() // ranks.here), report)
     names = [shard.file for shard in shards]
     if checkpoint.is_file:
         if ranks.rank == 0:
@@ -114,7 +114,9 @@ def write_output(
     try:
         with _locked(partial) if ranks.rank == 0 else contextlib.nullcontext():
             digest = _digest(checkpoint, shards, job)
-            kept = ranks.shared(_prepared(shards, partial, digest if resume else "") if ranks.rank == 0 else None)[0]
+            earlier = _prepared(shards, partial, digest if resume else "") if ranks.rank == 0 else Earlier()
+            # The bytes of some chains depend on the number of threads: all runs and processes take the first one's.
+            kept, writer.threads = ranks.shared((earlier.kept, earlier.threads or writer.threads))[0]
             _write_shards(shards, partial, writer, digest, kept, ranks)
             if ranks.rank == 0:
                 _write_rest(checkpoint, shards, partial)
@@ -141,16 +143,29 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _prepared(shards: Sequence[Shard], partial: Path, digest: str) -> dict[str, Any]:
-    """Remove what an earlier run left, and return the checksums of the shards of this job that are complete."""
-    kept: dict[str, Any] = {}
+@dataclass
+class Earlier:
+    """What an earlier run of the same job left.
+
+    Arguments:
+        kept: for each shard that is complete, the checksums of its computed tensors.
+        threads: with how many threads torch computed them.
+    """
+
+    kept: dict[str, Any] = field(default_factory=dict)
+    threads: int = 0
+
+
+def _prepared(shards: Sequence[Shard], partial: Path, digest: str) -> Earlier:
+    """Return what an earlier run left that is complete and of this job, and remove the rest."""
+    earlier = Earlier()
     manifests = list(partial.glob(MANIFEST.format("*")))
     for manifest in manifests if digest else ():
-        kept |= _verified(shards, manifest, digest)
+        _take(earlier, shards, manifest, digest)
     for file in partial.iterdir():
-        if file.name not in kept and not (kept and file in manifests):
+        if file.name not in earlier.kept and not (earlier.kept and file in manifests):
             file.unlink()
-    return kept
+    return earlier
 
 
 def _write_shards(
@@ -172,7 +187,7 @@ def _write_shards(
                 refused.append(problem)  # the other shards may have more
                 continue
             temporary.replace(final)
-            temporary.write_text(json.dumps({"job": digest, "shards": done}, indent=2))
+            temporary.write_text(json.dumps({"job": digest, "threads": writer.threads, "shards": done}, indent=2))
             temporary.replace(manifest)
     except (RewriterError, OSError) as problem:
         ended = problem
@@ -181,18 +196,16 @@ def _write_shards(
         raise problems[0] if len(problems) == 1 or not isinstance(problems[0], PlanError) else together(problems)
 
 
-def _verified(shards: Sequence[Shard], manifest: Path, digest: str) -> dict[str, Any]:
-    """Return the checksums of the shards that an earlier run of the same job completed, if the files are still so."""
-    try:
+def _take(earlier: Earlier, shards: Sequence[Shard], manifest: Path, digest: str) -> None:
+    """Take the shards that a manifest says are complete, if they are of this job and the files are still so."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged manifest
         found = json.loads(manifest.read_text())
-        sums = found["shards"] if found["job"] == digest else {}
-        return {
-            shard.file: sums[shard.file]
-            for shard in shards
-            if shard.file in sums and is_complete(shard, manifest.parent / shard.file, sums[shard.file])
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        sums, threads = (found["shards"] if found["job"] == digest else {}), int(found["threads"])
+        for shard in shards:
+            if shard.file in earlier.kept or shard.file not in sums:
+                continue
+            if is_complete(shard, manifest.parent / shard.file, sums[shard.file]):
+                earlier.kept[shard.file], earlier.threads = sums[shard.file], threads
 
 
 def _digest(checkpoint: Checkpoint, shards: Sequence[Shard], job: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._given import kind_of
+from rewriter.context._random import nothing_drawn
 from rewriter.errors import ModelFileError, NumericError, PlanError
 from rewriter.language import Rule, Spec
 from rewriter.planning import Entry, ModuleTable, Plan, dtype_name, make_plan
@@ -82,8 +83,9 @@ class CheckpointPlan:
             forms = _forms_of_values(site, [_tensor(sources.entries[name]) for name in site.spec.reads])
         outputs = [Output(e.name, dtype, shape) for e, (shape, dtype) in zip(claim.entries, forms, strict=True)]
         tied = {name: entry.name for entry in claim.entries for name in entry.names[1:]}
+        inputs = sources.inputs_of(pair)
         return Work(
-            claim.name, self.stored_of(pair), sources.inputs_of(pair), outputs, lambda: sources.values(pair), tied
+            claim.name, self.stored_of(pair), inputs, outputs, lambda: ([value] for value in sources.values(pair)), tied
         )
 
     def rewritten(self) -> list[Work]:
@@ -104,11 +106,11 @@ class CheckpointPlan:
             f"{path_for(other)}.{part}": f"{prefix}.{part}" for other in claim.entries[0].names[1:] for part in form
         }
 
-        def run() -> Sequence[Tensor]:
+        def run() -> list[list[Tensor]]:
             state = sources.site(pair).state_dict()
             if state.keys() != form.keys():
                 raise NumericError(f"{claim.name}: stored are {sorted(state)}, and planned were {sorted(form)}")
-            return list(state.values())
+            return [[value] for value in state.values()]
 
         records: dict[str, dict[str, object]] = {
             CHAINS: {prefix: identity(site.spec)},
@@ -138,22 +140,39 @@ def plan_checkpoint(path: Path, spec: Spec, model: Factory | None = None) -> Che
         ModelFileError: a file is damaged, or stores something else than the chains compute from.
         PlanError: the spec does not fit.
     """
-    checkpoint = open_checkpoint(path)
+    return planned(open_checkpoint(path), spec, model)
+
+
+def planned(checkpoint: Checkpoint, spec: Spec, model: Factory | None = None) -> CheckpointPlan:
+    """Plan as `plan_checkpoint` does, for a checkpoint that was opened."""
     groups = groups_of(checkpoint)
     formal = _formal(spec)
-    if model is not None:
-        table: TensorTable = ModuleTable(_on_meta(model), "module")
-        _check_model(checkpoint, table.entries, groups)
-    else:
-        refuse_modules(spec)
-        table = HeaderTable(entries_of(checkpoint, groups, formal))
-    plan = make_plan(table, formal)
+    with nothing_drawn():
+        plan = make_plan(_table(checkpoint, groups, formal, model), formal)
     rules = {rule.name: rule for rule in spec.rules}
     for claim, _ in plan.new:
         claim.rule = rules[claim.rule.name]
     made = CheckpointPlan(checkpoint, dataclasses.replace(plan, spec=spec), groups)
     _check_sites(made)
     return made
+
+
+def plain_entries(path: Path, spec: Spec, model: Factory | None = None) -> list[Entry]:
+    """Return the plain tensors that a checkpoint stands for, without values.
+
+    Arguments, Raises: as for `plan_checkpoint`; which rule owns which tensor is not decided.
+    """
+    checkpoint = open_checkpoint(path)
+    return list(_table(checkpoint, groups_of(checkpoint), _formal(spec), model).entries)
+
+
+def _table(checkpoint: Checkpoint, groups: dict[str, Group], spec: Spec, model: Factory | None) -> TensorTable:
+    if model is None:
+        refuse_modules(spec)
+        return HeaderTable(entries_of(checkpoint, groups, spec))
+    table = ModuleTable(_on_meta(model), "module")
+    _check_model(checkpoint, table.entries, groups)
+    return table
 
 
 def _check_sites(made: CheckpointPlan) -> None:

@@ -16,10 +16,12 @@ class Ranks:
     Arguments:
         rank: this one.
         size: how many there are.
+        here: how many of them share this machine.
     """
 
     rank: int = 0
     size: int = 1
+    here: int = 1
 
     def shared(self, value: Any) -> list[Any]:
         """Return the values of all processes, once all have come here."""
@@ -35,4 +37,5 @@ def ranks_of_torchrun() -> Ranks:
         return Ranks()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    size = dist.get_world_size()
+    return Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))

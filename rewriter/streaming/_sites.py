@@ -7,10 +7,12 @@ import threading
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewriter._torch import TorchDispatchMode
 from rewriter.context import Contexts
 from rewriter.errors import ModelFileError, NumericError, PlanError
 from rewriter.passes import fuse, hoist
@@ -27,7 +29,26 @@ from rewriter.streaming._groups import Group
 from rewriter.streaming._header import Stored
 
 _drawing = threading.Lock()
-"""torch has one random number generator for the process, and constructors draw from it."""
+
+
+class _Drawing(TorchDispatchMode):
+    """What this thread draws depends on a name alone, although torch has one generator for all threads.
+
+    An operation that draws runs alone, with the generator in the state that this thread's last draw left.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.state = torch.Generator().manual_seed(zlib.crc32(name.encode())).get_state()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in function.tags:
+            return function(*args, **(kwargs or {}))
+        with _drawing, torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.state)
+            drawn = function(*args, **(kwargs or {}))
+            self.state = torch.get_rng_state()
+            return drawn
 
 
 @dataclass(frozen=True)
@@ -113,8 +134,7 @@ def _built(claim: Claim, tensors: Mapping[str, Tensor], inputs: Mapping[str, Ten
     entries = [dataclasses.replace(entry, tensor=tensors.get(entry.name, entry.tensor)) for entry in claim.entries]
     own = Claim(claim.rule, entries)
     try:
-        with _drawing, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(claim.name.encode()))
+        with _Drawing(claim.name):
             chain = planned_together([own], inputs).get(id(own)) or Chain(own, inputs)
             return build(own, describe(claim.rule), Contexts(), chain=chain)
     except BuildError as problem:

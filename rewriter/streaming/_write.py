@@ -6,8 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 from rewriter.errors import ModelFileError, NumericError, PlanError
+from rewriter.streaming._checksum import PAGE, Checksum
 from rewriter.streaming._header import Stored
 from rewriter.streaming._layout import Output, Shard, Work
 
 PIECE = 64 << 20
 """How many bytes are copied at a time."""
-AT_ONCE = 64 << 20
-"""Sites run at the same time if together they hold at most this, or no more than the largest site alone."""
+AT_ONCE = 128 << 20
+"""Sites run at the same time if together they hold at most the largest one and this."""
 
 Report = Callable[[int, int], None]
 """Takes how many bytes of the output were written since the last call, and how many it has."""
@@ -56,14 +56,18 @@ class Writer:
 
     Arguments:
         shards: all that will be written.
-        workers: how many threads.
+        workers: how many sites are evaluated at a time.
         report: hears of the bytes that were written.
+        threads: how many threads torch has for one site; the default divides torch's number by the sites that run at
+            the same time. The last bits of a QR depend on it.
     """
 
-    def __init__(self, shards: Sequence[Shard], workers: int, report: Report) -> None:
+    def __init__(self, shards: Sequence[Shard], workers: int, report: Report, threads: int = 0) -> None:
         largest = max((work.nbytes for shard in shards for work in shard.work), default=0)
-        self.memory = Memory(max(largest, AT_ONCE))
+        self.memory = Memory(largest + AT_ONCE)
         self.workers, self._report = workers, report
+        at_once = min(workers, self.memory.limit // max(largest, 1))
+        self.threads = threads or max(1, torch.get_num_threads() // at_once)
         self.nbytes = sum(shard.nbytes for shard in shards)
 
     def report(self, count: int) -> None:
@@ -74,7 +78,7 @@ class Writer:
         """Write a shard to `path`, whatever is there.
 
         Returns:
-            The CRC-32 of each tensor that was computed.
+            The checksum of each tensor that was computed.
 
         Raises:
             PlanError: chains refuse values; all of them are named.
@@ -88,13 +92,15 @@ class Writer:
 
     def _fill(self, shard: Shard, target: int, places: Mapping[str, int]) -> dict[str, int]:
         sums: dict[str, int] = {}
-        pool = ThreadPoolExecutor(self.workers)
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(self.threads,))
         try:
             tasks = [pool.submit(self._compute, work, target, places, sums) for work in shard.work]
             tasks += [pool.submit(self._copy, run, target, places[run[0].name]) for run in _runs(shard.outputs)]
             _finish(tasks)
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
         return sums
 
     def _compute(self, work: Work, target: int, places: Mapping[str, int], sums: dict[str, int]) -> None:
@@ -103,14 +109,8 @@ class Writer:
             _trim()
 
     def _write_values(self, work: Work, target: int, places: Mapping[str, int], sums: dict[str, int]) -> None:
-        for output, value in zip(work.outputs, work.run(), strict=True):
-            found = (value.dtype, tuple(value.shape))
-            if found != (output.dtype, output.shape):
-                raise NumericError(
-                    f"{output.name} is {found}, and was planned as {(output.dtype, output.shape)}: the form of "
-                    "what the chain stores depends on the values of the tensor. Rewrite the model in memory"
-                )
-            sums[output.name] = _put(target, value, places[output.name])
+        for output, blocks in zip(work.outputs, work.run(), strict=True):
+            sums[output.name] = _put(target, output, blocks, places[output.name])
             self.report(output.nbytes)
 
     def _copy(self, outputs: Sequence[Output], target: int, place: int) -> None:
@@ -178,19 +178,33 @@ def _copy_piece(source: int, target: int, count: int, offset: int, place: int) -
         return os.pwrite(target, os.pread(source, min(count, PIECE >> 4), offset), place)
 
 
-def _put(target: int, value: Tensor, place: int) -> int:
-    """Write a tensor, and return the CRC-32 of its bytes."""
-    content = value.detach().contiguous().reshape(-1)
-    rest = content.view(torch.uint8).numpy().data if content.numel() else memoryview(b"")
-    total = zlib.crc32(rest)
-    while len(rest):
-        count = os.pwrite(target, rest, place)
-        rest, place = rest[count:], place + count
-    return total
+def _put(target: int, output: Output, blocks: Iterable[Tensor], place: int) -> int:
+    """Write the blocks of rows of a tensor one after the other, and return the checksum of all."""
+    total, left = Checksum(), output.nbytes
+    for block in blocks:
+        left -= block.nbytes
+        if left < 0 or (block.dtype, block.shape[1:]) != (output.dtype, output.shape[1:]):
+            raise _other_form(output, block)
+        content = block.detach().contiguous().reshape(-1)
+        rest = content.view(torch.uint8).numpy().data if content.numel() else memoryview(b"")
+        total.add(rest)
+        while len(rest):
+            count = os.pwrite(target, rest, place)
+            rest, place = rest[count:], place + count
+    if left:
+        raise _other_form(output, block)
+    return total.value
+
+
+def _other_form(output: Output, value: Tensor) -> NumericError:
+    return NumericError(
+        f"{output.name} is {(value.dtype, tuple(value.shape))}, and was planned as {(output.dtype, output.shape)}: the "
+        "form of what the chain stores depends on the values of the tensor. Rewrite the model in memory"
+    )
 
 
 def is_complete(shard: Shard, path: Path, sums: Mapping[str, int]) -> bool:
-    """Whether a file is the shard to the last byte: its header, copies of the input, and computed tensors by CRC-32."""
+    """Whether a file is the shard to the last byte: its header, copies, and computed tensors by checksum."""
     header = shard.header()
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != len(header) + shard.nbytes or file.read(len(header)) != header:
@@ -209,7 +223,8 @@ def is_complete(shard: Shard, path: Path, sums: Mapping[str, int]) -> bool:
 
 
 def _checksum(file: BinaryIO, count: int) -> int:
-    total = 0
-    while count and (piece := file.read(min(count, 4 << 20))):
-        total, count = zlib.crc32(piece, total), count - len(piece)
-    return total
+    total = Checksum()
+    while count and (piece := file.read(min(count, PAGE << 10))):
+        total.add(piece)
+        count -= len(piece)
+    return total.value

@@ -108,3 +108,75 @@ def test_bad_calls_say_what_to_do(reparam: Any, folder: Path, arguments: Any, co
     assert result.code == code, result.err
     assert message in result.err
     assert sorted(folder.rglob("*")) == before
+
+
+CHAINS = ["symmetric", "weight_norm", "{lora: {r: 2, init_lora_weights: pissa}}", "per"]
+
+
+@pytest.fixture(params=CHAINS, ids=str)
+def rewritten(request: pytest.FixtureRequest, reparam: Any, folder: Path) -> str:
+    """Rewrite the folder by a chain, and bake it; the chain on chunks is not recorded with all that it takes."""
+    rule = SPEC.replace("symmetric", request.param)
+    if request.param == "per":
+        rule = SPEC.replace("chain:", "per: {dim: 0, chunks: 2}, chain:").replace("symmetric", "weight_norm")
+    (folder / "spec.yaml").write_text(rule)
+    assert reparam("apply", "spec.yaml", "model", "-o", "stored").code == 0
+    assert reparam("bake", "stored", "--spec", "spec.yaml", "-o", "plain").code == 0
+    return str(request.param)
+
+
+def test_inspect_shows_the_chains_that_a_folder_records(reparam: Any, rewritten: str) -> None:
+    tensors = reparam("inspect", "stored", "--json").json["tensors"]
+    assert [(one["names"], one["kind"], one["shape"], one["dtype"]) for one in tensors] == [
+        (["a.weight"], "computed", [4, 4], "float32"),
+        (["b.bias"], "tensor", [4], "float32"),
+        (["b.weight"], "computed", [4, 4], "float32"),
+    ]
+    chain = "weight_norm" if rewritten == "per" else rewritten.strip("{}").partition(":")[0]
+    assert [one["chain"] and one["chain"][0].partition("(")[0] for one in tensors] == [chain, None, chain]
+    assert "3 tensors, 2 of them computed" in reparam("inspect", "stored").out
+    assert "3 tensors, 0 of them computed" in reparam("inspect", "plain").out
+
+
+def test_diff_compares_a_rewritten_folder_with_a_baked_one(reparam: Any, folder: Path, rewritten: str) -> None:
+    whole = read_folder(folder / "plain")
+    whole["b.weight"][0, 0] += 1
+    save_file(whole, folder / "moved.safetensors")
+    known = () if rewritten != "per" else ("--spec", "spec.yaml")
+    found = reparam("diff", "stored", "plain", "--json", *known).json
+    assert found["classes"] == ["Checkpoint", "Checkpoint"] and not found["equal"]
+    assert [(row["name"], row["agree"]) for row in found["values"]] == [("a.weight", True), ("b.weight", True)]
+    assert [row["name"] for row in found["chains"]] == ["a.weight", "b.weight"]
+    moved = reparam("diff", "moved.safetensors", "stored", "--json", *known).json
+    assert [(row["name"], row["agree"]) for row in moved["values"]] == [("a.weight", True), ("b.weight", False)]
+    assert reparam("diff", "stored", "stored", "--json").json["equal"]
+    shown = reparam("diff", "stored", "plain").out
+    assert ("values not compared: a.weight, b.weight" in shown) == bool(known)
+
+
+def test_diff_compares_folders_with_files_of_weights(reparam: Any, folder: Path) -> None:
+    torch.save(read_folder(folder / "model"), folder / "weights.pt")
+    assert reparam("diff", "model", "weights.pt", "--json").json["equal"]
+    (folder / "less").mkdir()
+    save_file({"a.weight": torch.zeros(4, 5), "c": torch.zeros(1)}, folder / "less/model.safetensors")
+    rows = reparam("diff", "model", "less", "--json").json["tensors"]
+    assert {row["name"]: row["change"] for row in rows} == {
+        "a.weight": "form",
+        "b.weight": "only in the first",
+        "b.bias": "only in the first",
+        "c": "only in the second",
+    }
+
+
+def test_explain_reads_headers(reparam: Any, folder: Path) -> None:
+    assert "a.weight: owned by even" in reparam("explain", "spec.yaml", "model", "a.weight").out
+    assert "b.bias: no rule owns it" in reparam("explain", "spec.yaml", "model", "b.bias").out
+    missing = reparam("explain", "spec.yaml", "model", "a.wieght")
+    assert missing.code == 4 and "'a.weight'" in missing.err
+
+
+@pytest.mark.parametrize("command", [("report", "model", "-o", "out.html"), ("draw", "model")], ids=" ".join)
+def test_what_needs_a_model_says_what_works_on_a_folder(reparam: Any, folder: Path, command: Any) -> None:
+    refused = reparam(*command)
+    assert refused.code == 6
+    assert "inspect, diff, plan, explain, apply, bake and merge" in refused.err

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from rewriter import ModelFileError, PlanError, RewriterError, rewrite
 from rewriter.io import save_adapter
 from rewriter.streaming import merge_checkpoint
+from rewriter.streaming._checkpoint import read_rows
+from rewriter.streaming._header import read_header
 from tests.cli.conftest import reparam as reparam
 from tests.streaming.conftest import assert_equal, contiguous, read_folder, spec, write_folder
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:The following alpha_pattern:RuntimeWarning")
 
 
 class Net(nn.Module):
@@ -134,7 +136,6 @@ def changed_config(folder: Path, **settings: Any) -> None:
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"target_parameters": ["a.b"]}, "target_parameters="),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
     ],
     ids=str,
@@ -221,3 +222,84 @@ def test_an_adapter_with_another_base_is_refused(tmp_path: Path) -> None:
     model = rewrite(nn.Sequential(nn.Linear(4, 4)), spec(chain, select="0.weight"))
     with pytest.raises(RewriterError, match="its base is not the plain model's"):
         save_adapter(model, tmp_path / "adapter")
+
+
+class Experts(nn.Module):
+    """Stacked weights of experts, as transformers has them; `transposed` are those of which the input comes first."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        self.up = nn.Parameter(torch.randn(3, 6, 4) / 4)
+        self.down = nn.Parameter(torch.randn(3, 4, 3) / 4)
+
+
+class Mixture(nn.Module):
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+        self.experts = Experts(transposed)
+
+
+def targeted(base: nn.Module, folder: Path, *names: str) -> Any:
+    """Save an adapter of the parameters `names`, and return its model."""
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=[],
+        target_parameters=list(names),
+        alpha_pattern={"experts.up": 5},
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(base, config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adapters_of_parameters_are_merged_as_peft_merges_them(transposed: bool, tmp_path: Path) -> None:
+    base = Mixture(transposed)
+    before = contiguous(base.state_dict())
+    folder = in_shards(tmp_path, base)
+    model = targeted(base, tmp_path / "adapter", "experts.up", "experts.down", "head.weight")
+    merge_checkpoint(folder, [tmp_path / "adapter"], tmp_path / "out")
+    wanted = contiguous(model.merge_and_unload().state_dict())
+    torch.testing.assert_close(read_folder(tmp_path / "out"), wanted, rtol=1e-6, atol=1e-7)
+    assert [name for name in wanted if torch.equal(wanted[name], before[name])] == ["head.bias"]
+
+
+def test_parameters_that_shapes_do_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    base = Mixture(False)
+    base.experts.down = nn.Parameter(torch.randn(3, 6, 4))
+    folder = in_shards(tmp_path, base)
+    targeted(base, tmp_path / "adapter", "experts.up", "experts.down")
+    with pytest.raises(PlanError, match=r"experts\.\*: .* \(target_parameters\), and names and shapes do not tell"):
+        merge_checkpoint(folder, [tmp_path / "adapter"], tmp_path / "out")
+    square = Mixture(False)
+    square.experts.up = nn.Parameter(torch.randn(3, 6, 6))
+    folder = in_shards(tmp_path / "square", square)
+    targeted(square, tmp_path / "square/adapter", "experts.up")
+    with pytest.raises(PlanError, match="its experts are square"):
+        merge_checkpoint(folder, [tmp_path / "square/adapter"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("alpha", [4, 3], ids=["power of two", "other"])
+def test_a_tensor_in_many_blocks_is_merged_as_peft_merges_it(
+    alpha: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("rewriter.streaming._checkpoint.BLOCK", 1)
+    base = nn.Sequential(nn.Linear(96, 1000, bias=False), nn.Embedding(1000, 96))
+    blocks = [(first, len(rows)) for first, rows in read_rows(read_header(written(tmp_path, base)).tensors[0])]
+    assert blocks[:2] == [(0, 32), (32, 32)] and len(blocks) == 32  # 32 rows of 384 bytes are three pages
+    config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["0", "1"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "in.safetensors", [tmp_path / "adapter"], tmp_path / "out.safetensors")
+    torch.testing.assert_close(
+        load_file(tmp_path / "out.safetensors"), contiguous(model.merge_and_unload().state_dict()), rtol=1e-6, atol=1e-7
+    )
+
+
+def written(folder: Path, model: nn.Module) -> Path:
+    save_file(contiguous(model.state_dict()), folder / "in.safetensors")
+    return folder / "in.safetensors"
