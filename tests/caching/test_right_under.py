@@ -57,7 +57,7 @@ def test_compiled_without_gradients_follows_updates(recurrent: Any) -> None:
             torch.testing.assert_close(compiled(made.x), made.fresh())
 
 
-def test_compiled_while_frozen_uses_the_held_value(recurrent: Any) -> None:
+def test_compiled_while_frozen_uses_the_cached_value(recurrent: Any) -> None:
     torch._dynamo.reset()
     made = recurrent("spectral_norm")
     freeze(made.model)
@@ -203,7 +203,7 @@ def test_replicas_of_a_frozen_model(capture: str, spec: Any) -> None:
     torch.testing.assert_close(replica(x), model(x))
 
 
-def test_nothing_held_is_part_of_the_state(made: Any) -> None:
+def test_no_cached_value_is_part_of_the_state(made: Any) -> None:
     keys = list(made.model.state_dict())
     with torch.no_grad():
         made.model(made.x)
