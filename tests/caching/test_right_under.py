@@ -101,24 +101,6 @@ def _two(spec: Any, capture: str) -> tuple[nn.Module, Any]:
     return rewrite(model, spec("*.weight", "symmetric", init="raw"), capture=capture), torch.randn(2, 4)
 
 
-def test_an_exception_in_the_middle_of_a_forward_leaves_nothing(spec: Any) -> None:
-    model, x = _two(spec, "module")
-    inner = model.get_submodule("1")
-
-    def fail() -> None:
-        raise KeyError("on purpose")
-
-    inner.action.append(fail)
-    for _ in range(2):
-        with pytest.raises(KeyError):
-            model(x)
-    inner.action.clear()
-    with torch.no_grad():
-        inner.parametrizations.weight.original.add_(1)
-    torch.testing.assert_close(model(x), bake(model)(x))
-    assert inner.parametrizations.weight.contexts.context is None
-
-
 def test_a_copy_made_inside_a_forward_is_a_model_of_its_own(spec: Any) -> None:
     model, x = _two(spec, "module")
     inner, copies = model.get_submodule("1"), []
