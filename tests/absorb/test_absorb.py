@@ -123,7 +123,7 @@ def test_bake_gives_the_tensors_in_the_order_of_a_plain_model():
     assert list(rewriter.bake(rewriter.absorb(_old_recurrent())).state_dict()) == list(Recurrent().state_dict())
 
 
-def test_a_tensor_that_is_held_is_refused_and_the_error_says_how_to_take_it_over():
+def test_a_tensor_computed_already_is_refused_with_how_to_absorb_it():
     for make, source in ((_orthogonal, "torch.parametrize"), (_pruned, "torch.prune")):
         spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
         with pytest.raises(rewriter.PlanError, match=rf"0\.weight is computed already, by {source}") as refused:

@@ -59,7 +59,7 @@ class Rewritten:
         self.site = model.cell.parametrizations.weight_hh
 
     def fresh(self) -> Tensor:
-        """The output with nothing held: what every other way has to equal."""
+        """The output without a cached value: what every other way has to equal."""
         total = Count.total
         with torch.no_grad():
             out = copy.deepcopy(self.model)(self.x)

@@ -81,7 +81,7 @@ class World:
         return found
 
     def thaw(self, *names: str) -> None:
-        """Frozen values are evaluated anew."""
+        """Frozen values are evaluated again."""
         modes = {name: self.site(name).training for name in self.frozen}
         for name in modes:
             self.site(name).eval()

@@ -1,4 +1,4 @@
-"""Joint, shared, tied, chunked and derived sites are held like any other."""
+"""Joint, shared, tied, chunked and derived sites are cached like any other."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_evaluate_once_gives_the_same_gradients(rule: Any, capture: str) -> None
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-12)
 
 
-def test_kept_values_follow_every_parameter(rule: Any, capture: str) -> None:
+def test_cached_values_follow_every_parameter(rule: Any, capture: str) -> None:
     model, x = _rewritten(rule, capture, cache="version")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,7 +99,7 @@ def test_kept_values_follow_every_parameter(rule: Any, capture: str) -> None:
             torch.testing.assert_close(model(x), copy.deepcopy(model)(x))
 
 
-def test_frozen_values_are_held_and_given_back(rule: Any, capture: str) -> None:
+def test_frozen_values_are_cached_and_unfrozen(rule: Any, capture: str) -> None:
     model, x = _rewritten(rule, capture)
     expected, trained = model(x), [parameter.requires_grad for parameter in model.parameters()]
     freeze(model)
@@ -112,7 +112,7 @@ def test_frozen_values_are_held_and_given_back(rule: Any, capture: str) -> None:
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
 
 
-def test_a_saved_model_is_read_without_trust_whatever_it_holds(tmp_path: Path) -> None:
+def test_a_saved_model_is_read_without_trust_for_each_kind_of_site(tmp_path: Path) -> None:
     spec = {"reparam": 1, "rules": [{"name": "q", "select": "*.weight", "chain": ["symmetric"], "cache": "version"}]}
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     x = torch.randn(2, 4)

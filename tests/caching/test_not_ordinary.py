@@ -79,7 +79,7 @@ def _by_export(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("record", [_by_jit, _by_make_fx, _by_export], ids=lambda record: record.__name__.strip("_"))
-def test_what_records_a_forward_records_the_chain_and_no_kept_value(
+def test_what_records_a_forward_records_the_chain_and_no_cached_value(
     recurrent: Any, record: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 ) -> None:
     made = recurrent(cache="version")

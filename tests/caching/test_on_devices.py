@@ -110,7 +110,7 @@ def test_a_cuda_graph_follows_the_weight(cache: str, spec: Any) -> None:
 
 
 @on_a_gpu
-def test_a_value_kept_on_one_stream_is_not_read_on_another(spec: Any) -> None:
+def test_a_value_cached_on_one_stream_is_not_read_on_another(spec: Any) -> None:
     model = nn.Sequential(nn.Linear(512, 512)).cuda()
     made = rewrite(model, spec("0.weight", {"orthogonal": {"map": "matrix_exp"}}, cache="version"))
     x = torch.randn(5, 512, device="cuda")

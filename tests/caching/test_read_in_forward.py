@@ -52,7 +52,7 @@ class Looks(nn.Module):
 
 
 @pytest.mark.parametrize("cache", ["forward", "version"])
-def test_a_value_kept_without_gradients_is_not_used_where_they_are_recorded(cache: str) -> None:
+def test_a_value_cached_without_gradients_is_not_used_where_they_are_recorded(cache: str) -> None:
     plain = Looks()
     model = _rewritten(plain, cache, "linear.weight")
     x = torch.randn(2, 3)
@@ -82,7 +82,7 @@ class Writes(nn.Module):
         return x * self.weight
 
 
-def test_a_write_to_a_kept_buffer_is_refused_in_the_forward_that_writes() -> None:
+def test_a_write_to_a_cached_buffer_is_refused_in_the_forward_that_writes() -> None:
     model = _rewritten(Writes(), "version", "weight")
     x = torch.ones(3)
     with torch.no_grad():

@@ -48,7 +48,7 @@ class _Wide(nn.Module):
         return X
 
 
-def test_intermediates_are_not_kept(recurrent: Any) -> None:
+def test_intermediates_are_not_saved_for_backward(recurrent: Any) -> None:
     def saved(made: Any) -> int:
         sizes: list[int] = []
 

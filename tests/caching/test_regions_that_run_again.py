@@ -124,7 +124,7 @@ def test_a_reentrant_region_cannot_find_what_was_drawn_before_it(spec: Any) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_are_drawn_anew_where_the_random_state_is_not_kept(kind: str, spec: Any) -> None:
+def test_numbers_are_drawn_again_where_the_random_state_is_not_preserved(kind: str, spec: Any) -> None:
     """Then a region that runs again does not move the generators back."""
     new = rewrite(nn.Sequential(nn.Linear(6, 6)), spec("0.weight", {"weight_dropout": {"p": 0.5}}), capture="module")
     x = torch.randn(2, 6).requires_grad_()

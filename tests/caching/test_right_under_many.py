@@ -149,7 +149,7 @@ def test_compiled_once_for_all_steps_of_a_training(net: nn.Module, backend: str,
 
 
 @pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_exported_under_held_values(net: nn.Module, strict: bool) -> None:
+def test_exported_while_values_are_cached(net: nn.Module, strict: bool) -> None:
     with torch.no_grad():
         expected = net(X)
         program = torch.export.export(net, (X,), strict=strict)

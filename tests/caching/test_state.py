@@ -31,7 +31,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(recurrent: Any) -
         get_value(recurrent().model, "cell.weight_h")
 
 
-def test_a_frozen_value_is_held_and_not_trained(recurrent: Any) -> None:
+def test_a_frozen_value_is_cached_and_not_trained(recurrent: Any) -> None:
     made = recurrent()
     getattr(made.site, "0").scale.requires_grad_(False)
     before = made.fresh()
@@ -84,7 +84,7 @@ def test_copies_of_a_frozen_model_are_frozen_and_can_be_unfrozen(recurrent: Any)
     assert not made.site.original.requires_grad
 
 
-def test_a_frozen_model_bakes_to_what_it_holds_and_trains_again(recurrent: Any) -> None:
+def test_a_frozen_model_bakes_to_its_values_and_trains_again(recurrent: Any) -> None:
     made = recurrent()
     freeze(made.model)
     plain = bake(made.model)

@@ -1,4 +1,4 @@
-"""With ``cache: version`` a value is kept across forwards, for exactly as long as it is true."""
+"""With ``cache: version`` a value is cached across forwards, for exactly as long as it is valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rewriter import rewrite
 from rewriter.state import invalidate, set_value
 
 
-def _kept(recurrent: Any) -> Any:
+def _cached(recurrent: Any) -> Any:
     made = recurrent(cache="version")
     with torch.no_grad():
         made.model(made.x)
@@ -23,7 +23,7 @@ def _kept(recurrent: Any) -> Any:
     return made
 
 
-def test_a_value_is_kept_across_forwards_without_gradients(recurrent: Any) -> None:
+def test_a_value_is_cached_across_forwards_without_gradients(recurrent: Any) -> None:
     made = recurrent(cache="version")
     with torch.no_grad():
         assert [made.evaluations() for _ in range(3)] == [1, 0, 0]
@@ -37,7 +37,7 @@ def test_a_value_is_evaluated_in_every_forward_that_records_gradients(recurrent:
     made.model(made.x).sum().backward()
 
 
-def test_a_frozen_model_keeps_its_values_with_gradients_on(recurrent: Any) -> None:
+def test_a_frozen_model_caches_its_values_with_gradients_on(recurrent: Any) -> None:
     made = recurrent(cache="version")
     made.model.requires_grad_(False)
     made.x.requires_grad_()
@@ -122,8 +122,8 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
-def test_any_change_of_what_a_value_depends_on_ends_it(recurrent: Any, change: Callable[[Any], None]) -> None:
-    made = _kept(recurrent)
+def test_any_change_of_what_a_value_depends_on_invalidates_it(recurrent: Any, change: Callable[[Any], None]) -> None:
+    made = _cached(recurrent)
     change(made)
     with torch.no_grad():
         expected = made.fresh()
@@ -132,7 +132,7 @@ def test_any_change_of_what_a_value_depends_on_ends_it(recurrent: Any, change: C
 
 
 def test_every_new_mode_is_a_new_evaluation(recurrent: Any) -> None:
-    made = _kept(recurrent)
+    made = _cached(recurrent)
     with torch.inference_mode():
         assert [made.evaluations(), made.evaluations()] == [1, 0]
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_every_new_mode_is_a_new_evaluation(recurrent: Any) -> None:
         assert [made.evaluations(), made.evaluations()] == [1, 0]
 
 
-def test_a_value_kept_in_inference_mode_is_an_ordinary_tensor(recurrent: Any) -> None:
+def test_a_value_cached_in_inference_mode_is_an_ordinary_tensor(recurrent: Any) -> None:
     made = recurrent(cache="version")
     with torch.inference_mode():
         made.model(made.x)
@@ -149,7 +149,7 @@ def test_a_value_kept_in_inference_mode_is_an_ordinary_tensor(recurrent: Any) ->
     assert not kept.value.is_inference()
 
 
-def test_tensors_made_in_inference_mode_have_no_counter_and_are_not_kept(recurrent: Any) -> None:
+def test_tensors_made_in_inference_mode_are_not_cached(recurrent: Any) -> None:
     with torch.inference_mode():
         made = recurrent(cache="version")
         made.site.original = torch.nn.Parameter(made.site.original.clone())
@@ -159,7 +159,7 @@ def test_tensors_made_in_inference_mode_have_no_counter_and_are_not_kept(recurre
 
 
 def test_functional_call_with_other_parameters_gets_their_value(recurrent: Any) -> None:
-    made = _kept(recurrent)
+    made = _cached(recurrent)
     key = "cell.parametrizations.weight_hh.original"
     other = {key: made.site.original.detach() + 1}
     with torch.no_grad():
@@ -170,8 +170,8 @@ def test_functional_call_with_other_parameters_gets_their_value(recurrent: Any) 
         torch.testing.assert_close(made.fresh(), theirs)
 
 
-def test_a_copy_shares_nothing_that_is_kept(recurrent: Any) -> None:
-    made = _kept(recurrent)
+def test_a_copy_shares_no_cached_value(recurrent: Any) -> None:
+    made = _cached(recurrent)
     with torch.no_grad():
         clone = copy.deepcopy(made.model)
         assert not clone.cell.parametrizations.weight_hh.policy.cached
@@ -197,7 +197,7 @@ def test_no_address_is_mistaken_for_another_models(recurrent: Any) -> None:
 
 
 @pytest.mark.parametrize("step", ["weight_dropout", "spectral_norm"])
-def test_random_and_stateful_chains_are_kept_in_eval_mode_only(recurrent: Any, step: str) -> None:
+def test_random_and_stateful_chains_are_cached_in_eval_mode_only(recurrent: Any, step: str) -> None:
     made = recurrent({step: {"p": 0.5}} if step == "weight_dropout" else step, cache="version")
     with torch.no_grad():
         made.model(made.x)
@@ -223,13 +223,13 @@ class _Undeclared(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["random", "stateful"])
-def test_a_chain_that_draws_or_advances_without_saying_so_is_not_kept(recurrent: Any, kind: str) -> None:
+def test_a_chain_that_draws_or_advances_undeclared_is_not_cached(recurrent: Any, kind: str) -> None:
     made = recurrent(_Undeclared(kind), cache="version")
     with torch.no_grad():
         assert not torch.equal(made.model(made.x), made.model(made.x))
 
 
-def test_a_kept_value_follows_the_tensors_its_chain_reads(capture: str, spec: Any) -> None:
+def test_a_cached_value_follows_the_tensors_its_chain_reads(capture: str, spec: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     new = rewrite(
         model, spec("1.weight", {"affine": {"inputs": ["0.weight"]}}, cache="version", init="raw"), capture=capture
@@ -255,7 +255,7 @@ def test_set_value_and_assignment_are_seen(recurrent: Any) -> None:
         torch.testing.assert_close(made.model(made.x), made.fresh())
 
 
-def test_fake_tensors_are_never_kept(recurrent: Any) -> None:
+def test_fake_tensors_are_never_cached(recurrent: Any) -> None:
     from torch._subclasses import FakeTensorMode
 
     made = recurrent(cache="version")

@@ -1,4 +1,4 @@
-"""With ``cache: version``: what is added to a step, or takes place under its tensors, ends a kept value."""
+"""With ``cache: version``: what is added to a step, or takes place under its tensors, invalidates a cached value."""
 
 from __future__ import annotations
 

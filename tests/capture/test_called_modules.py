@@ -92,7 +92,7 @@ def assert_equal(model: nn.Module, new: nn.Module, *args: Any) -> None:
     assert len(plain) == len(found)
 
 
-def test_an_untraceable_module_called_twice_is_handed_its_values_once() -> None:
+def test_an_untraceable_module_called_twice_gets_its_values_once() -> None:
     model = Model()
     new = rewrite(model, spec("**.weight", "odd.scale"))
     found = plan(model, spec("**.weight", "odd.scale"))
@@ -139,7 +139,7 @@ def test_a_tensor_tied_inside_and_outside_is_evaluated_once() -> None:
     assert baked.last.weight is baked.odd.inner[0].weight
 
 
-def test_a_handed_module_called_on_its_own_evaluates_on_its_own() -> None:
+def test_a_called_module_run_on_its_own_evaluates_on_its_own() -> None:
     model = Model()
     new = rewrite(model, spec("odd.scale"))
     new(X)
@@ -269,7 +269,7 @@ def test_a_subclass_of_a_leaf_keeps_its_own_forward() -> None:
     assert_equal(model, rewrite(model, spec("0.weight")), X)
 
 
-def test_a_leaf_with_a_further_tensor_selected_is_not_opened() -> None:
+def test_a_leaf_with_a_further_tensor_selected_is_not_inlined() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].register_parameter("extra", nn.Parameter(torch.ones(2)))
     new = rewrite(model, spec("0.weight", "0.extra"))
@@ -278,7 +278,7 @@ def test_a_leaf_with_a_further_tensor_selected_is_not_opened() -> None:
     torch.testing.assert_close(new[0].extra if hasattr(new, "__getitem__") else getattr(new, "0").extra, torch.ones(2))
 
 
-def test_modules_in_lists_and_dicts_are_opened() -> None:
+def test_modules_in_lists_and_dicts_are_inlined() -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -193,19 +193,6 @@ def test_a_forward_without_gradients_leaves_nothing_for_the_next(x: Tensor) -> N
     assert all(parameter.grad is not None for parameter in new.parameters())
 
 
-def test_functional_call_takes_other_parameters(x: Tensor) -> None:
-    new = rewritten()
-    other = {name: torch.zeros_like(tensor) for name, tensor in new.named_parameters()}
-    expected = new(x)
-    result = torch.func.functional_call(new, other, (x,))
-    assert not result.any()
-    assert torch.equal(new(x), expected)
-    block = new.body[0]
-    stacked = {name: torch.stack([tensor, 2 * tensor]) for name, tensor in block.named_parameters()}
-    batched = torch.func.vmap(lambda given: torch.func.functional_call(block, given, (x,)))(stacked)
-    torch.testing.assert_close(batched[0], block(x))
-
-
 def test_setting_the_tensor_goes_through_the_right_inverse() -> None:
     new = rewritten(chain=["symmetric"])
     value = torch.eye(4)

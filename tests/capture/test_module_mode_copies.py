@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import threading
 import weakref
 from typing import Any
 
@@ -15,32 +14,8 @@ from torch import Tensor, nn
 
 from rewriter import bake
 from tests.module_mode import SITES, Count, Step, Untraceable, halved, rewritten
-from tests.threads import run_threads
 
 # Threads and copies
-
-
-def test_threads_do_not_see_each_others_values() -> None:
-    new = rewritten()
-    plain = halved(new)
-    inputs = [torch.randn(5, 4) for _ in range(2)]
-    expected = [plain(x, times=20) for x in inputs]
-    wrong: list[str] = []
-    barrier = threading.Barrier(2)
-
-    def work(index: int) -> None:
-        barrier.wait()
-        for repeat in range(50):
-            with torch.set_grad_enabled((repeat + index) % 2 == 0):
-                result = new(inputs[index], times=20)
-            if not torch.equal(result, expected[index]):
-                wrong.append(f"thread {index}, value")
-            if result.requires_grad != ((repeat + index) % 2 == 0):
-                wrong.append(f"thread {index}, gradient")
-
-    run_threads(lambda: work(0), lambda: work(1))
-    assert not wrong
-    assert Count.total == 100 * SITES
 
 
 def test_a_copy_computes_its_own_values_after_the_original_is_gone(x: Tensor) -> None:
@@ -60,23 +35,6 @@ def test_a_copy_computes_its_own_values_after_the_original_is_gone(x: Tensor) ->
     assert copied(x).requires_grad
 
 
-class CopiesItself(Step):
-    def forward(self, h: Tensor) -> Tensor:
-        if h.sum() < 1e9:
-            h = super().forward(h)
-        self.__dict__["copied"] = copy.deepcopy(self)
-        return h
-
-
-def test_a_model_may_be_copied_in_the_middle_of_its_forward(x: Tensor) -> None:
-    new = rewritten(CopiesItself())
-    result = new(x)
-    copied = new.__dict__.pop("copied")
-    with torch.no_grad():
-        new.parametrizations.weight.original.zero_()
-    assert torch.equal(copied(x), result)
-
-
 def test_pickles_keep_the_class_and_the_ties(x: Tensor) -> None:
     new = rewritten()
     loaded = pickle.loads(pickle.dumps(new))
@@ -86,15 +44,6 @@ def test_pickles_keep_the_class_and_the_ties(x: Tensor) -> None:
     Count.total = 0
     loaded(x)
     assert Count.total == SITES
-
-
-def test_state_dicts_go_from_one_to_the_other(x: Tensor) -> None:
-    new, other = rewritten(), rewritten()
-    assert not torch.equal(new(x), other(x))
-    other.load_state_dict(new.state_dict())
-    assert torch.equal(new(x), other(x))
-    other.load_state_dict({name: tensor.double() for name, tensor in new.state_dict().items()}, assign=True)
-    assert other(x.double()).dtype == torch.float64
 
 
 def test_conversions_and_modes_reach_the_chains(x: Tensor) -> None:

@@ -278,7 +278,7 @@ def refused(name: str, model_of: Any) -> nn.Module:
     return model_of(REFUSED[name], **attributes.get(name, {}))
 
 
-def test_a_forward_that_a_graph_cannot_repeat_is_kept(refused: nn.Module, once: Any) -> None:
+def test_a_forward_that_a_graph_cannot_repeat_keeps_its_class(refused: nn.Module, once: Any) -> None:
     once(refused, "module")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import fx
 
-pytest.importorskip("sklearn")
+if importlib.util.find_spec("sklearn") is None:  # its import takes a second in each process
+    pytest.skip("needs scikit-learn", allow_module_level=True)
 
 from rewriter.cli import main
 from rewriter.demo import ARTEFACTS, PixelRNN, run_demo, table_of

@@ -13,7 +13,7 @@ from rewriter.errors import SpecError
 from rewriter.language import Spec, json_schema, load_spec
 
 EVERY_KEY = Path(__file__).with_name("every_key.yaml").read_text()
-FEW = settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 WORDS = st.sampled_from(
     "a b a.weight **.weight * {a,b} {a a..b ( >=3 1.. 3..8 out weight bias Linear torch.nn.Linear float32 half "
     "orthogonal symmetric torch.Orthogonal my.Scale ortogonal q <text> [key]".split()

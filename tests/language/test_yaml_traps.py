@@ -91,6 +91,7 @@ MERGES = "a: &a {" + ", ".join(f"k{i}: 1" for i in range(2000)) + "}\nb:\n" + " 
     ids=lambda text: text[:12],
 )  # fmt: skip
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize("parser", ["C", pytest.param("Python", marks=pytest.mark.slow)], indirect=True)
 def test_texts_that_explode_are_refused(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(text)

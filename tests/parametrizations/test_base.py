@@ -77,6 +77,7 @@ def test_members_survive_copies(step: Parametrization) -> None:
         assert torch.equal(again(torch.ones(3, 3)), step(torch.ones(3, 3)))
 
 
+@pytest.mark.slow
 def test_the_registry_alone_imports_no_member() -> None:
     code = "import sys, rewriter.parametrizations._registry; print('rewriter.parametrizations._base' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

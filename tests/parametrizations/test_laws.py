@@ -70,7 +70,8 @@ MEMBERS: list[Member] = [
     ("lorentz", (4, 3), {}),
 ]
 COMPLEX = [
-    *[member for member in ORTHOGONAL if member[2]["map"] != "householder"],
+    *[member for member in ORTHOGONAL if member[2]["map"] != "householder" and member[2]["trivialization"]],
+    ("orthogonal", (4, 4), {"map": "matrix_exp", "trivialization": False}),
     ("symmetric", (4, 4), {}),
     ("skew", (4, 4), {}),
     ("special_orthogonal", (4, 4), {}),

@@ -198,7 +198,7 @@ def test_scripting_sees_the_chains(recwarn: Any) -> None:
     torch.testing.assert_close(torch.jit.script(new)(x), new(x))
 
 
-def test_a_held_value_is_not_evaluated_in_a_batch(runs: list[int]) -> None:
+def test_a_cached_value_is_not_evaluated_in_a_batch(runs: list[int]) -> None:
     new, x = rewrite(_layers(), _spec(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
     expected = new(x)
     runs.clear()

@@ -175,7 +175,7 @@ def test_copies_conversions_and_files_go_on_alike() -> None:
 
 
 @pytest.mark.parametrize("cache", ["forward", "version", "never"])
-def test_whatever_holds_or_changes_a_site_sees_the_same_value(cache: str, capture: str, tmp_path: Path) -> None:
+def test_whatever_caches_or_changes_a_site_sees_the_same_value(cache: str, capture: str, tmp_path: Path) -> None:
     chain = [MASK, {"l1_unstructured": {"amount": 5, "label": "second"}}, {"scale": {"factor": 2.0, "label": "twice"}}]
     chain += [{"scale": {"factor": 0.25}}]
     model = net()
@@ -228,7 +228,7 @@ def test_the_chunks_of_a_tensor_are_merged_each_on_its_own() -> None:
     torch.testing.assert_close(torch.jit.script(new)(X), new(X))
 
 
-def test_what_a_trained_adapter_stands_on_is_merged_and_then_kept() -> None:
+def test_steps_before_a_trained_adapter_are_merged_and_cached() -> None:
     new = rewrite(net(), spec(MASK, OTHER, {"lora": {"r": 2}}))
     new(X)
     site = site_of(new)

@@ -131,7 +131,7 @@ class _Unpack(nn.Module):
         return X.to(torch.float64)
 
 
-def test_a_compressed_weight_is_not_kept_unpacked(x: Tensor) -> None:
+def test_a_compressed_weight_is_not_cached_unpacked(x: Tensor) -> None:
     model = _model()
     model.get_submodule("0").weight.data = model.get_submodule("0").weight.data.half()
     chain = [_Unpack(), _Trained()]

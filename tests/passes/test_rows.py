@@ -126,7 +126,7 @@ def test_calls_with_hooks_stay_calls() -> None:
 
 
 @pytest.mark.parametrize("which", ["own", "global", "forward", "module"])
-def test_what_comes_to_the_layer_later_is_heeded_for_every_row(which: str) -> None:
+def test_a_late_hook_or_forward_runs_for_every_row(which: str) -> None:
     torch.manual_seed(0)
     new, x, seen = rewrite(Recurrent(), STEP), given().detach(), []
 

@@ -38,7 +38,7 @@ def write_an_entry(weight: Tensor) -> None:
     ],
     ids=["copy_", "entry", "init", "view", "reset_parameters"],
 )
-def test_a_write_outside_of_a_forward_is_told_at_its_line(write: Callable[[Any], Any], capture: str) -> None:
+def test_a_write_outside_of_a_forward_warns_at_its_line(write: Callable[[Any], Any], capture: str) -> None:
     layer = rewritten(capture).get_submodule("0")
     before = layer.weight
     with torch.no_grad(), pytest.warns(UserWarning, match=LOST) as told:
@@ -88,7 +88,7 @@ class Clips(nn.Module):
         return x @ self.weight
 
 
-def test_a_forward_that_writes_to_a_weight_is_told_how_long_that_lasts() -> None:
+def test_a_forward_that_writes_to_a_weight_warns_how_long_that_lasts() -> None:
     spec = {"reparam": 1, "rules": [{"name": "w", "select": "weight", "chain": ["symmetric"]}]}
     model = rewrite(Clips(), spec, capture="module")
     with pytest.warns(UserWarning, match="weight was changed in place.*lasts for this forward only"):

@@ -232,7 +232,7 @@ class Times(nn.Module):
 
 
 @pytest.mark.parametrize("form", [lambda step: step, lambda step: nn.Sequential(step)], ids=["alone", "inside"])
-def test_steps_given_as_modules_are_told_apart_by_their_settings(make: dict[str, Any], form: Any) -> None:
+def test_steps_given_as_modules_differ_by_their_settings(make: dict[str, Any], form: Any) -> None:
     def spec(factor: float) -> dict[str, Any]:
         chain = [form(Times(factor))]
         return {"reparam": 1, "rules": [{"name": "r", "select": "layer.weight", "chain": chain, "init": "raw"}]}

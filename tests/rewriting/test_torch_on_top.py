@@ -91,7 +91,7 @@ def test_such_a_layer_is_not_rewritten_in_place(capture: Any) -> None:
     ],
     ids=["register", "remove", "prune"],
 )
-def test_torch_is_told_who_computes_the_tensor_and_what_to_do(attempt: Any, capture: str) -> None:
+def test_an_error_for_torch_names_the_chain_and_the_remedy(attempt: Any, capture: str) -> None:
     model, x = rewritten(capture), torch.randn(3, 6)
     names, before = list(model.state_dict()), model(x)
     with pytest.raises((RewriterError, AttributeError), match=r"weight.*(computed by|bake)"):

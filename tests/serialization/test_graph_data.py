@@ -59,7 +59,7 @@ def test_a_graph_comes_back_with_equal_code_names_and_outputs():
 
 
 @pytest.mark.parametrize("factory", [nn.Linear, nn.Conv2d, nn.Bilinear], ids=lambda factory: factory.__name__)
-def test_opened_torch_leaves_come_back(factory):
+def test_inlined_torch_leaves_come_back(factory):
     arguments = {nn.Linear: (3, 3), nn.Conv2d: (3, 3, 1), nn.Bilinear: (2, 3, 4)}[factory]
 
     class Opening(fx.Tracer):

@@ -157,7 +157,7 @@ def test_a_checkpoint_with_its_state_dict_inside_loads(user, tmp_path):
         ("a b:c", "no name of the form"),
     ],
 )
-def test_a_wrong_factory_is_told_what_is_wrong(user, tmp_path, factory, message):
+def test_a_wrong_factory_is_an_error_that_says_what_is_wrong(user, tmp_path, factory, message):
     torch.save(user.make().state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ModelFileError, match=message):
         load_model(tmp_path / "weights.pt", model=factory)
