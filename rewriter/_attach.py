@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rewriter.bindings import attach
 from rewriter.context import Contexts
 from rewriter.planning import Entry, Plan
-from rewriter.sites import Site
-from rewriter.sites._memory import refill, shared_storages
 
 
 def attach_sites(plan: Plan) -> Contexts:
@@ -21,45 +20,40 @@ def attach_sites(plan: Plan) -> Contexts:
     made = [*((claim.entries, site) for claim, site in plan.new)]
     made += [([entry], site) for entry, site in plan.absorbed]
     for entries, site in sorted(made, key=lambda pair: order[id(pair[0][0])]):
-        _attach(entries, site, contexts)
-    _connect(plan)
+        site.__dict__["contexts"] = contexts
+        for owner, tensors in _places(entries):
+            attach(owner, tensors, site)
+    by_name = {name: entry for entry in plan.entries for name in entry.names}
+    for _, site in plan.new:
+        if site.spec.reads:
+            site.place_inputs([by_name[name].owners[0] for name in site.spec.reads])
     return contexts
 
 
-def _attach(entries: Sequence[Entry], site: Site, contexts: Contexts) -> None:
-    site.__dict__["contexts"] = contexts
-    for owner, tensors in _places(entries):
-        attach(owner, list(tensors), site)
-
-
-def _places(entries: Sequence[Entry]) -> list[tuple[nn.Module, dict[str, Any]]]:
+def _places(entries: Sequence[Entry]) -> Iterable[tuple[nn.Module, list[str]]]:
     """Return where one site belongs: owners, each with the tensors that the site computes for it together."""
-    if len(entries) == 1:
-        return [(owner, {tensor: entries[0].tensor}) for owner, tensor in entries[0].owners]
-    places: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+    places: dict[nn.Module, list[str]] = {}
     for entry in entries:
         for owner, tensor in entry.owners:
-            places.setdefault(id(owner), (owner, {}))[1][tensor] = entry.tensor
-    return list(places.values())
+            places.setdefault(owner, []).append(tensor)
+    # A tensor that one owner has under several names gets the site under each.
+    return places.items() if len(entries) > 1 else ((owner, [tensor]) for owner, tensor in entries[0].owners)
 
 
 def keep_parameters(plan: Plan) -> None:
     """Store the originals in the model's own Parameter objects where the shapes allow it."""
-    shared = shared_storages(entry.tensor for entry in plan.entries if entry.tensor is not None)
+    shared = _shared_storages(entry.tensor for entry in plan.entries if entry.tensor is not None)
     for claim, site in plan.new:
-        _keep(claim.entries, site, shared)
-
-
-def _keep(entries: Sequence[Entry], site: Site, shared: frozenset[int]) -> None:
-    free = [entry.tensor for entry in entries if isinstance(entry.tensor, nn.Parameter)]
-    for name, original in zip(site.original_names, site.originals, strict=True):
-        for index, parameter in enumerate(free):
-            if isinstance(original, nn.Parameter) and _same_form(parameter, original):
-                refill(parameter, original.data, shared)
+        free = [entry.tensor for entry in claim.entries if isinstance(entry.tensor, nn.Parameter)]
+        for name, original in zip(site.original_names, site.originals, strict=True):
+            if not isinstance(original, nn.Parameter):
+                continue
+            parameter = next((one for one in free if _same_form(one, original)), None)
+            if parameter is not None:
+                _refill(parameter, original.data, shared)
                 parameter.requires_grad = original.requires_grad
                 site._parameters[name] = parameter
-                del free[index]
-                break
+                free = [one for one in free if one is not parameter]
 
 
 def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
@@ -67,13 +61,32 @@ def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
     return same and not one.is_inference()  # it could never be trained
 
 
-def _connect(plan: Plan) -> None:
-    """Tell each site that reads other tensors where they are."""
-    entries = {name: entry for entry in plan.entries for name in entry.names}
-    for _, site in plan.new:
-        if site.spec.reads:
-            site.place_inputs([_place(entries[name]) for name in site.spec.reads])
+def _shared_storages(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """Return the addresses of the storages in which more than one of `tensors` lies."""
+    found = Counter(_address(tensor) for tensor in tensors)
+    return frozenset(address for address, count in found.items() if count > 1 and address)
 
 
-def _place(entry: Entry) -> tuple[nn.Module, str]:
-    return entry.owners[0]
+def _refill(parameter: nn.Parameter, value: Tensor, shared: frozenset[int]) -> None:
+    """Put `value` into `parameter`: into its memory, or into memory of its own where others lie in it too.
+
+    Arguments:
+        parameter: the object that stays the same.
+        value: of the same shape, dtype and device.
+        shared: storages that other tensors use, too.
+    """
+    if _dense(parameter) and _address(parameter) not in shared:
+        parameter.data.copy_(value)
+    else:
+        parameter.data = value.clone()
+
+
+def _address(tensor: Tensor) -> int:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return tensor.untyped_storage().data_ptr() if plain else 0
+
+
+def _dense(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return True
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))

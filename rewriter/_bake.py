@@ -16,10 +16,10 @@ from torch.export import ExportedProgram
 from rewriter._bake_steps import without_step
 from rewriter._copy import copied
 from rewriter._frozen import unfreeze_rest
+from rewriter._fsdp import is_sharded, leave_fsdp, refuse_labels, refuse_offloaded, reshard, without_fsdp
 from rewriter._given import check_model
 from rewriter._originals import NOTHING_TO_BAKE, check_originals
 from rewriter._remap import Following
-from rewriter._shards import is_sharded, leave_fsdp, refuse_labels, refuse_offloaded, reshard, without_fsdp
 from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
 from rewriter.bindings._pretrained import refuse_saving

@@ -37,7 +37,9 @@ def copied(value: T, model: nn.Module | None = None, same: Iterable[object] = ()
             "it is sharded; bake gives its values"
         )
     known: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
-    known.update((id(grad), grad.clone()) for grad in _distributed_gradients(model))
+    # copy.deepcopy asks for the storage of a gradient, which that of a DTensor does not have.
+    gradients = (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+    known.update((id(grad), grad.clone()) for grad in gradients if type(grad) is not Tensor)
     known.update((id(one), one) for one in same)
     try:
         return copy.deepcopy(value, known)
@@ -54,10 +56,3 @@ def _computed(model: nn.Module) -> Iterator[Tensor]:
         for value in module.__dict__.values():
             values = value if type(value) is list else [value]
             yield from (tensor for tensor in values if isinstance(tensor, Tensor) and not tensor.is_leaf)
-
-
-def _distributed_gradients(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the gradients that `copy.deepcopy` cannot copy: it asks for the storage of a DTensor, which has none."""
-    for parameter in model.parameters():
-        if parameter.grad is not None and type(parameter.grad) is not Tensor:
-            yield parameter.grad

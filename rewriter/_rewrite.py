@@ -15,8 +15,7 @@ from rewriter._copy import copied
 from rewriter._frozen import freeze_rest
 from rewriter._given import check_model
 from rewriter._optimizers import watch_optimizers
-from rewriter._pause import collector_paused
-from rewriter._plan import plan_module
+from rewriter._plan import collector_paused, plan_module
 from rewriter._remap import Following
 from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, open_graph_owners, open_path, refuse_replaced
@@ -172,15 +171,10 @@ def _attached(plan: Plan, without: Collection[str]) -> nn.Module:
     if in_place:
         model = open_graph_owners(model)
     open_path(model, (name for site in fresh for name in site.spec.names), contexts, itself=in_place)
-    if not in_place:
-        model = _rewrite_graph(model, plan, without)
+    captured = plan.capture.graph
+    if captured is not None and not in_place:
+        for name, tensor in plan.capture.constants.items():
+            model.register_buffer(name, tensor, persistent=False)
+        model = lowered_model(model, captured, without)
     keep_parameters(plan)
     return model
-
-
-def _rewrite_graph(root: nn.Module, plan: Plan, without: Collection[str]) -> nn.Module:
-    for name, tensor in plan.capture.constants.items():
-        root.register_buffer(name, tensor, persistent=False)
-    captured = plan.capture.graph
-    assert captured is not None
-    return lowered_model(root, captured, without)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Collection
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,7 +13,6 @@ from torch import fx, nn
 
 from rewriter._torch import LazyGraphModule
 from rewriter.bindings._bake_first import refuse_package
-from rewriter.bindings._edits import Marks
 from rewriter.bindings._late_changes import refuse_late_change
 from rewriter.bindings._layers import Layers
 from rewriter.bindings._quick import quick
@@ -25,9 +25,8 @@ from rewriter.serialization._graph_data import graph_from_data, graph_to_data
 from rewriter.serialization._names import loadable
 from rewriter.serialization._vet import when_vetted
 from rewriter.sites._assign import assign_attribute
-from rewriter.sites._container import computed_slots, plain_class, refuse_override, sites_of
+from rewriter.sites._container import computed_slots, plain_class, refuse_mixed, refuse_override, sites_of
 from rewriter.sites._loading import converting, converting_owner
-from rewriter.sites._mixed import refuse_mixed
 from rewriter.sites._places import BATCHES, CAPTURED, CONTAINER, CONTEXTS, GRAPH_OF
 from rewriter.sites._site import Site
 
@@ -88,7 +87,6 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         self.__dict__["_reparam_without"] = None if without is None else tuple(without)
         bind_state_hooks(self, root)
         self.take_lowered(graph)
-        _join(self)
 
     def recompile(self) -> Any:  # type: ignore[override]
         if len(self.graph.nodes) <= WRITTEN_AT_ONCE:
@@ -138,11 +136,14 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         return self.__dict__["_reparam_without"]  # type: ignore[no-any-return]
 
     def take_lowered(self, graph: fx.Graph) -> None:
-        """Run `graph`, which lowering wrote."""
+        """Run `graph`, which lowering wrote, and be known to the contexts of the sites."""
         self.graph = graph
-        self.__dict__[_MARKS] = Marks(graph)
+        self.__dict__[_MARKS] = _Written(graph)
         self.__dict__.pop(_VALIDATED, None)
         self.__dict__.pop(_SLOTS, None)
+        site = next((module for module in self.modules() if isinstance(module, Site)), None)
+        if site is not None:
+            site.contexts.graphs.add(self)
 
     @property
     def validated(self) -> Validated:
@@ -168,8 +169,11 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
     @property
     def edited(self) -> bool:
         """Whether somebody changed the graph after lowering wrote it; a copy knows of its original's edits."""
-        marks: Marks | None = self.__dict__[_MARKS]
-        return marks is None or not marks.same(Marks(self.graph))
+        written: _Written | None = self.__dict__[_MARKS]
+        if written is None:
+            return True
+        now = _Written(self.graph).parts
+        return len(written.parts) != len(now) or not all(map(operator.is_, written.parts, now))
 
     @property
     def sites(self) -> list[Site]:
@@ -326,11 +330,13 @@ def _revive(clone: RewrittenModule, state: dict[str, Any], captured: fx.Graph, g
     clone.take_lowered(graph)
     if state["_reparam_edited"]:
         clone.__dict__[_MARKS] = None
-    _join(clone)
 
 
-def _join(model: RewrittenModule) -> None:
-    """Make the model known to the contexts of its sites."""
-    site = next((module for module in model.modules() if isinstance(module, Site)), None)
-    if site is not None:
-        site.contexts.graphs.add(model)
+class _Written:
+    """The nodes of a graph as lowering wrote them: torch.fx replaces arguments whole, so identity shows an edit.
+
+    It is an object because torch.export puts copies of lists into a model for the time of its trace.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.parts = [part for node in graph.nodes for part in (node, node.op, node.target, node.args, node.kwargs)]

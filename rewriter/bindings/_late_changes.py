@@ -19,6 +19,7 @@ from torch import fx, nn
 from rewriter._given import is_fsdp_hook, is_fully_sharded
 from rewriter.context._fingerprint import same_setting
 from rewriter.errors import RewriterError
+from rewriter.sites._container import plain_class
 from rewriter.sites._places import CONTAINER, CONTEXTS, GRAPH_OF
 
 _REGISTER = (
@@ -103,7 +104,7 @@ def refuse_late_change(module: nn.Module, name: str, value: Any) -> None:
         RewriterError: the module is inlined, and its forward may read the attribute.
     """
     state = module.__dict__
-    kind = _class_of(module)
+    kind: Any = plain_class(module) if GRAPH_OF not in state else state[GRAPH_OF]
     if name == "forward":
         if GRAPH_OF in state or (name not in state and value == getattr(module, name)):
             return  # the graph of the root stays what its forward runs
@@ -123,11 +124,6 @@ def refuse_late_change(module: nn.Module, name: str, value: Any) -> None:
             f"setting {shown} would have no effect: the forward that reads it is inlined in the graph of the rewritten "
             f"model. To change it, {_WAY_OUT}"
         )
-
-
-def _class_of(module: nn.Module) -> Any:
-    kind: Any = module.__dict__.get(GRAPH_OF) or type(module)
-    return getattr(kind, "_reparam_plain", kind)
 
 
 def _may_read(kind: Any, name: str) -> bool:

@@ -27,9 +27,8 @@ from rewriter.context._forward import Contexts, ForwardContext
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._names import loadable
 from rewriter.sites._assign import assign_attribute
-from rewriter.sites._container import called_sites, refuse_override, sites_of
+from rewriter.sites._container import called_sites, refuse_mixed, refuse_override, sites_of
 from rewriter.sites._loading import converting, converting_owner
-from rewriter.sites._mixed import refuse_mixed
 from rewriter.sites._places import CONTAINER, CONTEXTS, PASSED
 from rewriter.sites._site import Site
 

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from rewriter.bindings import RewrittenModule
 from rewriter.errors import PlanError
-from rewriter.passes import OPTIONAL, chosen, lower
+from rewriter.passes import OPTIONAL, lower
 from rewriter.sites import Site
 from rewriter.sites._places import BATCHES
 
@@ -25,7 +25,7 @@ def lowered_model(root: nn.Module, captured: fx.Graph, without: Collection[str])
         refuse_edited(root)
     root._modules.pop(BATCHES, None)
     sites = [module for module in root.modules() if isinstance(module, Site)]
-    graph = lower(root, captured, sites, chosen(OPTIONAL, without))
+    graph = lower(root, captured, sites, [step for step in OPTIONAL if step.name not in without])
     if not isinstance(root, RewrittenModule):
         return RewrittenModule(root, captured, graph, without)
     root.take_lowered(graph)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from rewriter.capture._capture import Capture, capture, is_torch_leaf
 from rewriter.capture._examples import Call, call_for, difference
 from rewriter.capture._export import export_capture
-from rewriter.capture._leaves import LeafCall, Own, bind_call, leaf_call, opens_up, reads_every_site
-from rewriter.sites._hooks import has_hooks
+from rewriter.capture._leaves import LeafCall, Own, bind_call, has_hooks, leaf_call, opens_up, reads_every_site
 
 __all__ = [
     "Call",

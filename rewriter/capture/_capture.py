@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.capture._leaves import has_own_forward
+from rewriter.capture._leaves import has_hooks, has_own_forward
 from rewriter.capture._reason import KEPT
 from rewriter.capture._trace import trace
 from rewriter.errors import CaptureError
 from rewriter.sites import plain_class
-from rewriter.sites._hooks import has_hooks
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -49,7 +49,8 @@ def call_for(
     """
     if capture not in ("auto", "graph", "module", "export"):
         raise CaptureError(f"capture is 'auto', 'graph', 'module' or 'export', not {capture!r}")
-    call = _call_of(example_inputs, example_kwargs, dynamic_shapes)
+    given = example_inputs is not None or example_kwargs is not None
+    call = _call_of(example_inputs, example_kwargs, dynamic_shapes) if given else None
     if isinstance(model, ExportedProgram):
         if capture not in ("auto", "export"):
             raise CaptureError(f"an ExportedProgram is a captured graph already: capture is 'auto', not {capture!r}")
@@ -60,9 +61,7 @@ def call_for(
     return call
 
 
-def _call_of(args: Any, kwargs: Any, dynamic_shapes: Any) -> Call | None:
-    if args is None and kwargs is None:
-        return None
+def _call_of(args: Any, kwargs: Any, dynamic_shapes: Any) -> Call:
     if not isinstance(args, (tuple, list, type(None))):
         raise CaptureError(
             f"example_inputs is the tuple of the forward's positional arguments, not {kind_of(args)}: "

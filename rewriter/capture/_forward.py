@@ -20,6 +20,7 @@ from rewriter.errors import CaptureError
 from rewriter.sites import plain_class
 
 _EXHAUSTIVE = 3
+_TESTED_FOR_NONE = re.compile(r"\b(\w+)\s+is\s+(?:not\s+)?None\b")
 _QUESTIONS = {
     "type": "asks for a type",
     "hasattr": "asks hasattr()",
@@ -96,17 +97,13 @@ def _source(code: types.CodeType) -> str:
         return ""
 
 
-def _tested_for_none(source: str) -> set[str]:
-    return set(re.findall(r"\b(\w+)\s+is\s+(?:not\s+)?None\b", source))
-
-
 def tests_result() -> str:
     """Return the variable that takes a module's result in the forward now running, and that is tested for None."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and _is_torchs(str(frame.f_globals.get("__name__")).replace("rewriter.", "torch.")):
         frame = frame.f_back
     source = "" if frame is None else _source(frame.f_code)
-    tested = sorted(_tested_for_none(source))
+    tested = sorted({*_TESTED_FOR_NONE.findall(source)})
     return next((name for name in tested if re.search(rf"(?m)^[^=\n#]*\b{name}\b[^=\n]*=\s*self\b", source)), "")
 
 
@@ -142,23 +139,22 @@ def check_call(module: nn.Module) -> None:
             raise CaptureError(f"a {type(module).__name__} is called, which has a __call__ of its own")
 
 
-def optional_arguments(root: nn.Module) -> list[str]:
-    """Return the names of the forward's arguments that may be None."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_ONLY)
+def absences(root: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield which of the forward's arguments to leave out, of those that may be None.
+
+    All choices of up to three arguments are made, and the most telling ones of more.
+    """
     forward = plain_class(root).forward
     function = _plain_function(forward)
-    tested = _tested_for_none(_source(function.__code__)) if function is not None else set()
-
-    def may_be_none(parameter: inspect.Parameter) -> bool:
-        annotation = str(parameter.annotation)
-        return parameter.default is None or parameter.name in tested or "None" in annotation or "Optional" in annotation
-
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return [parameter.name for parameter in parameters if parameter.kind in named and may_be_none(parameter)]
-
-
-def absences(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield which of the optional arguments to leave out: all choices of up to three, the most telling ones of more."""
+    tested = _TESTED_FOR_NONE.findall(_source(function.__code__)) if function is not None else ()
+    names = [
+        parameter.name
+        for parameter in list(inspect.signature(forward).parameters.values())[1:]
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is None
+        or parameter.name in tested
+        or any(word in str(parameter.annotation) for word in ("None", "Optional"))
+    ]
     if len(names) <= _EXHAUSTIVE:
         choices: Any = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(1, len(names) + 1))
     else:

@@ -22,6 +22,8 @@ from rewriter.capture import _recurrent as recurrent
 from rewriter.sites import plain_class, sites_of
 from rewriter.sites._places import CONTAINER
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 @dataclass(frozen=True)
 class Own:
@@ -156,6 +158,12 @@ def leaf_call(module: nn.Module) -> LeafCall | None:
 def has_own_forward(module: nn.Module) -> bool:
     """Say whether the module's forward was replaced on the object itself."""
     return "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a user's hooks run when the module is called, its own or those for all modules: the call stays one."""
+    own, for_all = vars(module), vars(nn.modules.module)
+    return any(own.get(name) or for_all[f"_global{name}"] for name in _HOOKS)
 
 
 def opens_up(module: nn.Module, tensor: str) -> bool:

@@ -11,6 +11,7 @@ model the training flags are replaced for the time of a trace.
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ from rewriter.capture._forward import (
     absences,
     check_call,
     check_root,
-    optional_arguments,
     outline,
     question,
     resolve_annotations,
@@ -34,8 +34,7 @@ from rewriter.capture._forward import (
 )
 from rewriter.capture._leaves import has_own_forward
 from rewriter.capture._reason import KEPT, reason
-from rewriter.capture._recorder import Recorder
-from rewriter.capture._value import Value
+from rewriter.capture._value import Recorder, Value
 from rewriter.context._tracers import own
 from rewriter.errors import CaptureError
 
@@ -65,7 +64,7 @@ def trace(root: nn.Module, inside: set[str]) -> Trace:
     """
     check_root(root)
     traced = _trace_once(root, inside, {})
-    for absent in absences(optional_arguments(root)):
+    for absent in absences(root):
         other = _trace_once(root, inside, absent)
         if outline(traced.graph, absent) != outline(other.graph, absent):
             raise CaptureError(
@@ -82,9 +81,10 @@ def _trace_once(root: nn.Module, inside: set[str], concrete: dict[str, Any]) -> 
         if "" in tracer.opaque:
             raise CaptureError(tracer.opaque[""])
         with torch.enable_grad(), Recorder(tracer), _flags(tracer):  # autograd.Function turns gradients off: see _check
-            tracer.start()
+            tracer.ambient, tracer.modes = ambient_state(), function_modes()  # which the forward has to leave
             graph = tracer.trace(root, concrete_args=concrete or None)
-        tracer.check_refusals()
+        if tracer.refusals:  # the forward caught it
+            raise CaptureError(tracer.refusals[0])
     except Exception as problem:
         before.restore()
         why = reason(problem)
@@ -154,10 +154,10 @@ class _Tracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.paths: dict[nn.Module, str] = {}
         self.tensors: dict[Tensor, str] = {}
-        self.stored: dict[nn.Module, tuple[Any, ...]] = {}
+        self.stored: dict[nn.Module, list[Any]] = {}
         for path, module in root.named_modules():
             self.paths.setdefault(module, path)
-            self.stored[module] = _stored(module)
+            self.stored[module] = [*module._parameters.values(), *module._buffers.values()]
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     self.tensors.setdefault(tensor, f"{path}.{name}" if path else name)
@@ -171,19 +171,10 @@ class _Tracer(fx.Tracer):
         self.modes = 0
         self.thread = threading.get_ident()
 
-    def start(self) -> None:
-        """Remember the modes that the forward has to leave as they are."""
-        self.ambient, self.modes = ambient_state(), function_modes()
-
     def refuse(self, message: str) -> None:
         """Raise, and remember it in case the forward catches exceptions."""
         self.refusals.append(message)
         raise CaptureError(message)
-
-    def check_refusals(self) -> None:
-        """Raise a refusal that the forward caught."""
-        if self.refusals:
-            raise CaptureError(self.refusals[0])
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if ambient_state() != self.ambient or function_modes() > self.modes:
@@ -253,7 +244,7 @@ class _Tracer(fx.Tracer):
         path = self.paths[m]
         if has_own_forward(m) and path in self.inside:  # it takes no computed tensors
             self.refuse(f"the forward of {path} was replaced on the object itself: {self.opaque[path]}")
-        if any(not _same(_stored(part), self.stored.get(part)) for part in m.modules()):
+        if any(map(self._has_other_tensors, m.modules())):
             self.refuse(f"its forward calls {path} with other tensors than the model's, which a graph does not show")
         variable = "" if type(m).__module__.startswith("torch.nn.") else tests_result()
         if variable:
@@ -262,6 +253,10 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.MultiheadAttention) and (*args[4:5], kwargs.get("need_weights"))[0] is False:
             return result[0], None
         return result
+
+    def _has_other_tensors(self, module: nn.Module) -> bool:
+        known, now = self.stored.get(module), [*module._parameters.values(), *module._buffers.values()]
+        return known is None or len(known) != len(now) or not all(map(operator.is_, known, now))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread or not isinstance(attr_val, Tensor):
@@ -293,11 +288,3 @@ class _Tracer(fx.Tracer):
         if isinstance(a, (dict, list)) and kind.__module__ != "builtins" and "torch.fx" not in kind.__module__:
             self.refuse(f"its forward makes a {kind.__name__}, of which a graph keeps the items only")
         return super().create_arg(a)
-
-
-def _stored(module: nn.Module) -> tuple[Any, ...]:
-    return (*module._parameters.values(), *module._buffers.values())
-
-
-def _same(one: tuple[Any, ...], other: tuple[Any, ...] | None) -> bool:
-    return other is not None and len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""The proxy for a value while a forward is traced.
+"""The proxy for a value while a forward is traced, and what writes calls of torch's functions down.
 
 `torch.fx.Proxy` accepts a few things that the graph then does differently: it records `x += y` as a new sum, it loses
 an attribute that is set, and it answers `isinstance` about itself instead of the value.
@@ -11,9 +11,12 @@ import sys
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+
+from rewriter._torch import pytree, set_grad_enabled
 
 _SLOTS = frozenset({"tracer", "node", "root", "attr", "_node"})
 _FIELDS = frozenset(
@@ -119,3 +122,42 @@ def _kind(node: fx.Node) -> str:
         kinds = {_kind(source) for source in node.all_input_nodes}
         return next(kind for kind in ("tensor", "unknown", "number") if kind in kinds)
     return "tensor"
+
+
+class Recorder(TorchFunctionMode):
+    """Writes every call of a torch function into the graph.
+
+    A factory (``torch.rand(4)``) becomes a node, so that its sizes may be values and a random tensor stays random.
+    A parameter that was reached in another way than as an attribute (``next(self.parameters())``) becomes a value.
+
+    Arguments:
+        tracer: writes the graph.
+    """
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is set_grad_enabled:
+            self.tracer.refuse("its forward changes the grad mode, which a graph does not show")
+        found: list[Value] = []
+
+        def value(argument: Any) -> Any:
+            if isinstance(argument, Tensor):
+                argument = self.tracer.value_of(argument)
+            if isinstance(argument, fx.Proxy):
+                found.append(argument)  # type: ignore[arg-type]
+            return argument
+
+        args, kwargs = fx.node.map_aggregate((tuple(args), dict(kwargs or {})), value)
+        if found:
+            if getattr(func, "__name__", "") == "__get__":
+                return getattr(args[0], func.__self__.__name__)
+            return Value.__torch_function__(func, types, args, dict(kwargs))
+        if getattr(func, "__name__", "") in FACTORIES:  # not executed: it may draw random numbers
+            return self.tracer.create_proxy("call_function", func, args, dict(kwargs))
+        result = func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return self.tracer.create_proxy("call_function", func, args, dict(kwargs))
+        return result

@@ -44,8 +44,6 @@ def groups_of(site: Site) -> tuple[Group, ...]:
     merges with its neighbour (``fuse``) or undoes it (``cancels``).
     """
     record = site.spec
-    if len(record.chain) == 1:
-        return ()
     alone = [
         not inputs and stored == (index == 0 and record.source is None)
         for index, (stored, inputs) in enumerate(zip(record.stored, record.inputs, strict=True))

@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rewriter.language._arguments import Resolver
+from rewriter.language._arguments import Resolver, import_modules
 from rewriter.language._explain import explain
-from rewriter.language._imports import import_modules
 from rewriter.language._problems import raise_all
 from rewriter.language._read import read
 from rewriter.language._references import check_references
@@ -52,7 +51,8 @@ def load_spec(
         spec = Spec.model_validate(document.data, context=resolver)
     except ValidationError as wrong:
         problems += explain(wrong)
-    raise_all(document, problems)
+    if spec is None or problems or document.problems:
+        raise_all(document, problems)
     assert spec is not None
     spec._place(document if document.mark else replace(document, data=None))
     return spec

@@ -6,8 +6,8 @@ An optional pass changes how fast a model runs, and not what it computes. Each o
 
 from __future__ import annotations
 
-from rewriter.passes._infra import Lowering, Pass, PassError, run_passes
-from rewriter.passes._lower import chosen, inlined_leaf, lower
+from rewriter.passes._infra import Lowering, Pass, PassError, few_of_each, run_passes
+from rewriter.passes._lower import inlined_leaf, lower
 from rewriter.passes._print import print_graph
 from rewriter.passes._unfold import scriptable, unfolded
 from rewriter.passes.optional._batch import batch_pass, groups_to_batch, why_alone, why_not_equal
@@ -15,7 +15,6 @@ from rewriter.passes.optional._cast import cast_pass
 from rewriter.passes.optional._fuse import fuse, fuse_pass, why_not_fused
 from rewriter.passes.optional._hoist import hoist, hoist_pass, why_not_hoisted
 from rewriter.passes.optional._rows import rows_pass
-from rewriter.passes.optional._samples import few_of_each
 from rewriter.passes.optional._transpose import transpose_pass
 
 OPTIONAL = (hoist_pass, fuse_pass, rows_pass, cast_pass, batch_pass, transpose_pass)
@@ -25,7 +24,6 @@ __all__ = [
     "Lowering",
     "Pass",
     "PassError",
-    "chosen",
     "few_of_each",
     "fuse",
     "groups_to_batch",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -174,8 +174,3 @@ def _verify(lowering: Lowering) -> None:
 
 
 verify_pass = Pass("verify", lambda lowering: True, ensures=_verify)
-
-
-def chosen(optional: Sequence[Pass], without: Collection[str]) -> list[Pass]:
-    """Return the optional passes that are not left out."""
-    return [step for step in optional if step.name not in without]

@@ -39,7 +39,7 @@ def describe(rule: Rule) -> Description:
         "memory": rule.memory,
         "share": rule.share,
         "trainable": rule.trainable,
-        "settings": tuple(_settings(step.module) for step in rule.chain),
+        "settings": tuple("" if step.module is None else _settings(step.module) for step in rule.chain),
     }
     steps = len(rule.chain)
     defaults = ("forward", None, None, None, (), ((),) * steps, "auto", "keep", False, None, ("",) * steps)
@@ -58,16 +58,14 @@ def options_with(record: SiteSpec, rule: Rule) -> str:
     if "inputs" in options:
         options["inputs"] = str((*record.inputs, *(step.inputs for step in rule.chain)))
     given = ast.literal_eval(settings) if settings else ("",) * len(record.chain)
-    given += tuple(_settings(step.module) for step in rule.chain)
+    given += tuple("" if step.module is None else _settings(step.module) for step in rule.chain)
     if any(given):
         options["settings"] = str(given)
     return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
-def _settings(module: nn.Module | None) -> str:
+def _settings(module: nn.Module) -> str:
     """Print the plain attributes of a module given from Python: two modules of one class may differ in them."""
-    if module is None:
-        return ""
     found = [
         (f"{path}.{key}" if path else key, value)
         for path, part in module.named_modules()

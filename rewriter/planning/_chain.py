@@ -25,9 +25,6 @@ from rewriter.sites._steps import apply_steps
 
 _CONV1D = (nn.Conv1d, nn.ConvTranspose1d)
 
-Extra = Mapping[int, Sequence[Mapping[str, Any]]]
-"""Constructor arguments decided over all sites of a rule: by the step's index, one mapping for each chunk."""
-
 
 class BuildError(Exception):
     """A chain that does not fit its site. The text gives the reason, the caller adds the place."""
@@ -65,6 +62,7 @@ class Chain:
         if len(values) > 1 and not self.layout.plain:
             raise BuildError("`joint` cannot be combined with `per` or `reshape`")
         self.extra: dict[int, Sequence[Mapping[str, Any]]] = {}
+        """Constructor arguments decided over all sites of a rule: by the step's index, one mapping for each chunk."""
         self.steps: list[nn.Module] = []
         self.refits: dict[int, Tensor] = {}
         """Stateful steps whose right inverse gives back its argument, with the value that they were fitted to."""

@@ -18,8 +18,8 @@ from rewriter.capture import (
 )
 from rewriter.errors import CaptureError
 from rewriter.planning._problems import Problems
+from rewriter.planning._refusals import refuse_sharded
 from rewriter.planning._resolve import Claim
-from rewriter.planning._sharded import refuse_sharded
 from rewriter.planning._survey import Entry, refuse_strays, survey
 from rewriter.sites import Site
 from rewriter.sites._places import GRAPH_OF

@@ -21,11 +21,11 @@ from rewriter.planning._origin import Origin
 from rewriter.planning._plan import Pair, Plan
 from rewriter.planning._problems import Problems
 from rewriter.planning._prove import prove, prove_batches
+from rewriter.planning._refusals import refuse_statistics, refuse_writes
 from rewriter.planning._resolve import Claim, nearest, resolve
 from rewriter.planning._survey import Entry
 from rewriter.planning._table import TensorTable
 from rewriter.planning._together import planned_together
-from rewriter.planning._writes import refuse_statistics, refuse_writes
 from rewriter.sites import Site, SiteSpec
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature
 
-from rewriter.planning._writes import writer
+from rewriter.planning._refusals import writer
 
 
 def is_written(program: Any, name: str, node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from rewriter.errors import RewriterError
-from rewriter.sites._places import CONTAINER
+from rewriter.sites._places import CONTAINER, CONTEXTS, GRAPH_OF
 from rewriter.sites._site import Site
 
 
@@ -125,3 +125,21 @@ def called_sites(module: nn.Module) -> list[Site]:
     """Return the sites in `module` whose values it takes in a call, in the order in which it expects them."""
     found = (site for site in module.modules() if isinstance(site, Site))
     return [site for site in found if site.spec.cache != "never"]
+
+
+def refuse_mixed(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules of ours that torch's parametrizations gave another class, which their copies would not have.
+
+    Raises:
+        RewriterError: there is one.
+    """
+    for module in modules:
+        if module.__dict__.keys().isdisjoint((CONTEXTS, GRAPH_OF)) or CONTAINER not in module._modules:
+            continue
+        for name, child in module._modules[CONTAINER]._modules.items():  # type: ignore[union-attr]
+            if not isinstance(child, Site):
+                raise RewriterError(
+                    f"{name} of {type(module).__name__} is parametrized by torch.nn.utils.parametrize, which a copy "
+                    "would lose: remove that and name the tensor in the spec, or register it before the model is "
+                    "rewritten, which takes it over"
+                )

@@ -46,11 +46,6 @@ def is_batch(root: nn.Module, node: fx.Node) -> bool:
     return isinstance(root.get_submodule(str(node.target)), BatchedEvaluation)
 
 
-def can_batch(site: Site) -> bool:
-    """Whether the site's chain is a function of one stored tensor that broadcasts over leading dimensions."""
-    return site.spec.batch != "never" and not why_alone(site)
-
-
 def why_alone(site: Site) -> str:
     """Return why the site's value cannot come out of a batch; nothing where it can."""
     record = site.spec
@@ -75,7 +70,7 @@ def groups_to_batch(sites: Iterable[Site]) -> list[list[Site]]:
     """Return the groups of two and more of the sites that are alike: equal chains over tensors of equal form."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        if can_batch(site):
+        if site.spec.batch != "never" and not why_alone(site):
             groups.setdefault((site.spec.identity, likeness(site)), []).append(site)
     return [group for group in groups.values() if len(group) > 1]
 

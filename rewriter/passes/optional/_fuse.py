@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.context._fused import groups_of
-from rewriter.passes._infra import Pass
-from rewriter.passes.optional._samples import same_values
+from rewriter.passes._infra import Pass, same_values
 from rewriter.sites import Site
 
 
@@ -22,7 +21,7 @@ def fuse(sites: Iterable[Site]) -> bool:
     """Decide for each site which of its steps are evaluated as one."""
     fused = False
     for site in sites:
-        groups = groups_of(site)
+        groups = groups_of(site) if len(site.spec.chain) > 1 else ()
         if groups != site.fused:
             site.fused = groups
         fused = fused or bool(groups)

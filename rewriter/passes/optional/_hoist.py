@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from rewriter.passes._infra import Pass
-from rewriter.passes.optional._samples import same_values
+from rewriter.passes._infra import Pass, same_values
 from rewriter.sites import Site
 from rewriter.sites._steps import apply_steps
 
@@ -21,7 +20,7 @@ def hoist(sites: Iterable[Site]) -> bool:
     """Decide for each site how many of its first steps are hoisted; the values stay the same."""
     hoisted = False
     for site in sites:
-        count = _untrained_steps(site)
+        count = _untrained_steps(site) if len(site.spec.chain) > 1 else 0
         if count != site.hoisted:
             site.hoisted = count
         hoisted = hoisted or bool(count)
@@ -30,7 +29,7 @@ def hoist(sites: Iterable[Site]) -> bool:
 
 def _untrained_steps(site: Site) -> int:
     record = site.spec
-    if len(record.chain) == 1 or record.source is not None or record.memory == "recompute":
+    if record.source is not None or record.memory == "recompute":
         return 0
     count, used = 0, 0
     for step, stored, inputs in zip(site.steps[:-1], record.stored, record.inputs, strict=False):

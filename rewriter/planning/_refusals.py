@@ -1,4 +1,8 @@
-"""Tensors that a forward writes to: a computed tensor has no memory of its own in which that could last."""
+"""Tensors that no chain can compute.
+
+FSDP puts the parameters of a sharded module in place at each forward. What a forward writes to a tensor cannot last: a
+computed tensor has no memory of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from rewriter._given import fsdp_classes
 from rewriter._torch import OpOverload
 from rewriter.errors import Diagnostic
 from rewriter.planning._problems import Problems
@@ -114,3 +119,18 @@ def _aliases(user: fx.Node, node: fx.Node) -> list[Any]:
     arguments = user.target._schema.arguments  # type: ignore[union-attr]
     given = [*zip(arguments, user.args, strict=False), *((a, user.kwargs.get(a.name)) for a in arguments)]
     return [argument.alias_info for argument, value in given if value is node]
+
+
+def refuse_sharded(model: nn.Module, claims: Sequence[Claim], problems: Problems) -> None:
+    """Refuse claims on tensors of modules that are sharded already."""
+    kinds = fsdp_classes()
+    sharded = [path for path, module in model.named_modules() if isinstance(module, kinds)] if kinds else []
+    inside = tuple(f"{path}." if path else "" for path in sharded)
+    for claim in claims if inside else ():
+        if any(name.startswith(inside) for entry in claim.entries for name in entry.names):
+            problems.about(
+                claim,
+                "select",
+                "sharded by FSDP, which puts the parameter itself in place at each forward",
+                "rewrite the model first, then shard it",
+            )
