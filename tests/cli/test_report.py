@@ -103,6 +103,19 @@ def test_the_values_of_a_program_have_no_stored_tensor_to_compare_with(reparam, 
     assert weight["after"]["norm"] == pytest.approx(2 * float(program.state_dict["0.weight"].detach().norm()))
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(("--capture", "module"), "not known: the model kept its class"), ((), None)],
+    ids=["module", "graph"],
+)
+def test_evaluations_that_are_not_counted_have_a_reason(reparam, folder, options, reason):
+    reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt", *options)
+    totals = reparam("report", "rewritten.pt", "-o", "out.html", "--json").json["totals"]
+    assert (totals["uncounted"] or "").startswith(reason or "")
+    assert (totals["uncounted"] is None) == (totals["saved"] is not None) == (reason is None)
+    assert reparam("report", "model.pt", "-o", "plain.html", "--json").json["totals"]["uncounted"] is None
+
+
 def test_evaluations_saved_zeros_and_warnings(reparam, folder):
     cell = nn.Linear(4, 4)
     model = nn.Sequential(cell, nn.Tanh(), cell, cell, nn.Linear(4, 2))
@@ -151,7 +164,14 @@ def test_a_browser_shows_the_first_rows_and_runs_no_name(tmp_path):
     rules = [{"name": HOSTILE, "chains": ["a"], "tensors": 500, "moved": 0.5}]
     document = {"title": HOSTILE, "compared": "x", "class": "M", "tensors": [row] * 500, "rules": rules, "warnings": []}
     (tmp_path / "out.html").write_text(page({**document, "totals": totals}))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        f"--user-data-dir={tmp_path}/profile",
+        "--dump-dom",
+    ]
     done = subprocess.run(
         [CHROMIUM, *options, f"file://{tmp_path}/out.html"], capture_output=True, text=True, timeout=120
     )
