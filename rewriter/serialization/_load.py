@@ -225,6 +225,8 @@ def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torc
 
 def factory_of(model: str | ModelFactory | None) -> ModelFactory | None:
     """Return the function that makes a model, imported if it is given as ``package.module:factory``."""
+    if isinstance(model, nn.Module):
+        raise ModelFileError("model is a function or class that makes the module, not the module: model=lambda: net")
     if not isinstance(model, str):
         return model
     module, colon, name = model.partition(":")
