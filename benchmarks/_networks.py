@@ -137,10 +137,38 @@ def resnet(width: int) -> nn.Module:
 
 
 class Standardise(nn.Module):
-    """Weight standardisation: each output channel has mean 0 and variance 1 over its inputs (arXiv:1903.10520)."""
+    """Weight standardisation: each output channel has mean 0 and variance 1 over its inputs (arXiv:1903.10520).
+
+    Arguments:
+        weight: not used.
+    """
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        super().__init__()
 
     def forward(self, X: Tensor) -> Tensor:
         """Return the standardised weight."""
         deviation, mean = torch.std_mean(X.flatten(1), dim=1)
         shape = (-1,) + (1,) * (X.ndim - 1)
         return (X - mean.view(shape)) / (deviation.view(shape) + 1e-5)
+
+
+RANK = 8
+"""Of the changes that `LowRank` trains."""
+
+
+class LowRank(nn.Module):
+    """LoRA: the weight plus a trained change of low rank (arXiv:2106.09685).
+
+    Arguments:
+        weight: the weight, for its shape.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(RANK, weight.size(1), device=weight.device) / weight.size(1) ** 0.5)
+        self.B = nn.Parameter(torch.zeros(weight.size(0), RANK, device=weight.device))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the weight for a frozen one."""
+        return X + self.B @ self.A

@@ -1,8 +1,9 @@
 """Run the benchmarks and write their tables: ``python benchmarks/run.py``.
 
 A full run takes a quarter of an hour on two cores, first with one thread for each operator and then with as many as
-there are cores, and on a GPU if the machine has one. It writes benchmarks/report.json and docs/benchmarks.md. With
-``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are printed, and written where ``--out`` says.
+there are cores, and on a GPU if the machine has one. It writes benchmarks/report.json, docs/benchmarks.md and the table
+of README.md. With ``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are printed, and written where
+``--out`` says. ``--readme`` measures nothing: it writes the table of README.md from benchmarks/report.json.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
 sys.path[0] = str(HERE.parent)
 
 from benchmarks._measure import keep_memory  # noqa: E402
 from benchmarks._report import Group, environment, to_markdown  # noqa: E402
 from benchmarks._settings import Settings  # noqa: E402
-from benchmarks._summary import summary  # noqa: E402
+from benchmarks._summary import summary, write_readme  # noqa: E402
 
 BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "rewriting", "ordinary", "passes")
 
@@ -33,6 +35,9 @@ BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "r
 def main() -> int:
     """Run the benchmarks that the command line names; return 1 if a row misses its target."""
     arguments = _parser().parse_args()
+    if arguments.readme:
+        write_readme(README, json.loads((HERE / "report.json").read_text(encoding="utf-8")))
+        return 0
     keep_memory()
     chosen = [name for name in BENCHMARKS if name in (arguments.only or BENCHMARKS)]
     environments: dict[str, dict[str, Any]] = {}
@@ -41,12 +46,9 @@ def main() -> int:
         torch.set_num_threads(settings.threads)
         environments[settings.label] = environment(settings.device)
         groups[settings.label] = [_run(name, settings) for name in chosen]
-    page = to_markdown(environments, groups, summary(next(iter(groups.values()), [])))
-    report = {
-        "quick": arguments.quick,
-        "environment": environments,
-        "benchmarks": {label: [group.to_dict() for group in found] for label, found in groups.items()},
-    }
+    measured = {label: [group.to_dict() for group in found] for label, found in groups.items()}
+    page = to_markdown(environments, groups, summary(next(iter(measured.values()), [])))
+    report = {"quick": arguments.quick, "environment": environments, "benchmarks": measured}
     data = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     print(page)
     if arguments.out is not None:
@@ -56,6 +58,7 @@ def main() -> int:
     elif not (arguments.quick or arguments.only or arguments.device or arguments.threads):
         _write(HERE / "report.json", data)
         _write(HERE.parent / "docs" / "benchmarks.md", page)
+        write_readme(README, report)
     rows = [(label, row) for label, found in groups.items() for group in found for row in group.rows]
     counts = Counter(row.verdict for _, row in rows)
     notes = [
@@ -76,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=int, action="append", metavar="N", help="number of threads on the CPU; may be repeated"
     )
+    parser.add_argument("--readme", action="store_true", help="only write README's table from benchmarks/report.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json and benchmarks.md here")
     return parser
 

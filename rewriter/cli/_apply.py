@@ -69,11 +69,11 @@ def apply(
 
     if str(output) == "-":
         raise RewriterError("a model is written to a file, not to stdout: -o OUT")
-    check_writable(output, force)
-    if output.exists() and spec.exists() and output.samefile(spec):
-        raise RewriterError(f"{output} is the spec itself; choose another name for the model")
     examples = example.read()
     read = spec_options.read(spec)
+    if output.exists() and spec.exists() and output.samefile(spec):
+        raise RewriterError(f"{output} is the spec itself; choose another name for the model")
+    check_writable(output, force)
     loaded = model_options.read_for(read, model_file, capture)
     check_suffix(loaded, output)
     call = _inputs_for_capture(loaded, capture, examples)

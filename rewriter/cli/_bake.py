@@ -97,9 +97,9 @@ def bake(
 
     if str(output) == "-":
         raise RewriterError("a model is written to a file, not to stdout: -o OUT")
+    examples = example.read()
     if format != "hf":
         check_writable(output, force)
-    examples = example.read()
     loaded = model_options.read(model_file)
     written = format or format_of(loaded, output)
     if written in ("pt2", "aoti", "onnx") and examples is None and isinstance(loaded, nn.Module):

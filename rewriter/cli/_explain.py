@@ -96,14 +96,19 @@ def _verdict(rule: Rule, entry: Entry, claimed: set[str], beaten: dict[str, str]
 
 
 def _why(rule: Rule, entry: Entry, claims: bool, beaten: dict[str, str]) -> str:
+    from rewriter.planning import gates_hint
+
     selected, excluded = _matching(rule.select, entry), _matching(rule.exclude, entry)
     if claims and rule.name in beaten:
         return f"select {selected or rule.select} matches, and rule {beaten[rule.name]!r} overrides it"
     if claims and selected is None:
         return f"it belongs to {', '.join(rule.joint)} of a module that select {rule.select} matches"
     if claims:
-        chain = " >> ".join(map(str, rule.chain)) or "nothing (it is left alone)"
-        return f"select {selected} matches; it becomes {chain}"
+        chain = [str(step) for step in rule.chain]
+        plain = rule.per is None and rule.reshape is None
+        hint = gates_hint(entry.name, entry.infos[0].shape, chain) if plain else ""
+        becomes = " >> ".join(chain) or "nothing (it is left alone)"
+        return f"select {selected} matches; it becomes {becomes}" + (f". {hint}" if hint else "")
     if selected is None:
         return f"select {rule.select} does not match"
     return f"select {selected} matches, and except {excluded} takes it out"

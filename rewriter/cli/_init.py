@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -42,12 +43,11 @@ def init(
             break
     else:
         raise PlanError(f"{model_file} has no tensor for --for {job}; reparam inspect {model_file} lists its tensors")
-    comment = f"{starters[job]['comment']}\nCheck it:  reparam plan {output or 'spec.yaml'} {model_file}"
-    if model_options.model is not None:
-        comment += f" --model {model_options.model}"
+    model = " ".join(map(shlex.quote, [str(model_file), *model_options.words()]))
+    comment = f"{starters[job]['comment']}\nCheck it:  reparam plan {output or 'spec.yaml'} {model}"
     head = [f"# {line}".rstrip() for line in comment.splitlines()]
-    text = "\n".join([*head, "reparam: 1", "rules:", *written]) + "\n"
-    return written_spec({"for": job}, text, output, force)
+    text = "\n".join([*head, "reparam: 1", *starters[job].get("keys", ()), "rules:", *written]) + "\n"
+    return written_spec({"for": job}, text, output, force, model)
 
 
 def _rule(name: str, rule: Mapping[str, Any], entries: Sequence[Entry]) -> str:

@@ -91,6 +91,12 @@ class ModelOptions:
     ] = None
     trust: Annotated[bool, typer.Option("--trust", help="Let MODEL run any code that it contains.")] = False
 
+    def words(self) -> list[str]:
+        """Return the options as a command line has them."""
+        single = [("--model", self.model), ("--key", self.key), *(("--allow", name) for name in self.allow or ())]
+        given = [word for option, value in single if value is not None for word in (option, value)]
+        return given + ["--trust"] * self.trust
+
     def read_for(self, spec: Spec, path: Path, capture: Way = "auto") -> nn.Module | ExportedProgram:
         """Read the model file; weights of a rewritten model are loaded into the model that `spec` makes."""
         import rewriter

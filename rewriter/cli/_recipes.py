@@ -48,8 +48,10 @@ def recipe_texts() -> dict[str, str]:
     return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in found if file.name.endswith(".yaml")}
 
 
-def written_spec(about: Mapping[str, Any], text: str, output: Path | None, force: bool) -> Outcome:
-    """Print a spec, or write it to `output`, whole or not at all."""
+def written_spec(
+    about: Mapping[str, Any], text: str, output: Path | None, force: bool, model: str = "MODEL"
+) -> Outcome:
+    """Print a spec, or write it to `output`, whole or not at all; `model` is how the next command names the model."""
     from rewriter.serialization import check_writable, written_atomically
 
     if output is None:
@@ -57,5 +59,5 @@ def written_spec(about: Mapping[str, Any], text: str, output: Path | None, force
     check_writable(output, force)
     with written_atomically(output, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    stderr.print(f"wrote {output}; next: reparam plan {output} MODEL")
+    stderr.print(f"wrote {output}; next: reparam plan {output} {model}")
     return Outcome({**about, "text": text, "output": str(output)})

@@ -38,6 +38,8 @@ def report(
 
     if str(output) == "-":
         raise RewriterError("a report is written to a file, not to stdout: -o OUT")
+    if output.suffix not in (".html", ".htm"):
+        raise RewriterError(f"{output}: a report is an HTML page; name the file .html")
     check_writable(output, force)
     before = model_options.read_or_weights(first) if second is not None else None
     after = model_options.read(second or first)

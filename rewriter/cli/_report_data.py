@@ -41,7 +41,7 @@ def report_data(after: Any, before: Any = None) -> dict[str, Any]:
         "tensors": tensors,
         "rules": _rules(tensors),
         "warnings": _warnings(tensors, missing),
-        "totals": _totals(tensors, state_of(after), values),
+        "totals": {**_totals(tensors, state_of(after), values), "uncounted": _uncounted(after, tensors)},
     }
 
 
@@ -118,6 +118,16 @@ def _reads(model: Any) -> dict[str, int]:
         return {}
     sites = {node: model.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     return {site.spec.name: len(node.users) for node, site in sites.items() if isinstance(site, Site)}
+
+
+def _uncounted(model: Any, tensors: list[dict[str, Any]]) -> str | None:
+    """Return why the reads of computed tensors are unknown; None if they are known, or nothing is computed."""
+    computed = [tensor for tensor in tensors if tensor["chain"] is not None]
+    if not computed or any(tensor["reads"] is not None for tensor in computed):
+        return None
+    if not isinstance(model, nn.Module):
+        return "not counted in an ExportedProgram, which evaluates each chain once per call"
+    return "not known: the model kept its class (module capture), whose code decides in each forward what it reads"
 
 
 def _rules(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:

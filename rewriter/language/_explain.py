@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +97,10 @@ def _remedy(found: Any, path: tuple[Key, ...], kind: str = "") -> str:
         return "this text was read as YAML; if it is a path, there is no such file"
     if kind == "bool_type" and isinstance(found, str) and found.lower() in _BOOLEAN_WORDS:
         return "on, off, yes and no are text; write true or false"
+    if path[-1:] == ("rules",) and isinstance(found, Mapping):
+        return "start each rule with `- `"
+    if path[-1:] == ("select",) and isinstance(found, type):
+        return f'write {{"module": "{found.__module__}.{found.__qualname__}"}}'
     if kind == "tuple_type" and isinstance(found, str) and len(found) <= 60:
         return f"write [{found}]"
     if kind == "string_type" and isinstance(found, int | float):

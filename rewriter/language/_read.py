@@ -36,7 +36,8 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
         return _from_file(Path(source))
     if isinstance(source, str):
         return _from_file(Path(source)) if _names_file(source) else _from_text(source, ANONYMOUS)
-    raise _unreadable(f"a spec is a path, YAML text or a mapping, not {type(source).__name__}", ANONYMOUS)
+    hint = '; write {"reparam": 1, "rules": […]}' if isinstance(source, list) else ""
+    raise _unreadable(f"a spec is a path, YAML text or a mapping, not {type(source).__name__}{hint}", ANONYMOUS)
 
 
 def _names_file(source: str) -> bool:

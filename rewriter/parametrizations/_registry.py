@@ -67,6 +67,8 @@ def register(name: str) -> Callable[[T], T]:
     Raises:
         ValueError: the name is taken by another class, or is no identifier.
     """
+    if not isinstance(name, str):
+        raise TypeError('register takes the name for specs: write @register("name") above the class')
     if not name.isidentifier():
         raise ValueError(f"a parametrization's name must be an identifier, not {name!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rewriter.planning._gates import gates_hint
 from rewriter.planning._module_table import ModuleTable
 from rewriter.planning._origin import Origin
 from rewriter.planning._plan import Plan, PlannedSite
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "PlannedSite",
     "dtype_name",
+    "gates_hint",
     "make_plan",
     "prepare",
     "refuse_strays",

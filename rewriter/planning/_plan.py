@@ -16,6 +16,7 @@ from rewriter.capture import Capture
 from rewriter.errors import PlanError
 from rewriter.language import Spec
 from rewriter.planning._build import Measures
+from rewriter.planning._gates import gates_hint
 from rewriter.planning._module_table import ModuleTable
 from rewriter.planning._origin import Origin
 from rewriter.planning._resolve import Claim
@@ -269,6 +270,8 @@ class Plan:
             yield f"new trained parameters, which an optimizer built before lacks: {len(self.added)}"
         if self.spec.trainable == "rewritten" and self.model is not None:
             yield f"other trained parameters, which are frozen until bake: {len(self.frozen)}"
+        hints = (gates_hint(site.name, site.shape, site.chain) for site in self.sites if site.spec.layout.plain)
+        yield from dict.fromkeys(filter(None, hints))
 
     def _repr_html_(self) -> str:
         return html_table(self._title(), _HEAD, map(_row, self.sites), self._notes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import threading
 import warnings
 from collections import OrderedDict
@@ -149,6 +150,10 @@ def _reason(file: ModelFile, problem: Exception) -> str:
     return reason
 
 
+_FEW = 4
+"""Up to so many names are allowed one by one. More of one package are allowed as a whole."""
+
+
 def _allowed_names(file: ModelFile, allow: tuple[str, ...]) -> list[Any]:
     allowed: list[Any] = []
     refused: list[str] = []
@@ -187,12 +192,15 @@ def _is_rewritten(names: Iterable[str]) -> bool:
 
 def _refusal(file: ModelFile, refused: list[str]) -> str:
     names = {printable(name): _warning(name) for name in refused}
+    packages = {name.partition(".")[0] for name in names}
+    short = len(names) > _FEW and len(packages) == 1 and not any(names.values())
+    patterns = [f"{package}.*" for package in packages] if short else list(names)
     lines = [
         f"{file.path} uses classes or functions that are not torch.nn's:",
         *(f"  {name}{warning}" for name, warning in names.items()),
         "If you know where the file comes from, allow them: "
-        + " ".join(f"--allow {name}" for name in names)
-        + f" (allow={list(names)} in Python)",
+        + " ".join(f"--allow {shlex.quote(name)}" for name in patterns)
+        + f" (allow={patterns} in Python)",
         "or trust the file as a whole: --trust (it may then run any code).",
     ]
     return "\n".join(lines)
@@ -217,6 +225,8 @@ def _tied(module: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torc
 
 def factory_of(model: str | ModelFactory | None) -> ModelFactory | None:
     """Return the function that makes a model, imported if it is given as ``package.module:factory``."""
+    if isinstance(model, nn.Module):
+        raise ModelFileError("model is a function or class that makes the module, not the module: model=lambda: net")
     if not isinstance(model, str):
         return model
     module, colon, name = model.partition(":")

@@ -51,8 +51,11 @@ def check_suffix(model: nn.Module | ExportedProgram, path: str | os.PathLike[str
         ModelFileError: such as a module as ``.pt2``.
     """
     suffix = Path(path).suffix.lower()
-    if isinstance(model, nn.Module) and suffix in (".pt2", ".safetensors", ".onnx"):
-        raise ModelFileError(f"a module is saved as .pt; {suffix} is an export (export_model, bake --format)")
+    if isinstance(model, nn.Module) and suffix in (".pt2", ".safetensors", ".onnx", ".ts"):
+        raise ModelFileError(
+            f"{path}: a module is saved as .pt; {suffix} is an export of a baked model: save as .pt, then "
+            f"`reparam bake MODEL.pt -o {path}` (export_model in Python)"
+        )
     if isinstance(model, ExportedProgram) and suffix in (".pt", ".pth", ".safetensors", ".onnx"):
         raise ModelFileError(f"an ExportedProgram is saved as .pt2, not {suffix}")
 

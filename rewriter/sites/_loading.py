@@ -107,15 +107,18 @@ def _warned(model: nn.Module, places: list[Place], assign: bool) -> bool:
 def _warn_of_missing(places: list[Place], state: Mapping[str, Any]) -> None:
     """Name the computed tensors for which a partial state has no original: torch skips them in silence.
 
-    A tied tensor may be saved under one of its names.
+    A tied tensor may be saved under one of its names. The file of an adapter has the steps without the frozen original.
     """
     lacking = []
     filled = {place.site for place in places if all(key in state for key in place.originals)}
     for place in places:
         if place.site in filled:
             continue
-        names = zip(place.site.original_names, place.originals, strict=True)
-        missing = [name for name, key in names if key not in state]
+        found = zip(place.site.original_names, place.originals, place.site.originals, strict=True)
+        frozen_missing = bool(place.own(state))
+        missing = [
+            name for name, key, tensor in found if key not in state and (tensor.requires_grad or not frozen_missing)
+        ]
         if missing:
             lacking.append(f"{place.names[0]} ({', '.join(missing)})")
     if lacking:

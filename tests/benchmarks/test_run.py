@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks._measure import Spread
-from benchmarks._report import Bound, Group, Row
-from benchmarks._summary import summary
+from benchmarks._report import Bound, Row
+from benchmarks._summary import END, START, readme_table, summary
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
@@ -54,11 +54,16 @@ def test_a_condition_that_does_not_hold_fails_the_row() -> None:
     assert row.verdict == "fails"
 
 
-def test_the_summary_shows_the_rows_that_were_measured() -> None:
-    group = Group("Unrolled RNN, one training step", "")
-    for against, what, ratio in (("plain", "time", 0.8), ("torch cached", "speed", 2.1), ("by hand", "time", 0.7)):
-        group.rows.append(Row("householder: graph", what, against, None, Spread.of([ratio])))
-    lines = summary([group]).splitlines()
-    assert lines[2].endswith("| **0.8**× the time | plain weights |")
-    assert lines[3:] == ["| the same | **2.1**× as fast | torch cached |"]
+def test_the_summary_shows_the_works_that_were_measured() -> None:
+    seconds = {name: {"median": time} for name, time in (("plain", 0.01), ("graph", 0.0084), ("torch cached", 0.018))}
+    group = {"title": "Unrolled RNN, one training step", "seconds": {"householder": seconds, "unnamed": seconds}}
+    head, rule, row = summary([group]).splitlines()
+    assert head.count("|") == rule.count("|") == row.count("|")
+    assert row.endswith("| **8.4** | 10 | – | – | 18 |")
     assert summary([]) == ""
+
+
+def test_the_table_of_readme_is_that_of_the_stored_results() -> None:
+    readme = (RUN.parents[1] / "README.md").read_text()
+    report = json.loads((RUN.parent / "report.json").read_text())
+    assert readme.partition(START)[2].partition(END)[0] == readme_table(report)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from rewriter.cli._app import EXAMPLES, app
-from rewriter.cli._outcome import EXIT_CODES
+from rewriter.cli._outcome import EXIT_CODES, INTERRUPTED, UNEXPECTED, USAGE
 
 CHECKOUT = Path(__file__).parents[2]
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
@@ -84,8 +84,9 @@ def test_no_color_turns_colours_off(arguments):
     assert not re.search(r"\x1b\[[\d;]*3\d", result.stdout)
 
 
-def test_readme_lists_the_commands_and_exit_codes():
+def test_docs_list_the_commands_and_exit_codes():
     page = (CHECKOUT / "README.md").read_text()
     listed = page.partition("## Command line")[2].partition("```text\n")[2].partition("```")[0]
     assert sorted(re.findall(r"^reparam (\w+)", listed, re.M)) == COMMANDS
-    assert {int(code) for code in re.findall(r"^\| (\d) \|", page, re.M)} == {0, 2, *EXIT_CODES.values()}
+    codes = re.findall(r"^\| (\d+) \|", (CHECKOUT / "docs" / "json.md").read_text(), re.M)
+    assert {int(code) for code in codes} == {0, UNEXPECTED, USAGE, INTERRUPTED, *EXIT_CODES.values()}

@@ -48,6 +48,17 @@ def test_inspect_reads_exported_programs(reparam, folder):
     assert [tensor["names"] for tensor in result.json["tensors"]] == [["weight"], ["bias"]]
 
 
+@pytest.mark.parametrize("per", ["", "per: {dim: 0, chunks: 4}, "])
+def test_stacked_gates_get_a_hint(reparam, folder, per):
+    torch.save(nn.LSTM(3, 4), "lstm.pt")
+    rule = f"{{name: gates, select: weight_hh_l0, {per}chain: [orthogonal]}}"
+    (folder / "gates.yaml").write_text(f"reparam: 1\nrules:\n  - {rule}\n")
+    for command in ("plan gates.yaml lstm.pt", "explain gates.yaml lstm.pt weight_hh_l0"):
+        shown = reparam(*command.split()).out
+        assert ("the whole 16×4 matrix, which stacks 4 gates, is made orthogonal" in shown) == (not per)
+        assert ("add `per: {dim: 0, chunks: 4}` to the rule" in shown) == (not per)
+
+
 def test_explain_names_the_rule_and_the_reason(reparam, folder):
     (folder / "spec.yaml").write_text(
         "reparam: 1\nrules:\n"

@@ -103,6 +103,19 @@ def test_the_values_of_a_program_have_no_stored_tensor_to_compare_with(reparam, 
     assert weight["after"]["norm"] == pytest.approx(2 * float(program.state_dict["0.weight"].detach().norm()))
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(("--capture", "module"), "not known: the model kept its class"), ((), None)],
+    ids=["module", "graph"],
+)
+def test_evaluations_that_are_not_counted_have_a_reason(reparam, folder, options, reason):
+    reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt", *options)
+    totals = reparam("report", "rewritten.pt", "-o", "out.html", "--json").json["totals"]
+    assert (totals["uncounted"] or "").startswith(reason or "")
+    assert (totals["uncounted"] is None) == (totals["saved"] is not None) == (reason is None)
+    assert reparam("report", "model.pt", "-o", "plain.html", "--json").json["totals"]["uncounted"] is None
+
+
 def test_evaluations_saved_zeros_and_warnings(reparam, folder):
     cell = nn.Linear(4, 4)
     model = nn.Sequential(cell, nn.Tanh(), cell, cell, nn.Linear(4, 2))

@@ -75,6 +75,14 @@ def test_starter_spec_validates_and_plans_on_its_model(reparam, folder, job, kin
     assert "# Check it:  reparam plan new.yaml weights.pt --model their_code:make\n" in Path("new.yaml").read_text()
 
 
+def test_next_command_names_the_model_and_its_options(reparam, folder):
+    torch.save({"net": nn.Linear(4, 4).state_dict(), "more": nn.Linear(4, 4).state_dict()}, "weights of mine.pt")
+    (folder / "made.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(4, 4)\n")
+    options = ("--model", "made:make", "--key", "net", "--allow", "made.*")
+    result = reparam("init", "weights of mine.pt", "--for", "prune", "-o", "new.yaml", *options)
+    assert "next: reparam plan new.yaml 'weights of mine.pt' --model made:make --key net --allow 'made.*'" in result.err
+
+
 def test_starter_spec_is_printed_without_an_output(reparam, folder):
     printed = reparam("init", "model.pt", "--for", "prune")
     assert printed.code == 0

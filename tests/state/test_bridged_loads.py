@@ -252,6 +252,20 @@ def test_a_computed_tensor_that_is_not_in_the_state_is_named(rewritten: Callable
     assert new.get_submodule("second").bias.sum() == 4
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_adapter_file_lacks_the_frozen_originals_without_a_warning(nested: bool) -> None:
+    rule = {"name": "adapters", "select": "*.weight", "chain": [{"lora": {"r": 2}}]}
+    source, new = (rewrite(Net(), {"reparam": 1, "trainable": "rewritten", "rules": [rule]}) for _ in range(2))
+    prefix = "inner." if nested else ""
+    state = {prefix + name: value.detach() + 1 for name, value in source.named_parameters() if value.requires_grad}
+    target: nn.Module = nn.ModuleDict({"inner": new}) if nested else new
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.load_state_dict(state, strict=False)
+    part = "first.parametrizations.weight.0.lora_B"
+    torch.testing.assert_close(new.get_parameter(part), source.get_parameter(part) + 1)
+
+
 def test_a_single_precision_state_fills_a_double_precision_model(rewritten: Callable[..., nn.Module]) -> None:
     source, new = Net(), rewritten("weight_norm")
     new.load_state_dict(source.state_dict())
