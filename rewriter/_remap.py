@@ -236,6 +236,8 @@ class _Move:
         self._add(target)
         if isinstance(target, torch.optim.LBFGS):  # its state is of all parameters together
             lost = []
+            if target.state:
+                _warn(target, "starts without history, which is of all parameters together")
             target.state.clear()
             target._params, target._numel_cache = target.param_groups[0]["params"], None
         if lost:

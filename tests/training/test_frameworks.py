@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter import RewriterError, bake, rewrite
+from rewriter.state import get_value
 
 STEPS = 4
 SPEC = {"reparam": 1, "rules": [{"name": "r", "select": "fc.weight", "chain": ["weight_norm"]}]}
@@ -194,3 +195,60 @@ def test_accelerate_with_offloaded_parameters(net: Net, batch: dict[str, Tensor]
 def test_accelerate_cannot_offload_a_graph_and_says_so(net: Net, accelerate: Any) -> None:
     with pytest.raises(RewriterError, match=r"fc\.forward.*capture='module'"):
         accelerate.cpu_offload(rewrite(net, SPEC, capture="graph"), execution_device="cpu")
+
+
+def fit(net: nn.Module, batch: dict[str, Tensor], folder: Path, *callbacks: Any) -> Any:
+    """Train with Lightning, write a checkpoint, and return the trainer."""
+    lightning = pytest.importorskip("lightning")
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, rows: list[Tensor], _: int) -> Tensor:
+            return self.net(*rows)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    rows = torch.utils.data.TensorDataset(*batch.values())
+    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")}
+    trainer = lightning.Trainer(
+        max_epochs=STEPS, accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **quiet
+    )
+    trainer.fit(Task(), torch.utils.data.DataLoader(rows, batch_size=8))
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return trainer
+
+
+LIGHTNING = pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|weights_only|Found keys|litlogger)")
+
+
+@pytest.mark.slow
+@LIGHTNING
+def test_lightning(net: Net, batch: dict[str, Tensor], capture: str, tmp_path: Path) -> None:
+    new, truth = rewrite(net, SPEC, capture=capture), ByHand(net)
+    fit(new, batch, tmp_path)
+    loop(truth, batch, torch.optim.SGD)
+    assert_trained_alike(new, truth)
+    state = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    again = nn.ModuleDict({"net": rewrite(net, SPEC, capture=capture)})
+    again.load_state_dict(state)
+    torch.testing.assert_close(again["net"](**batch), new(**batch), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@LIGHTNING
+@pytest.mark.parametrize("average", ["EMAWeightAveraging", "StochasticWeightAveraging", "WeightAveraging"])
+def test_averages_of_lightning_keep_the_spectral_norm(
+    net: Net, batch: dict[str, Tensor], capture: str, average: str, tmp_path: Path
+) -> None:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    arguments = {"swa_lrs": 0.05, "swa_epoch_start": 1} if average.startswith("S") else {"use_buffers": True}
+    spec = {"reparam": 1, "rules": [{"name": "r", "select": "fc.weight", "chain": ["spectral_norm"]}]}
+    new = rewrite(net, spec, capture=capture)
+    fit(new, batch, tmp_path, getattr(callbacks, average)(**arguments))
+    weight = get_value(new, "fc.weight")
+    assert 0.99 < torch.linalg.matrix_norm(weight, 2) < 1.1
+    torch.testing.assert_close(bake(new).fc.weight.detach(), weight)
