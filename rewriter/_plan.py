@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rewriter._copy import copied
@@ -26,7 +26,7 @@ def plan(
     model: nn.Module | ExportedProgram,
     spec: Any,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     capture: str = "auto",

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from rewriter._attach import attach_sites, keep_parameters
@@ -34,7 +34,7 @@ def rewrite(
     model: ExportedProgram,
     spec: Any,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     capture: str = "auto",
@@ -49,7 +49,7 @@ def rewrite(
     model: nn.Module,
     spec: Any,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     capture: str = "auto",
@@ -63,7 +63,7 @@ def rewrite(
     model: nn.Module | ExportedProgram,
     spec: Any,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     capture: str = "auto",
@@ -87,8 +87,8 @@ def rewrite(
         model: any module, a GraphModule, or an ExportedProgram, which gives an ExportedProgram.
         spec: a `Spec`, anything `load_spec` takes, or a `Plan`. A plan for another model, or for this one before it
             changed, is made again; it is refused if it would have other sites or chains.
-        example_inputs: arguments of a call. A captured graph is compared with the model on them, and not used where
-            it differs; ``capture="export"`` needs them.
+        example_inputs: arguments of a call, or its only argument. A captured graph is compared with the model on them,
+            and not used where it differs; ``capture="export"`` needs them.
         example_kwargs: keyword arguments of that call.
         dynamic_shapes: for ``capture="export"``, which sizes vary, as for `torch.export.export`.
         capture: ``"auto"`` traces the model and falls back to keeping its class where it cannot be traced;

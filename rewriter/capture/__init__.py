@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rewriter.capture._capture import Capture, capture, is_torch_leaf
-from rewriter.capture._examples import Call, call_for, difference
+from rewriter.capture._examples import Call, call_for, difference, given_call
 from rewriter.capture._export import export_capture
 from rewriter.capture._leaves import LeafCall, Own, bind_call, has_hooks, leaf_call, opens_up, reads_every_site
 
@@ -17,6 +17,7 @@ __all__ = [
     "capture",
     "difference",
     "export_capture",
+    "given_call",
     "has_hooks",
     "is_torch_leaf",
     "leaf_call",

@@ -38,7 +38,7 @@ class Call:
 def call_for(
     model: nn.Module | ExportedProgram,
     capture: str,
-    example_inputs: Sequence[Any] | None,
+    example_inputs: Tensor | Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
     dynamic_shapes: Any,
 ) -> Call | None:
@@ -49,8 +49,7 @@ def call_for(
     """
     if capture not in ("auto", "graph", "module", "export"):
         raise CaptureError(f"capture is 'auto', 'graph', 'module' or 'export', not {capture!r}")
-    given = example_inputs is not None or example_kwargs is not None
-    call = _call_of(example_inputs, example_kwargs, dynamic_shapes) if given else None
+    call = given_call(example_inputs, example_kwargs, dynamic_shapes)
     if isinstance(model, ExportedProgram):
         if capture not in ("auto", "export"):
             raise CaptureError(f"an ExportedProgram is a captured graph already: capture is 'auto', not {capture!r}")
@@ -61,15 +60,23 @@ def call_for(
     return call
 
 
-def _call_of(args: Any, kwargs: Any, dynamic_shapes: Any) -> Call:
-    if not isinstance(args, (tuple, list, type(None))):
+def given_call(args: Any, kwargs: Any, dynamic_shapes: Any = None) -> Call | None:
+    """Return the call that `example_inputs` and `example_kwargs` mean; a tensor is the only argument.
+
+    Raises:
+        CaptureError: they are of another form.
+    """
+    if args is None and kwargs is None:
+        return None
+    if not isinstance(args, (Tensor, tuple, list, type(None))):
         raise CaptureError(
-            f"example_inputs is the tuple of the forward's positional arguments, not {kind_of(args)}: "
-            "for one argument write (x,)"
+            f"example_inputs is a tensor, or the tuple of the forward's positional arguments, not {kind_of(args)}; "
+            "arguments by name are example_kwargs={…}"
         )
     if not isinstance(kwargs, (Mapping, type(None))):
         raise CaptureError(f"example_kwargs maps names of arguments to their values; it is {kind_of(kwargs)}")
-    return Call(tuple(args or ()), dict(kwargs or {}), dynamic_shapes)
+    args = (args,) if isinstance(args, Tensor) else tuple(args or ())
+    return Call(args, dict(kwargs or {}), dynamic_shapes)
 
 
 def difference(model: nn.Module, graph: fx.Graph, call: Call, *, training: bool = False) -> str:

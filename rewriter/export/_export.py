@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from rewriter._given import check_model, kind_of
-from rewriter.capture import Call
+from rewriter._given import check_model
+from rewriter.capture import Call, given_call
 from rewriter.errors import CaptureError, ModelFileError, RewriterError
 from rewriter.export._dynamic import checked_shapes
 from rewriter.export._formats import FORMATS, Format, check_name, format_of
@@ -127,16 +127,11 @@ def export_model(
 def _call(
     model: nn.Module | ExportedProgram, format: str, args: Any, kwargs: Mapping[str, Any] | None, shapes: Any
 ) -> Call | None:
-    if args is None and kwargs is None:
+    call = given_call(args, kwargs)
+    if call is None:
         if shapes is not None or (format in _CAPTURED and isinstance(model, nn.Module)):
             raise CaptureError(f"the format {format} needs example inputs: example_inputs=(…,)")
         return None
-    if not isinstance(args, (Tensor, tuple, list, type(None))):
-        raise CaptureError(
-            f"example_inputs is the tuple of the forward's positional arguments, not {kind_of(args)}; "
-            "arguments by name are example_kwargs={…}"
-        )
-    call = Call((args,) if isinstance(args, Tensor) else tuple(args or ()), dict(kwargs or {}))
     if shapes is None:
         return call
     if format not in _CAPTURED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +153,9 @@ def _records(program: Any) -> tuple[dict[str, ProgramSite], dict[str, ProgramSit
     nodes = {node.name: node for node in program.graph.nodes}
     lost = {site.name: site for site in stored_records(program.graph.owning_module)}
     carriers: dict[str, list[fx.Node]] = {}
+    parts: dict[str | None, set[fx.Node]] = defaultdict(set)
     for node in nodes.values():
+        parts[_name_of(node)].add(node)
         if "site" in note(node):
             carriers.setdefault(site_at(node).name, []).append(node)
     found: dict[str, ProgramSite] = {}
@@ -160,10 +163,17 @@ def _records(program: Any) -> tuple[dict[str, ProgramSite], dict[str, ProgramSit
         site = site_at(node)
         values = [member.value for member in site.members]
         holds = not others and values[0] == node.name and all(value in nodes and note(nodes[value]) for value in values)
+        inside = parts[name]
+        holds = holds and {node.name for node in inside if _read_outside(node, inside)} <= set(values)
         read = [nodes.get(name) for name in site.inputs]
         holds = holds and all(one is not None and (one.op == "placeholder" or "site" in note(one)) for one in read)
         (found if holds else lost)[name] = site
     return found, lost
+
+
+def _read_outside(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether an operation outside of a chain reads a node; a program returns the buffers that it writes to."""
+    return any(user not in inside and user.op != "output" for user in node.users)
 
 
 def _chains(program: Any, known: dict[str, ProgramSite]) -> Iterator[_Chain]:

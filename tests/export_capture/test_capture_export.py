@@ -235,9 +235,12 @@ def test_what_torch_export_cannot_do_names_the_line_and_another_way():
         rewriter.rewrite(Choosing(), FC, capture="export", example_inputs=(torch.randn(2, 4),))
 
 
-def test_example_inputs_are_a_tuple():
-    for verb in (rewriter.rewrite, rewriter.plan):
-        with pytest.raises(CaptureError, match=r"not a Tensor: for one argument write \(x,\)"):
-            verb(Branching(), FC, example_inputs=torch.randn(2, 4))
+@pytest.mark.parametrize("verb", [rewriter.rewrite, rewriter.plan])
+def test_example_inputs_are_a_tuple_or_the_only_argument(verb):
+    x = torch.randn(2, 4)
+    bare, packed = (verb(Branching(), FC, capture="export", example_inputs=given) for given in (x, (x,)))
+    assert str(getattr(bare, "graph", bare)) == str(getattr(packed, "graph", packed))
+    with pytest.raises(CaptureError, match=r"not a dict; arguments by name are example_kwargs"):
+        verb(Branching(), FC, example_inputs={"x": x})
     with pytest.raises(CaptureError, match="example_kwargs maps names"):
-        rewriter.rewrite(Branching(), FC, example_kwargs=[1])
+        verb(Branching(), FC, example_kwargs=[1])

@@ -110,6 +110,27 @@ def test_a_program_in_train_mode_is_refused_by_name(then):
         rewriter.bake(then(torch.export.export(model, (X,))))
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, weight, bias):
+        if self.training:
+            self.calls.add_(1)
+        return 2 * weight, bias + 1
+
+
+def test_a_decomposed_joint_site_in_train_mode_is_refused_by_name():
+    rule = {"name": "j", "joint": ["weight", "bias"], "select": {"path": "0"}, "chain": [Counting()], "init": "raw"}
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    program = rewriter.rewrite(torch.export.export(model, (X,)), {"reparam": 1, "rules": [rule]})
+    assert {"0.weight", "0.bias"} <= set(rewriter.bake(program).state_dict)
+    message = r"0\.weight .*writes to 0\.parametrizations\.weight\.0\.calls\. Use bake on the model"
+    with pytest.raises(PlanError, match=message):
+        rewriter.bake(program.run_decompositions())
+
+
 def test_a_chain_that_runs_at_each_use_is_refused_by_name():
     class Twice(nn.Module):
         def __init__(self):
