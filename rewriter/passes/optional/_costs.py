@@ -31,28 +31,33 @@ from torch import Tensor, nn
 _LARGEST = {
     ("cpu", "householder"): 256 * 256,
     ("cpu", "cayley"): 256 * 256,
+    ("cpu", "spectral_norm"): 256 * 256,
+    ("cpu", "weight_norm"): 256 * 256,
+    # They are evaluated together on CPUs only.
+    ("", "spectral_norm"): 0,
+    ("", "weight_norm"): 0,
     ("cpu", ""): 128 * 128,
     # Not measured: on an accelerator small chains wait for their launches, whatever the map.
     ("", ""): 256 * 256,
 }
 """(device, map) → the most elements of one tensor with which a batch pays; an empty string stands for all others."""
 
-_FEWEST = 4
+FEWEST = 4
+"""The fewest sites that are evaluated together."""
 
 
-def pays(count: int, stored: Tensor, steps: Sequence[nn.Module]) -> bool:
-    """Return whether `count` sites like this one are faster together.
+def small(stored: Sequence[Tensor], steps: Sequence[nn.Module]) -> bool:
+    """Return whether sites like this one are faster together.
 
     Arguments:
-        count: how many sites there are.
-        stored: the stored tensor of one.
+        stored: the stored tensors of one.
         steps: its chain.
     """
-    device = stored.device.type
-    maps = [str(getattr(step, "map", "")) for step in steps] or [""]
-    elements = stored.numel()
-    return count >= _FEWEST and all(elements <= _largest(device, name) for name in maps)
+    device = stored[0].device.type
+    names = [str(getattr(step, "map", "") or getattr(step, "name", "")) for step in steps] or [""]
+    elements = max(tensor.numel() for tensor in stored)
+    return all(elements <= _largest(device, name) for name in names)
 
 
 def _largest(device: str, name: str) -> int:
-    return next(_LARGEST[key] for key in ((device, name), (device, ""), ("", "")) if key in _LARGEST)
+    return next(_LARGEST[key] for key in ((device, name), ("", name), (device, ""), ("", "")) if key in _LARGEST)
