@@ -17,6 +17,10 @@ matrix_exp   48       0.44        0.75
 elementwise  12       0.77        0.85        1.01
 ===========  =======  ==========  ==========  ==========
 
+Spectral norm and weight norm of any shapes are one node of the autograd graph, with inputs in batches of 32 or small
+images: 0.69 and 0.83 for twelve layers of 64 × 64, 0.87 and 0.96 for 256 × 256, 0.84 for a vocoder of 76 small
+convolutions and 0.94 for a TCN with weight norm.
+
 Four layers gain 12 to 28 percent at 64 × 64 and 128 × 128, and two gain nothing to speak of.
 A batch of exponentials is scaled for the largest of its matrices, which can cost the others what the batch gains; and
 where the gain is small, evaluating each tensor where it is used is kinder to the cache than all of them at once.
