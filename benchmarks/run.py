@@ -1,8 +1,9 @@
 """Run the benchmarks and write their tables: ``python benchmarks/run.py``.
 
 A full run is done with one thread for each operator, then with as many as there are cores, and on a GPU if the machine
-has one. No timing takes much longer than ten seconds, if seven rounds do not. It writes benchmarks/report.json and docs/benchmarks.md. With
-``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are printed, and written where ``--out`` says.
+has one. No timing takes much longer than ten seconds, if seven rounds do not. It writes benchmarks/report.json and
+docs/benchmarks.md. With ``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are printed, and written
+where ``--out`` says.
 """
 
 from __future__ import annotations

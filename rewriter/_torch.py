@@ -118,7 +118,7 @@ foreach_divide: Any = torch._foreach_div_
 foreach_norm: Any = torch._foreach_norm
 foreach_over: Any = torch._foreach_div
 foreach_times: Any = torch._foreach_mul
-"""The functions of torch's optimizers for lists of tensors: one call from Python for all. tests/passes/test_together.py"""
+"""What torch's optimizers call for lists of tensors: one call from Python for all. tests/passes/test_together.py"""
 
 _DEVICES = ("cpu", "cuda")
 
