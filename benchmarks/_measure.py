@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 Run = Callable[..., Any]
 
+_FEWEST = 7
+"""The fewest rounds, where more are wanted."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of mallopt
 
 
@@ -78,25 +80,30 @@ def interleaved(
     prepare: Callable[[], Any] | None = None,
     warm_up: int = 2,
     shortest: float = 0.01,
+    longest: float = 10.0,
     collecting: bool = False,
 ) -> Timings:
     """Time every contender once per round, in a random order for each round.
 
     Arguments:
         contenders: name → function to time.
-        rounds: how many samples each contender gives.
+        rounds: how many samples each contender gives at most.
         device: where they run; each sample waits until an accelerator is idle.
         prepare: makes the argument of each call, outside the time; without it contenders have no argument.
         warm_up: rounds that do not count.
         shortest: seconds. A faster contender is called several times per sample, so that a sample lasts about this
             long. Contenders up to ten times slower get one call before each sample that does not count, since the
             contender before it filled the processor's caches; training and serving call one model repeatedly.
+        longest: seconds after which no round begins, once there are seven: a full run has to end.
         collecting: leave Python's garbage collector on, for work that includes it.
     """
     names, order = list(contenders), random.Random(0)
     repeats, settling = dict.fromkeys(names, 1), dict.fromkeys(names, False)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
     for index in range(-warm_up, rounds):
+        if index >= _FEWEST and time.perf_counter() - begin > longest:
+            break
         order.shuffle(names)
         gc.collect()
         for name in names:

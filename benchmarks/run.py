@@ -1,9 +1,10 @@
 """Run the benchmarks and write their tables: ``python benchmarks/run.py``.
 
-A full run takes a quarter of an hour on two cores, first with one thread for each operator and then with as many as
-there are cores, and on a GPU if the machine has one. It writes benchmarks/report.json, docs/benchmarks.md and the table
-of README.md. With ``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are printed, and written where
-``--out`` says. ``--readme`` measures nothing: it writes the table of README.md from benchmarks/report.json.
+A full run is done with one thread for each operator, then with as many as there are cores, and on a GPU if the machine
+has one. No timing takes much longer than ten seconds, if seven rounds do not. It writes benchmarks/report.json,
+docs/benchmarks.md and the table of README.md. With ``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are
+printed, and written where ``--out`` says. ``--readme`` measures nothing: it writes the table of README.md from
+benchmarks/report.json.
 """
 
 from __future__ import annotations

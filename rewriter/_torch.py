@@ -50,6 +50,11 @@ __all__ = [
     "current_backward",
     "detect_fake_mode",
     "dispatch_modes",
+    "foreach_copy",
+    "foreach_divide",
+    "foreach_norm",
+    "foreach_over",
+    "foreach_times",
     "forward_ad",
     "function_modes",
     "functorch_interpreter",
@@ -63,6 +68,7 @@ __all__ = [
     "set_grad_enabled",
     "tensor_functions",
     "tracing_state",
+    "weight_norm_backward",
     "weight_norm_with_norm",
     "when_backward_ends",
     "will_execute",
@@ -105,6 +111,16 @@ operator_names: Any = torch._C._dispatch_get_all_op_names
 
 weight_norm_with_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch._weight_norm_interface
 """`torch._weight_norm` that returns the norm, too: one pass over the weight."""
+weight_norm_backward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = (
+    torch.ops.aten._weight_norm_interface_backward.default
+)
+"""Its derivative. tests/parametrizations/test_norms.py"""
+foreach_copy: Any = torch._foreach_copy_
+foreach_divide: Any = torch._foreach_div_
+foreach_norm: Any = torch._foreach_norm
+foreach_over: Any = torch._foreach_div
+foreach_times: Any = torch._foreach_mul
+"""What torch's optimizers call for lists of tensors: one call from Python for all. tests/passes/test_together.py"""
 
 _DEVICES = ("cpu", "cuda")
 

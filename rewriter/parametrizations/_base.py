@@ -57,6 +57,10 @@ class Parametrization(WideBuffers):
         guarantee, cost, reference: text for `reparam catalog`.
         takes: what the weight must be, words of `REQUIREMENTS`.
         batched: forward and right inverse act on a stack of tensors as on each of them.
+        together: a class method that takes several such steps and the stored tensors of each, of any shapes, and
+            returns a function, or ``None``. As long as none of these objects and settings changes, the function
+            returns the value of each in one call, or ``None``, and then nothing has changed. It is asked for chains
+            of one step, and not for subclasses, which may have another forward.
         stateful: forward changes buffers in train mode.
         random: forward draws random numbers in train mode.
         freezes_original: the original is not trained.

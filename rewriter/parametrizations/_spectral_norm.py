@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,7 +12,7 @@ from rewriter.errors import RewriterError
 from rewriter.parametrizations._base import Parametrization
 from rewriter.parametrizations.maths._eager import at_hand, overwrite
 from rewriter.parametrizations.maths._precision import widen
-from rewriter.parametrizations.maths._unit_norm import as_matrix, over_norm
+from rewriter.parametrizations.maths._unit_norm import All, as_matrix, dividing_all, over_norm
 
 
 class SpectralNorm(Parametrization, name="spectral_norm"):
@@ -95,6 +97,15 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
 
     def _in_one_node(self, X: Tensor) -> Tensor | None:
         return over_norm(X, self.outputs, self._u, self._v, self.n_power_iterations, self.eps)
+
+    @classmethod
+    def together(cls, steps: Sequence[SpectralNorm], stored: Sequence[Sequence[Tensor]]) -> All | None:
+        (iterations, *others) = {step.n_power_iterations for step in steps}
+        if others or not all(step.training for step in steps):
+            return None
+        us, vs = [step._u for step in steps], [step._v for step in steps]
+        outputs, eps = [step.outputs for step in steps], [step.eps for step in steps]
+        return dividing_all([X for (X,) in stored], outputs, us, vs, iterations, eps)
 
     def _divided(self, W: Tensor, sigma: Tensor) -> Tensor:
         return W / torch.where(sigma.abs() <= self.eps, torch.ones_like(sigma), sigma)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._base import Parametrization
 from rewriter.parametrizations.maths._precision import widen
-from rewriter.parametrizations.maths._unit_slices import scaled_slices
+from rewriter.parametrizations.maths._unit_slices import All, scaled_slices, scaling_all
 
 
 class WeightNorm(Parametrization, name="weight_norm"):
@@ -50,6 +52,11 @@ class WeightNorm(Parametrization, name="weight_norm"):
             G, V = widen(g), widen(v)
             value = None if V is v else scaled_slices(G, V, self.dim)
             return (self._value(G, V) if value is None else value).to(v.dtype)
+
+    @classmethod
+    def together(cls, steps: Sequence[WeightNorm], stored: Sequence[Sequence[Tensor]]) -> All | None:
+        gs, vs = zip(*stored, strict=True)
+        return scaling_all(gs, vs, [step.dim for step in steps])
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return g, the norms of the slices, and v, the tensor itself (ones in slices that are zero)."""

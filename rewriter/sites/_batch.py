@@ -1,21 +1,24 @@
-"""Equal chains over equal shapes, evaluated in one batched call."""
+"""Equal chains over equal shapes, or equal steps over any shapes, evaluated in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rewriter.context._checkpoint import may_run_again
 from rewriter.context._fingerprint import COMPARED, Fingerprint, settings_of, transformed
-from rewriter.context._tracers import autocast_anywhere
+from rewriter.context._tracers import autocast_anywhere, ordinary
 from rewriter.sites._reference import Reference
 from rewriter.sites._site import Site
 from rewriter.sites._spec import SiteSpec
 
 _FORMS = "_forms"
-Batch = tuple[Tensor, ...]
+Batch = Sequence[Tensor]
+Run = Callable[[], Batch | None]
 _SIMPLE = frozenset({bool, int, float, str})
 
 
@@ -26,10 +29,12 @@ class BatchedEvaluation(nn.Module):
     at the moment it gives nothing, and each of them is evaluated by itself: in a replica, under torch.compile (which
     fuses in its own way), while a site is frozen or cached, and after one of them was moved or changed.
 
-    A member that no gradient reaches gets a gradient of zeros, where alone it would get none.
+    A member that no gradient reaches gets a gradient of zeros, where alone it would get none; with steps that are
+    evaluated `together` it gets none.
 
     Arguments:
-        sites: sites with equal chains over equal shapes, of steps that broadcast over leading dimensions.
+        sites: sites with equal chains over equal shapes, of steps that broadcast over leading dimensions, or with one
+            step each, of a class that evaluates them `together`.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -47,22 +52,26 @@ class BatchedEvaluation(nn.Module):
         if torch.compiler.is_compiling() or self.__dict__.get("_is_replica"):
             return None
         sites = self.sites
-        if any(site.policy.busy for site in sites) or not self._alike(sites):
+        if any(site.policy.busy for site in sites):
             return None
-        return evaluate_together(sites)
+        # A checkpointed region, or a backward that runs it again, notes the state of each site.
+        if joint(sites[0]) and not (ordinary() and not (sites[0].training and may_run_again())):
+            return None
+        run = self._run(sites)
+        return None if run is None else run()
 
-    def _alike(self, sites: Sequence[Site]) -> bool:
-        """As `alike`, looking closely only where something is not as it was when it last looked."""
-        known: Fingerprint | None = self.__dict__.get(_FORMS)
-        if known is not None and known.same_forms():
-            return True
+    def _run(self, sites: Sequence[Site]) -> Run | None:
+        """Return what evaluates the sites, the same as long as nothing about them changes."""
+        known: tuple[Fingerprint, Run | None] | None = self.__dict__.get(_FORMS)
+        if known is not None and known[0].same_forms():
+            return known[1]
+        run = running(sites)
         steps = [step for site in sites for step in site.steps]
-        originals = [site.originals[0] for site in sites]
-        same = alike(sites)
+        originals = [original for site in sites for original in site.originals]
         # A tensor that was put in for one call is not referred to beyond it.
-        lasting = same and not transformed() and all(tensor.is_leaf for tensor in originals)
-        self.__dict__[_FORMS] = Fingerprint(steps, originals, content=False, owners=sites) if lasting else None
-        return same
+        lasting = run is not None and not transformed() and all(tensor.is_leaf for tensor in originals)
+        self.__dict__[_FORMS] = (Fingerprint(steps, originals, content=False, owners=sites), run) if lasting else None
+        return run
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != _FORMS}
@@ -76,15 +85,35 @@ class BatchedEvaluation(nn.Module):
         return ", ".join(site.spec.name for site in self.sites)
 
 
+def joint(site: Site) -> bool:
+    """Whether the site's one step is of a class that evaluates several of them `together`."""
+    steps = site.steps
+    return len(steps) == 1 and site.spec.simple and "together" in vars(type(steps[0]))
+
+
+def running(sites: Sequence[Site]) -> Run | None:
+    """Return what evaluates the sites together, if they are alike now."""
+    if not alike(sites):
+        return None
+    if not joint(sites[0]):
+        return partial(evaluate_together, sites)
+    steps: list[Any] = [site.steps[0] for site in sites]
+    return type(steps[0]).together(steps, [site.originals for site in sites])  # type: ignore[no-any-return]
+
+
 def alike(sites: Sequence[Site]) -> bool:
-    """Whether the sites differ in nothing but the numbers in their tensors."""
+    """Whether the sites differ in nothing but the numbers in their tensors, or the shapes where they are `joint`."""
     first, *others = map(likeness, sites)
     return all(other == first for other in others)
 
 
 def likeness(site: Site) -> Hashable:
     """Return what is equal for sites that are `alike`, as long as nothing about them changes."""
-    return (site.spec.layout, _form(site.originals[0]), *map(likeness_of_step, site.steps))
+    if not joint(site):
+        return (site.spec.layout, _form(site.originals[0]), *map(likeness_of_step, site.steps))
+    (step,), first = site.steps, site.originals[0]
+    hooked = step._forward_hooks or step._forward_pre_hooks or "forward" in step.__dict__
+    return object() if hooked else (type(step), step.training, first.dtype, first.device)
 
 
 def evaluate_together(sites: Sequence[Site]) -> Batch:

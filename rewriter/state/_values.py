@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rewriter._bake import _chosen, _present
-from rewriter._given import check_model, is_distributed, is_managed
 from rewriter._fsdp import reshard
+from rewriter._given import check_model, is_distributed, is_managed
 from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey

@@ -116,7 +116,11 @@ def test_what_breaks_on_the_way_leaves_the_model_as_it_was(
     [
         ({}, "module", "it takes a graph of the model, which is captured as module"),
         ({"select": "first.weight"}, "auto", "no two tensors with equal chains over equal shapes"),
-        ({"chain": ["spectral_norm"]}, "auto", "spectral_norm advances a state or draws random numbers"),
+        (
+            {"chain": ["spectral_norm", {"scale": {"factor": 2}}]},
+            "auto",
+            "spectral_norm advances a state or draws random numbers",
+        ),
         ({"cache": "version"}, "auto", "`cache: version` decides for each tensor"),
         ({"memory": "recompute"}, "auto", "`memory: recompute` evaluates each tensor again"),
     ],

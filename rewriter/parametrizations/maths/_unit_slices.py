@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewriter._torch import weight_norm_with_norm
-from rewriter.parametrizations.maths._eager import executed_now
+from rewriter._torch import weight_norm_backward, weight_norm_with_norm
+from rewriter.parametrizations.maths._eager import applied, executed_now
 
 _KINDS = frozenset({Tensor, nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float64})
+All = Callable[[], Sequence[Tensor] | None]
 
 
 def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
@@ -57,17 +59,71 @@ def _corrected(
     g: Tensor, v: Tensor, dim: int, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None] | None:
     """Return differentiable gradients, if they are to be: torch takes the norms in them for constants."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or outputs[0] is None:
         return None
-    gradient = outputs[0]
-    if gradient is None:
-        return None
-    norm = _norm(v, dim)
-    along = (gradient * v).sum([index for index in range(v.dim()) if index != dim], keepdim=True) / norm
-    exact = ((g / norm) * (gradient - v * (along / norm)), along)
+    exact = _differentiable(outputs[0], v, g, _norm(v, dim), dim)
     return tuple(None if given is None else new for given, new in zip(gradients, exact, strict=True))
+
+
+def _differentiable(gradient: Tensor, v: Tensor, g: Tensor, norm: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    along = (gradient * v).sum([index for index in range(v.dim()) if index != dim], keepdim=True) / norm
+    return (g / norm) * (gradient - v * (along / norm)), along
 
 
 def _norm(v: Tensor, dim: int) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(v, dim=[index for index in range(v.dim()) if index != dim], keepdim=True)
     return norm
+
+
+def scaling_all(gs: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int | None]) -> All | None:
+    """Return a function that gives `scaled_slices` of several tensors, from one node of the graph.
+
+    It gives None if a slice is zero. Where the kernels lack one of the tensors there is no function.
+
+    Arguments:
+        gs: the norms of each.
+        vs: the tensors.
+        dims: the dimension of the slices of each.
+    """
+    for g, v, dim in zip(gs, vs, dims, strict=True):
+        if type(v) not in _KINDS or type(g) not in _KINDS or v.dtype is not g.dtype or v.dtype not in _DTYPES:
+            return None
+        if dim != 0 or v.ndim < 2 or not (v.is_cpu and v.is_contiguous() and g.is_contiguous()):
+            return None
+        if 0 in v.shape or g.ndim != v.ndim or not g.numel() == g.size(0) == v.size(0):
+            return None
+    return partial(applied(_Scaled), len(vs), len({v.ndim for v in vs}) == 1, *gs, *vs)
+
+
+class _Scaled(torch.autograd.Function):
+    """Tensors with given norms in their slices along the first dimension; None if a slice is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, one_rank: bool, *tensors: Tensor) -> Sequence[Tensor] | None:
+        gs, vs = tensors[:count], tensors[count:]
+        values, norms = zip(*map(weight_norm_with_norm, vs, gs), strict=True)
+        if torch.cat(norms if one_rank else [norm.view(-1) for norm in norms]).min().item() == 0:
+            return None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *norms)
+        needed = ctx.needs_input_grad[2:]
+        if not all(needed):
+            pairs = zip(values, needed, needed[count:], strict=False)
+            ctx.mark_non_differentiable(*(value for value, *either in pairs if not any(either)))
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        count, saved, again = len(gradients), ctx.saved_tensors, torch.is_grad_enabled()
+        found: list[Tensor | None] = [None] * (2 + 2 * count)
+        for index, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            g, v, norm = saved[index::count]
+            pair = (
+                _differentiable(gradient, v, g, _norm(v, 0), 0)
+                if again
+                else weight_norm_backward(gradient.contiguous(), v, g, norm, 0)
+            )
+            found[2 + count + index], found[2 + index] = pair
+        return tuple(found)

@@ -1,4 +1,4 @@
-"""batch: equal chains over equal shapes are evaluated in one call, where that is measured to pay."""
+"""batch: equal chains over equal shapes, or steps of classes that can, are evaluated in one call where it pays."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rewriter.context._fingerprint import declares
 from rewriter.context._random import nothing_drawn
 from rewriter.context._replay import buffer_marks, buffers_changed
 from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of
-from rewriter.passes.optional._costs import pays
+from rewriter.passes.optional._costs import FEWEST, small
 from rewriter.sites import Site
-from rewriter.sites._batch import BatchedEvaluation, evaluate_together, likeness, stacked
+from rewriter.sites._batch import BatchedEvaluation, evaluate_together, joint, likeness, stacked
 from rewriter.sites._places import BATCHES
 
 PROBES = 8
@@ -27,7 +27,7 @@ def batch_evaluations(lowering: Lowering) -> bool:
     """Give the evaluations of every group of equal sites one node that does their work."""
     evaluations = evaluations_of(lowering).items()
     nodes = {site: found[0] for site, found in evaluations if len(found) == 1}
-    groups = groups_to_batch(sorted(nodes, key=nodes.__getitem__))
+    groups = groups_to_batch(filter(_small, sorted(nodes, key=nodes.__getitem__)))
     chosen = [group for group in groups if _wanted(group) and _equal(group)]
     if chosen:
         lowering.root.add_module(BATCHES, nn.ModuleList(map(BatchedEvaluation, chosen)))
@@ -53,6 +53,8 @@ def why_alone(site: Site) -> str:
         return f"`cache: {record.cache}` decides for each tensor when it is evaluated"
     if record.memory != "keep":
         return f"`memory: {record.memory}` evaluates each tensor again by itself"
+    if joint(site):
+        return ""
     if len(record.members) > 1 or len(site.original_names) > 1:
         return "the chain is no function of one stored tensor"
     if record.reads:
@@ -75,9 +77,12 @@ def groups_to_batch(sites: Iterable[Site]) -> list[list[Site]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def _small(site: Site) -> bool:
+    return site.spec.batch == "always" or small(site.originals, site.steps)
+
+
 def _wanted(group: Sequence[Site]) -> bool:
-    first = group[0]
-    return first.spec.batch == "always" or pays(len(group), first.originals[0], first.steps)
+    return group[0].spec.batch == "always" or len(group) >= FEWEST
 
 
 def _equal(group: Sequence[Site]) -> bool:
@@ -94,6 +99,8 @@ def _equal(group: Sequence[Site]) -> bool:
 
 def why_not_equal(group: Sequence[Site]) -> str:
     """Return in which way a batch of the sites does not give what each of them gives; nothing where it does."""
+    if joint(group[0]):
+        return ""  # the shapes differ, and what is evaluated together at each forward is a matter of the class
     try:
         with torch.no_grad(), nothing_drawn(group[0].originals):
             return _difference(group)
@@ -132,7 +139,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _batched(sites: Sequence[Site]) -> Tensor:
-    return torch.stack(evaluate_together(sites))
+    return torch.stack([*evaluate_together(sites)])
 
 
 def _alone(site: Site) -> Tensor:

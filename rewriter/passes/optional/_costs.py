@@ -17,6 +17,10 @@ matrix_exp   48       0.44        0.75
 elementwise  12       0.77        0.85        1.01
 ===========  =======  ==========  ==========  ==========
 
+Spectral norm and weight norm of any shapes are one node of the autograd graph, with inputs in batches of 32 or small
+images: 0.69 and 0.83 for twelve layers of 64 × 64, 0.87 and 0.96 for 256 × 256, 0.84 for a vocoder of 76 small
+convolutions and 0.94 for a TCN with weight norm.
+
 Four layers gain 12 to 28 percent at 64 × 64 and 128 × 128, and two gain nothing to speak of.
 A batch of exponentials is scaled for the largest of its matrices, which can cost the others what the batch gains; and
 where the gain is small, evaluating each tensor where it is used is kinder to the cache than all of them at once.
@@ -31,28 +35,33 @@ from torch import Tensor, nn
 _LARGEST = {
     ("cpu", "householder"): 256 * 256,
     ("cpu", "cayley"): 256 * 256,
+    ("cpu", "spectral_norm"): 256 * 256,
+    ("cpu", "weight_norm"): 256 * 256,
+    # They are evaluated together on CPUs only.
+    ("", "spectral_norm"): 0,
+    ("", "weight_norm"): 0,
     ("cpu", ""): 128 * 128,
     # Not measured: on an accelerator small chains wait for their launches, whatever the map.
     ("", ""): 256 * 256,
 }
 """(device, map) → the most elements of one tensor with which a batch pays; an empty string stands for all others."""
 
-_FEWEST = 4
+FEWEST = 4
+"""The fewest sites that are evaluated together."""
 
 
-def pays(count: int, stored: Tensor, steps: Sequence[nn.Module]) -> bool:
-    """Return whether `count` sites like this one are faster together.
+def small(stored: Sequence[Tensor], steps: Sequence[nn.Module]) -> bool:
+    """Return whether sites like this one are faster together.
 
     Arguments:
-        count: how many sites there are.
-        stored: the stored tensor of one.
+        stored: the stored tensors of one.
         steps: its chain.
     """
-    device = stored.device.type
-    maps = [str(getattr(step, "map", "")) for step in steps] or [""]
-    elements = stored.numel()
-    return count >= _FEWEST and all(elements <= _largest(device, name) for name in maps)
+    device = stored[0].device.type
+    names = [str(getattr(step, "map", "") or getattr(step, "name", "")) for step in steps] or [""]
+    elements = max(tensor.numel() for tensor in stored)
+    return all(elements <= _largest(device, name) for name in names)
 
 
 def _largest(device: str, name: str) -> int:
-    return next(_LARGEST[key] for key in ((device, name), (device, ""), ("", "")) if key in _LARGEST)
+    return next(_LARGEST[key] for key in ((device, name), ("", name), (device, ""), ("", "")) if key in _LARGEST)
