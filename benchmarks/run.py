@@ -2,8 +2,8 @@
 
 A full run is done with one thread for each operator, then with as many as there are cores, and on a GPU if the machine
 has one. No timing takes much longer than ten seconds, if seven rounds do not. It writes benchmarks/report.json,
-docs/benchmarks.md and the table of README.md. With ``--quick``, ``--only``, ``--device`` or ``--threads`` the tables are
-printed, and written where ``--out`` says. ``--readme`` measures nothing: it writes the table of README.md from
+docs/benchmarks.md and the table of README.md. With ``--quick``, ``--only``, ``--device`` or ``--threads`` the tables
+are printed, and written where ``--out`` says. ``--readme`` measures nothing: it writes the table of README.md from
 benchmarks/report.json.
 """
 
