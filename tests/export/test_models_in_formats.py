@@ -85,7 +85,7 @@ MODELS = {
     "gpt2": (_gpt2, "**.c_attn.weight", "spectral_norm", TEXT),
     "vit": (
         lambda: _transformer("ViTModel", image_size=8, patch_size=4, **SMALL),
-        "**.intermediate.dense.weight",
+        "pooler.dense.weight",
         "spectral_norm",
         {"pixel_values": torch.randn(2, 3, 8, 8, generator=GENERATOR)},
     ),
