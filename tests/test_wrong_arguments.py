@@ -22,10 +22,6 @@ MISTAKES: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
         'write {"module": "torch.nn.modules.linear.Linear"}',
     ),
     "spec and model swapped": (lambda model: rewriter.rewrite(SPEC, model), "not a dict"),
-    "tensor instead of inputs": (
-        lambda model: rewriter.rewrite(model, SPEC, example_inputs=torch.ones(1, 4)),  # type: ignore[arg-type]
-        r"for one argument write (x,)",
-    ),
     "module as a factory": (
         lambda model: rewriter.io.load_model("weights.pt", model=model),  # type: ignore[arg-type]
         "model=lambda: net",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,7 +72,7 @@ def apply(
         raise RewriterError("a model is written to a file, not to stdout: -o OUT")
     examples = example.read()
     read = spec_options.read(spec)
-    if output.exists() and spec.exists() and output.samefile(spec):
+    if os.path.exists(output) and spec.exists() and output.samefile(spec):
         raise RewriterError(f"{output} is the spec itself; choose another name for the model")
     check_writable(output, force)
     loaded = model_options.read_for(read, model_file, capture)

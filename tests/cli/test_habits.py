@@ -24,7 +24,7 @@ COMMANDS = sorted(command.name or command.callback.__name__ for command in app.r
 def rewritten(reparam, folder):
     assert reparam("apply", "spec.yaml", "model.pt", "-o", "rewritten.pt").code == 0
     assert reparam("bake", "rewritten.pt", "-o", "plain.pt").code == 0
-    for name in ("FOLDER", "BASE"):
+    for name in ("FOLDER", "OTHER", "BASE", "REWRITTEN", "BAKED"):
         (folder / name).mkdir()
         save_file({"0.weight": torch.ones(4, 4)}, folder / name / "model.safetensors")
     for name in ("ADAPTER", "one", "two"):

@@ -204,7 +204,7 @@ def test_names_from_a_file_are_escaped(path):
     path.write_bytes(replaced(content, lambda data: data.replace(b"torch.nn.modules.activation\nReLU", hidden)))
     with pytest.raises(ModelFileError) as error:
         load_model(path)
-    assert r"--allow torch.evil.ReLU\u001b[2K\r\u202etorch.nn.Linear" in str(error.value)
+    assert r"--allow 'torch.evil.ReLU\u001b[2K\r\u202etorch.nn.Linear'" in str(error.value)
     assert all(mark.isprintable() or mark == "\n" for mark in str(error.value))
 
 

@@ -80,7 +80,7 @@ def overwrite(buffer: Tensor, value: Tensor) -> None:
     Raises:
         RewriterError: vmap has a value for each example, and one buffer.
     """
-    if functorch_interpreter() is None or is_functorch_tensor(buffer):
+    if is_compiling() or functorch_interpreter() is None or is_functorch_tensor(buffer):
         buffer.copy_(value)
         return
     try:

@@ -57,6 +57,8 @@ def small(stored: Sequence[Tensor], steps: Sequence[nn.Module]) -> bool:
         stored: the stored tensors of one.
         steps: its chain.
     """
+    if not stored:  # computed from other tensors alone
+        return False
     device = stored[0].device.type
     names = [str(getattr(step, "map", "") or getattr(step, "name", "")) for step in steps] or [""]
     elements = max(tensor.numel() for tensor in stored)
