@@ -23,7 +23,7 @@ class Block(nn.Module):
 @pytest.fixture
 def lines():
     model = nn.Sequential(*[Block() for _ in range(6)], nn.Linear(4, 4))
-    rule = {"name": "n", "select": "**.weight", "chain": ["symmetric"]}
+    rule = {"name": "n", "select": "**.weight", "chain": ["weight_norm"], "batch": "never"}
     new = rewrite(model, {"reparam": 1, "rules": [rule]}, capture="graph")
     from rewriter.cli._draw import graph_lines
 
