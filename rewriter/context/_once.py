@@ -36,8 +36,9 @@ class Evaluated:
         self.value = value
         self.leaf = leaf
         self.given: Any = leaf
-        self.versions = _versions(leaf)
         """What forwards get: the leaf, or the same value with a way to the originals for `torch.autograd.grad`."""
+        self.versions = _versions(leaf)
+        """How often the leaf had been written to when it was made."""
         self.arrived: list[tuple[Tensor, Tensor]] = []
         """The originals with the `.grad` that each had when the last gradient arrived at the leaf."""
         self.watched: list[WatchedGradient] = []

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._base import Parametrization
-from rewriter.parametrizations.maths._eager import at_hand, overwrite
+from rewriter.parametrizations.maths._eager import Together, at_hand, overwrite
 from rewriter.parametrizations.maths._precision import widen
-from rewriter.parametrizations.maths._unit_norm import All, as_matrix, dividing_all, over_norm
+from rewriter.parametrizations.maths._unit_norm import as_matrix, dividing_all, over_norm
 
 
 class SpectralNorm(Parametrization, name="spectral_norm"):
@@ -99,7 +99,7 @@ class SpectralNorm(Parametrization, name="spectral_norm"):
         return over_norm(X, self.outputs, self._u, self._v, self.n_power_iterations, self.eps)
 
     @classmethod
-    def together(cls, steps: Sequence[SpectralNorm], stored: Sequence[Sequence[Tensor]]) -> All | None:
+    def together(cls, steps: Sequence[SpectralNorm], stored: Sequence[Sequence[Tensor]]) -> Together | None:
         (iterations, *others) = {step.n_power_iterations for step in steps}
         if others or not all(step.training for step in steps):
             return None

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._base import Parametrization
+from rewriter.parametrizations.maths._eager import Together
 from rewriter.parametrizations.maths._precision import widen
-from rewriter.parametrizations.maths._unit_slices import All, scaled_slices, scaling_all
+from rewriter.parametrizations.maths._unit_slices import scaled_slices, scaling_all
 
 
 class WeightNorm(Parametrization, name="weight_norm"):
@@ -54,7 +55,7 @@ class WeightNorm(Parametrization, name="weight_norm"):
             return (self._value(G, V) if value is None else value).to(v.dtype)
 
     @classmethod
-    def together(cls, steps: Sequence[WeightNorm], stored: Sequence[Sequence[Tensor]]) -> All | None:
+    def together(cls, steps: Sequence[WeightNorm], stored: Sequence[Sequence[Tensor]]) -> Together | None:
         gs, vs = zip(*stored, strict=True)
         return scaling_all(gs, vs, [step.dim for step in steps])
 

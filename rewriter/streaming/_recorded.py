@@ -72,8 +72,11 @@ def contents_of(checkpoint: Checkpoint, spec: Spec | None = None) -> Contents:
     stored = {name: partial(read_tensor, found) for name, found in checkpoint.tensors.items()}
     stored |= {name: stored[kept] for name, kept in checkpoint.aliases.items()}
     groups = groups_of(checkpoint)
-    chains = _texts(checkpoint, groups)
-    plan = (_recorded_plan(checkpoint, list(chains)) if spec is None else planned(checkpoint, spec)) if chains else None
+    recorded = recorded_chains(checkpoint)
+    chains = _texts(recorded, groups)
+    plan = None
+    if chains:
+        plan = planned(checkpoint, spec) if spec is not None else _recorded_plan(checkpoint, recorded, list(chains))
     values: dict[str, Callable[[], Tensor]] = {}
     for name, group in groups.items():
         if group.plain:
@@ -126,8 +129,7 @@ def recorded_chains(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _texts(checkpoint: Checkpoint, groups: Mapping[str, Group]) -> dict[str, str]:
-    chains = recorded_chains(checkpoint)
+def _texts(chains: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Group]) -> dict[str, str]:
     computed = [name for name, group in groups.items() if not group.plain]
     return {
         name: " >> ".join(map(str, chains[name]["chain"])) if name in chains else "a chain that is not recorded"
@@ -135,12 +137,13 @@ def _texts(checkpoint: Checkpoint, groups: Mapping[str, Group]) -> dict[str, str
     }
 
 
-def _recorded_plan(checkpoint: Checkpoint, computed: Sequence[str]) -> CheckpointPlan | None:
+def _recorded_plan(
+    checkpoint: Checkpoint, chains: Mapping[str, Mapping[str, Any]], computed: Sequence[str]
+) -> CheckpointPlan | None:
     """Return the plan of the recorded chains; None if one of them is not recorded with all that it takes.
 
     What was read back from the text is right: `planned` refuses a chain of another identity.
     """
-    chains = recorded_chains(checkpoint)
     if any(name not in chains or chains[name].get("options") for name in computed):
         return None
     try:

@@ -146,14 +146,14 @@ class Clipped(Recurrent):
 
 
 class Returned(Recurrent):
-    """Hands its products out, to whoever may write to them."""
+    """Returns its products, so that the caller may write to them."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [*[self.input(x[index]) for index in range(STEPS)], self.step(x[0])]
 
 
 class Unknown(Recurrent):
-    """Calls what nobody knows between its products."""
+    """Calls an unknown function between its products."""
 
     def forward(self, x: Tensor) -> Tensor:
         state = torch.zeros_like(x[0])

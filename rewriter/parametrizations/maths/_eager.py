@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from rewriter._torch import (
@@ -21,6 +21,12 @@ from rewriter._torch import (
 from rewriter.errors import RewriterError
 
 _SYMBOLS = (FakeTensor, FunctionalTensor)
+KINDS = frozenset({Tensor, nn.Parameter})
+"""The classes whose tensors a node of the autograd graph may take apart: no subclass."""
+DTYPES = frozenset({torch.float32, torch.float64})
+"""The dtypes that such nodes compute in."""
+Together = Callable[[], Sequence[Tensor] | None]
+"""What `Parametrization.together` returns."""
 
 
 def readable(X: Tensor) -> bool:

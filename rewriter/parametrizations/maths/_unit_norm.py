@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter._torch import foreach_copy, foreach_divide, foreach_norm, foreach_over, foreach_times
-from rewriter.parametrizations.maths._eager import applied, executed_now
+from rewriter.parametrizations.maths._eager import DTYPES, KINDS, Together, applied, executed_now
 
-_KINDS = frozenset({Tensor, nn.Parameter})
-_DTYPES = frozenset({torch.float32, torch.float64})
-All = Callable[[], Sequence[Tensor] | None]
 _LEAST = 1e-10
 """The least square of a norm whose own square, and powers in a derivative, are exact enough in float32."""
 
@@ -40,7 +37,7 @@ def over_norm(W: Tensor, outputs: int, u: Tensor, v: Tensor, steps: int, eps: fl
         steps: at least one.
         eps: the least norm that is divided by.
     """
-    if type(W) not in _KINDS or W.dtype not in _DTYPES or not W.dtype is u.dtype is v.dtype:
+    if type(W) not in KINDS or W.dtype not in DTYPES or not W.dtype is u.dtype is v.dtype:
         return None
     if not (W.is_cpu and u.is_cpu and v.is_cpu and executed_now()):
         return None
@@ -107,14 +104,14 @@ def dividing_all(
     vs: Sequence[Tensor],
     steps: int,
     eps: Sequence[float],
-) -> All | None:
+) -> Together | None:
     """Return a function that gives `over_norm` of several tensors, from one node of the graph.
 
     It gives None, and nothing changes, where `over_norm` would for one of them. There is no function where that is
     known now. The arguments are lists of those of `over_norm`, but for `steps`.
     """
     for W, u, v in zip(Ws, us, vs, strict=True):
-        if type(W) not in _KINDS or W.dtype not in _DTYPES or not W.dtype is u.dtype is v.dtype:
+        if type(W) not in KINDS or W.dtype not in DTYPES or not W.dtype is u.dtype is v.dtype:
             return None
         if not (W.is_cpu and u.is_cpu and v.is_cpu):
             return None

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter._torch import weight_norm_backward, weight_norm_with_norm
-from rewriter.parametrizations.maths._eager import applied, executed_now
-
-_KINDS = frozenset({Tensor, nn.Parameter})
-_DTYPES = frozenset({torch.float32, torch.float64})
-All = Callable[[], Sequence[Tensor] | None]
+from rewriter.parametrizations.maths._eager import DTYPES, KINDS, Together, applied, executed_now
 
 
 def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
@@ -24,7 +20,7 @@ def scaled_slices(g: Tensor, v: Tensor, dim: int | None) -> Tensor | None:
     matrices; other dimensions are moved to the front.
     """
     # The common case comes first: between the kernels of a training step every test costs.
-    if type(v) not in _KINDS or type(g) not in _KINDS or v.dtype is not g.dtype or v.dtype not in _DTYPES:
+    if type(v) not in KINDS or type(g) not in KINDS or v.dtype is not g.dtype or v.dtype not in DTYPES:
         return None
     if not (v.is_cpu and v.is_contiguous() and g.is_contiguous() and executed_now()):
         return None
@@ -75,7 +71,7 @@ def _norm(v: Tensor, dim: int) -> Tensor:
     return norm
 
 
-def scaling_all(gs: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int | None]) -> All | None:
+def scaling_all(gs: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int | None]) -> Together | None:
     """Return a function that gives `scaled_slices` of several tensors, from one node of the graph.
 
     It gives None if a slice is zero. Where the kernels lack one of the tensors there is no function.
@@ -86,7 +82,7 @@ def scaling_all(gs: Sequence[Tensor], vs: Sequence[Tensor], dims: Sequence[int |
         dims: the dimension of the slices of each.
     """
     for g, v, dim in zip(gs, vs, dims, strict=True):
-        if type(v) not in _KINDS or type(g) not in _KINDS or v.dtype is not g.dtype or v.dtype not in _DTYPES:
+        if type(v) not in KINDS or type(g) not in KINDS or v.dtype is not g.dtype or v.dtype not in DTYPES:
             return None
         if dim != 0 or v.ndim < 2 or not (v.is_cpu and v.is_contiguous() and g.is_contiguous()):
             return None
