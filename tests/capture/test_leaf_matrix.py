@@ -52,7 +52,7 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Any], Callable[[nn.Module, str], Any]
     "symmetric": (
         lambda w: "symmetric",
         lambda m, n: parametrize.register_parametrization(m, n, Symmetric()),
-        lambda w: w.dim() in (2, 3) and w.shape[-1] == w.shape[-2],
+        lambda w: w.dim() > 1 and w.shape[-1] == w.shape[-2],
     ),
     "mask": (
         lambda w: Mask(_mask(w)),
@@ -64,10 +64,12 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Any], Callable[[nn.Module, str], Any]
 
 def spec_of(model: nn.Module, names: list[str], chain: str) -> dict[str, Any]:
     entry = CHAINS[chain][0]
-    rules = [
-        {"name": f"rule{index}", "select": name, "chain": [entry(model.get_parameter(name))]}
-        for index, name in enumerate(names)
-    ]
+    rules: list[dict[str, Any]] = []
+    for index, name in enumerate(names):
+        weight = model.get_parameter(name)
+        rules.append({"name": f"rule{index}", "select": name, "chain": [entry(weight)]})
+        if chain == "symmetric" and weight.dim() > 2:  # torch's form acts on each slice, which a spec has to ask for
+            rules[-1]["reshape"] = [-1, *weight.shape[-2:]]
     return {"reparam": 1, "rules": rules}
 
 
