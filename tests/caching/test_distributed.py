@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rewriter import RewriterError, evaluate_once, rewrite
-from tests.processes import run_processes, work
+from tests.processes import joined, run_processes, work
 
 RULE = {"name": "q", "select": "0.weight", "chain": [{"orthogonal": {"map": "cayley"}}]}
 X = torch.linspace(-1, 1, 4 * 2 * 3 * 4, dtype=torch.float64).reshape(4, 2, 3, 4)
@@ -35,15 +34,8 @@ def _gradients(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
-def _join(rank: int, results: str, processes: int) -> None:
-    # By a file: another run of these tests may take a port between finding it free and using it.
-    method, patience = f"file://{results}/store", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=method, timeout=patience, rank=rank, world_size=processes)
-
-
 def _train(rank: int, results: str) -> None:
-    _join(rank, results, 2)
-    try:
+    with joined(rank, results, 2):
         model = _model()
         parallel = DistributedDataParallel(model)
         found: list[Any] = []
@@ -65,13 +57,10 @@ def _train(rank: int, results: str) -> None:
         except RewriterError as problem:
             refused = str(problem)
         torch.save({"found": found, "single": single, "refused": refused}, f"{results}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def _train_alone(rank: int, results: str) -> None:
-    _join(rank, results, 1)
-    try:
+    with joined(rank, results, 1):
         found: dict[str, Any] = {}
         for capture in ("graph", "module"):
             for cache in ("forward", "version"):
@@ -98,8 +87,6 @@ def _train_alone(rank: int, results: str) -> None:
                         gradients.append([gradient.clone() for gradient in _gradients(model)])
                     found[f"{capture} {cache} {view}"] = {"gradients": gradients, "calls": len(calls)}
         torch.save(found, f"{results}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def test_one_process_with_and_without_no_sync(tmp_path: Path) -> None:
@@ -116,8 +103,7 @@ def test_one_process_with_and_without_no_sync(tmp_path: Path) -> None:
 
 
 def _train_otherwise(rank: int, results: str) -> None:
-    _join(rank, results, 2)
-    try:
+    with joined(rank, results, 2):
         found: dict[str, Any] = {}
         for capture in ("graph", "module"):
             model = _model(capture, "version")
@@ -139,8 +125,6 @@ def _train_otherwise(rank: int, results: str) -> None:
                 optimizer.step()
             found[capture] = list(model.parameters())
         torch.save(found, f"{results}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def test_steps_in_blocks_and_out_of_them_take_turns(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from rewriter import bake, rewrite
-from tests.processes import run_processes, work
+from tests.processes import joined, run_processes, work
 
 CHAINS: dict[str, Any] = {"scale": {"scale": {"factor": 2.0}}, "spectral_norm": "spectral_norm"}
 WHOLE: dict[str, Any] = {
@@ -95,13 +95,12 @@ def _distributed_after(mesh: Any, x: Tensor, rank: int) -> None:
 
 
 def _distribute(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
-    _distributed_before(mesh, x)
-    _distributed_after(mesh, x, rank)
-    (Path(folder) / f"done{rank}").touch()
-    dist.destroy_process_group()
+    with joined(rank, folder, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
+        _distributed_before(mesh, x)
+        _distributed_after(mesh, x, rank)
+        (Path(folder) / f"done{rank}").touch()
 
 
 @pytest.mark.slow

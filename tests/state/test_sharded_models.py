@@ -24,7 +24,7 @@ from rewriter import RewriterError, bake, evaluate_once, rewrite
 from rewriter.export import export_model
 from rewriter.io import load_model, save_model
 from rewriter.state import convert_state_dict, freeze, get_value, set_value
-from tests.processes import run_processes, work
+from tests.processes import joined, run_processes, work
 
 GLOO = dist.is_available() and dist.is_gloo_available() and sys.platform == "linux"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not GLOO, reason="needs gloo")]
@@ -92,10 +92,9 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 @contextmanager
 def group(rank: int, folder: str) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    yield
-    (Path(folder) / f"done{rank}").touch()
-    dist.destroy_process_group()
+    with joined(rank, folder, 2):
+        yield
+        (Path(folder) / f"done{rank}").touch()
 
 
 def trained(*models: nn.Module) -> None:

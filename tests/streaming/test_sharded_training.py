@@ -15,7 +15,7 @@ from torch.distributed.tensor import init_device_mesh
 
 from rewriter import bake, rewrite
 from rewriter.streaming import bake_checkpoint
-from tests.processes import run_processes, work
+from tests.processes import joined, run_processes, work
 from tests.streaming.conftest import read_folder
 
 GLOO = dist.is_available() and dist.is_gloo_available() and sys.platform == "linux"
@@ -43,15 +43,14 @@ def _train(model: nn.Module, x: Tensor) -> None:
 
 
 def train(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = _model()
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in (model.get_submodule("0"), model.get_submodule("2"), model):
-        fully_shard(layer, mesh=mesh)
-    _train(model, X[rank::2])
-    dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, folder, 2):
+        model = _model()
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (model.get_submodule("0"), model.get_submodule("2"), model):
+            fully_shard(layer, mesh=mesh)
+        _train(model, X[rank::2])
+        dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
+        dist.barrier()
 
 
 @pytest.mark.slow
