@@ -2,8 +2,8 @@
 
     python benchmarks/streaming.py --gib 0.5 2 8 --shards 20 --folder /tmp/streaming --write docs/scale.md
 
-Each command runs in a process of its own, after a `cp` of the same files. The table has its seconds without imports,
-the ratio to that `cp`, and its peak memory above an interpreter that has imported torch and rewriter. The start of the
+Each command runs in a process of its own, after a `cp` of the same files. Both end when the files are on the disk
+(`sync`). The table has a command's seconds without imports, the ratio to that `cp`, and its peak memory above an interpreter that has imported torch and rewriter. The start of the
 interpreter with these imports is a row of its own. Nothing is left in the folder, which needs four times the size.
 """
 
@@ -37,7 +37,7 @@ CHAINS = {
     "symmetric": "symmetric",
 }
 RUN = """
-import json, sys, time
+import json, os, sys, time
 import torch, rewriter, rewriter.streaming as streaming
 from rewriter.parametrizations._registry import names
 names()
@@ -45,10 +45,11 @@ def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 before, start = peak(), time.perf_counter()
 exec(sys.argv[1])
+os.sync()
 print(json.dumps([time.perf_counter() - start, peak() - before]))
 """
 PEFT = """
-import os, peft, json
+import peft
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 folder, adapter, out = map(Path, sys.argv[2:5])
@@ -199,8 +200,10 @@ def make_adapter(folder: Path, names: Sequence[str], width: int, rank: int = 16)
 
 
 def _copied(source: Path, target: Path) -> float:
+    os.sync()
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
+    os.sync()
     seconds = time.perf_counter() - start
     shutil.rmtree(target)
     return seconds

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from rewriter._torch import saved_tensor_hooks
 from rewriter.context._forward import Contexts
+from rewriter.sites._apart import may_be_apart, parts_of
 from rewriter.sites._container import refuse_override
 from rewriter.sites._places import CONTAINER, CONTEXTS
 
@@ -49,6 +50,11 @@ def linear_forward(forward: Callable[..., Any], bias_is_stored: bool) -> Callabl
         transposed = context.transposed.get(site)
         if transposed is not None:
             return _times_transposed(args[0], transposed, bias)
+        if may_be_apart(site):
+            parts = parts_of(site)
+            if parts is not None:
+                base, step = parts
+                return step.linear(*args, base, bias)
         weight = context.first_value(site)
         if weight is None:
             again = site in context.values

@@ -116,6 +116,12 @@ class Policy:
             return self.cache("value", site, len(site.spec.chain), inputs, site.advance)
         return site.advance(*inputs)
 
+    def evaluates(self, site: Site) -> bool:
+        """Say whether each forward evaluates `site`: no value lasts longer."""
+        if self.outside is not None:
+            self._check_outside(site)
+        return not self.busy
+
     def valid_value(self, inputs: Sequence[Tensor]) -> Any:
         """Return the value cached in an earlier forward if it is valid and nothing is `transformed`; else None.
 

@@ -35,6 +35,17 @@ def ordinary() -> bool:
     )
 
 
+def plain_autograd() -> bool:
+    """Whether the gradients of what is called now are autograd's alone: nothing traces, compiles or transforms."""
+    return not (
+        torch.compiler.is_compiling()
+        or functorch_interpreter() is not None
+        or forward_ad._current_level >= 0
+        or tracing_state() is not None
+        or is_fx_symbolic_tracing()
+    )
+
+
 def others_trace() -> bool:
     """Whether somebody else's tracer takes what is computed now for a constant.
 

@@ -56,6 +56,21 @@ class Lora(Adapter, name="lora"):
     def delta(self) -> Tensor:
         return (widen(self.lora_B) * self.scaling) @ widen(self.lora_A)  # the factor on the smaller tensor
 
+    def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``F.linear(x, self(base), bias)`` without making the weight, so that it gets no gradient either.
+
+        Arguments:
+            x: of shape ``(..., in)``.
+            base: of shape ``(out, in)``.
+            bias: of shape ``(out,)``, or None.
+        """
+        if type(x) not in (Tensor, nn.Parameter) or x.dim() < 2:
+            return F.linear(x, self(base), bias)
+        rows = x.flatten(0, -2)
+        small = F.linear(rows, self.lora_A.to(x.dtype))
+        result = torch.addmm(F.linear(rows, base, bias), small, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
+        return result.unflatten(0, x.shape[:-1]) if x.dim() > 2 else result
+
     def drop(self, delta: Tensor) -> Tensor:
         return delta * F.dropout(torch.ones_like(delta[0]), self.lora_dropout, self.training)
 

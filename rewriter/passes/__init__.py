@@ -10,6 +10,7 @@ from rewriter.passes._infra import Lowering, Pass, PassError, few_of_each, run_p
 from rewriter.passes._lower import inlined_leaf, lower
 from rewriter.passes._print import print_graph
 from rewriter.passes._unfold import scriptable, unfolded
+from rewriter.passes.optional._apart import apart_pass
 from rewriter.passes.optional._batch import batch_pass, groups_to_batch, why_alone, why_not_equal
 from rewriter.passes.optional._cast import cast_pass
 from rewriter.passes.optional._fuse import fuse, fuse_pass, why_not_fused
@@ -17,7 +18,7 @@ from rewriter.passes.optional._hoist import hoist, hoist_pass, why_not_hoisted
 from rewriter.passes.optional._rows import rows_pass
 from rewriter.passes.optional._transpose import transpose_pass
 
-OPTIONAL = (hoist_pass, fuse_pass, rows_pass, cast_pass, batch_pass, transpose_pass)
+OPTIONAL = (hoist_pass, fuse_pass, rows_pass, apart_pass, cast_pass, batch_pass, transpose_pass)
 
 __all__ = [
     "OPTIONAL",

@@ -66,6 +66,7 @@ def _evaluation(site: Site, node: fx.Node, numbers: dict[fx.Node, str]) -> str:
     policies = [site.spec.cache] if site.spec.cache != "forward" else []
     policies += ["recompute"] if site.spec.memory == "recompute" else []
     policies += ["cast once"] if node.kwargs.get("cast") else []
+    policies += ["base and change apart"] if node.kwargs.get("apart") else []
     policies += [f"first {site.hoisted} hoisted"] if site.hoisted else []
     if "batch" not in node.kwargs:  # a batch evaluates its chains as they are written
         policies += [f"steps {start + 1}–{stop} as one" for start, stop in site.fused]

@@ -41,6 +41,7 @@ class Chain:
         inputs: values of the further tensors that the chain reads, by name.
         shared: steps to use instead of new ones (`share: true`).
         gather: whether to make a tensor whole that is distributed over processes.
+        copies: whether originals must not be the tensors of the claim themselves.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Chain:
         shared: Sequence[nn.Module] | None = None,
         *,
         gather: bool = False,
+        copies: bool = True,
     ) -> None:
+        self.copies = copies
         self.claim, self.rule, self.inputs, self.shared = claim, claim.rule, inputs, shared
         self.layout = layout_of_claim(claim)
         values = [value_of(entry) for entry in claim.entries]
@@ -93,9 +96,9 @@ class Chain:
             self._restart(_sample(self.shared))
         self._go_to(0)
         # A step without right inverse passes the model's own tensor through: originals are copies.
-        originals = [
-            part.clone(memory_format=torch.contiguous_format) for parts in reversed(self._parts) for part in parts
-        ]
+        originals = [part for parts in reversed(self._parts) for part in parts]
+        if self.copies:
+            originals = [part.clone(memory_format=torch.contiguous_format) for part in originals]
         stored = tuple(len(parts) for parts in reversed(self._parts))
         return Inverse(originals, stored, tuple(reversed(self._carries)))
 

@@ -19,6 +19,7 @@ from rewriter.context._recompute import recomputed
 from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
 from rewriter.context._tracers import as_autocast, autocast_anywhere, ordinary, others_trace
 from rewriter.errors import CaptureError
+from rewriter.sites._apart import parts_of
 from rewriter.sites._identity import difference, note_identity
 from rewriter.sites._places import CONTAINER
 from rewriter.sites._reference import Reference
@@ -93,7 +94,9 @@ class Site(nn.Module):
         # Buffers are elsewhere, and so are the parameters of a replica.
         return [stored[name] if name in stored else getattr(self, name) for name in names]  # type: ignore[misc]
 
-    def forward(self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0) -> Any:
+    def forward(
+        self, *inputs: Tensor, cast: bool = False, batch: Any = None, slot: int = 0, apart: bool = False
+    ) -> Any:
         """Return the value: a tensor, or a tuple of them for a joint site.
 
         Arguments:
@@ -101,10 +104,15 @@ class Site(nn.Module):
             cast: give the value in autocast's precision where autocast is on: all its uses would cast it.
             batch: values that were evaluated together with those of other sites, if they were.
             slot: which of them is this site's.
+            apart: the use is a linear layer that takes the base and the step in the place of the value.
 
         Raises:
             CaptureError: a tracer that knows nothing of sites would record the value as a constant.
         """
+        if apart:
+            parts = parts_of(self)
+            if parts is not None:
+                return parts
         if self.policy.versioned and not torch.compiler.is_compiling():
             valid = self.contexts.running.valid
             if self in valid:

@@ -135,7 +135,7 @@ def _built(claim: Claim, tensors: Mapping[str, Tensor], inputs: Mapping[str, Ten
     own = Claim(claim.rule, entries)
     try:
         with _Drawing(claim.name):
-            chain = planned_together([own], inputs).get(id(own)) or Chain(own, inputs)
+            chain = planned_together([own], inputs).get(id(own)) or Chain(own, inputs, copies=False)
             return build(own, describe(claim.rule), Contexts(), chain=chain)
     except BuildError as problem:
         text = f"rule {claim.rule.name!r} on {claim.name}: {problem}"

@@ -24,7 +24,7 @@ class _Net(nn.Module):
         super().__init__()
         self.cell, self.input = nn.RNNCell(6, 6), nn.Linear(6, 6)
         self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
-        self.frozen = nn.Linear(6, 6)
+        self.frozen, self.adapted = nn.Linear(6, 6), nn.Linear(6, 6)
         self.frozen.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class _Net(nn.Module):
             h = self.frozen(h)
         for layer in self.layers:
             h = torch.tanh(layer(h))
-        return h
+        return self.adapted(h)
 
 
 SPEC = {
@@ -48,6 +48,7 @@ SPEC = {
             "chain": [{"scale": {"factor": 2.0}}, {"scale": {"factor": 0.25}}],
         },
         {"name": "frozen", "select": "frozen.weight", "chain": [{"scale": {"factor": 0.5}}, {"lora": {"r": 2}}]},
+        {"name": "adapted", "select": "adapted.weight", "chain": [{"lora": {"r": 1}}]},
     ],
 }
 

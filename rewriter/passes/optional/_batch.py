@@ -26,7 +26,7 @@ NEIGHBOURS = 64
 def batch_evaluations(lowering: Lowering) -> bool:
     """Give the evaluations of every group of equal sites one node that does their work."""
     evaluations = evaluations_of(lowering).items()
-    nodes = {site: found[0] for site, found in evaluations if len(found) == 1}
+    nodes = {site: found[0] for site, found in evaluations if len(found) == 1 and "apart" not in found[0].kwargs}
     groups = groups_to_batch(filter(_small, sorted(nodes, key=nodes.__getitem__)))
     chosen = [group for group in groups if _wanted(group) and _equal(group)]
     if chosen:
