@@ -3,8 +3,9 @@
     python benchmarks/streaming.py --gib 0.5 2 8 --shards 20 --folder /tmp/streaming --write docs/scale.md
 
 Each command runs in a process of its own, after a `cp` of the same files. Both end when the files are on the disk
-(`sync`). The table has a command's seconds without imports, the ratio to that `cp`, and its peak memory above an interpreter that has imported torch and rewriter. The start of the
-interpreter with these imports is a row of its own. Nothing is left in the folder, which needs four times the size.
+(`sync`). The table has a command's seconds without imports, the ratio to that `cp`, and its peak memory above an
+interpreter that has imported torch and rewriter. The start of the interpreter with these imports is a row of its own.
+Nothing is left in the folder, which needs four times the size.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def ordinary() -> bool:
 
 
 def plain_autograd() -> bool:
-    """Whether the gradients of what is called now are autograd's alone: nothing traces, compiles or transforms."""
-    return not (
+    """Whether autograd alone records what is called now: nothing traces, compiles or transforms."""
+    return torch.is_grad_enabled() and not (
         torch.compiler.is_compiling()
         or functorch_interpreter() is not None
         or forward_ad._current_level >= 0

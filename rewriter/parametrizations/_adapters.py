@@ -69,7 +69,7 @@ class Lora(Adapter, name="lora"):
         rows = x.flatten(0, -2)
         small = F.linear(rows, self.lora_A.to(x.dtype))
         result = torch.addmm(F.linear(rows, base, bias), small, self.lora_B.to(x.dtype).t(), alpha=self.scaling)
-        return result.unflatten(0, x.shape[:-1]) if x.dim() > 2 else result
+        return result.view(*x.shape[:-1], base.shape[0]) if x.dim() > 2 else result
 
     def drop(self, delta: Tensor) -> Tensor:
         return delta * F.dropout(torch.ones_like(delta[0]), self.lora_dropout, self.training)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
+from rewriter.context._fingerprint import PLAIN
 from rewriter.context._tracers import plain_autograd
 from rewriter.parametrizations._adapters import Lora
 
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 
 def may_be_apart(site: Site) -> bool:
-    """Whether the chain of `site` is one LoRA step of low rank over a matrix, evaluated once in each forward."""
-    steps, spec = site._modules, site.spec
-    if len(steps) != 1 or type(steps.get("0")) is not Lora or len(spec.members[0].shape) != 2:
+    """Whether the chain ends in a LoRA step of low rank over a matrix, and nothing before it is trained."""
+    step, spec = _last(site), site.spec
+    if type(step) is not Lora or len(spec.members[0].shape) != 2 or site.hoisted != len(spec.chain) - 1:
         return False
-    return spec.simple and spec.cache == "forward" and _pays(*spec.members[0].shape, steps["0"].r)  # type: ignore[arg-type, union-attr]
+    return spec.simple and spec.cache == "forward" and _pays(*spec.members[0].shape, step.r)
+
+
+def _last(site: Site) -> nn.Module | None:
+    return site._modules.get(str(len(site.spec.chain) - 1))
 
 
 def _pays(rows: int, columns: int, rank: int) -> bool:
@@ -32,14 +36,13 @@ def parts_of(site: Site) -> tuple[Tensor, Lora] | None:
 
     The answer is the same when activation checkpointing runs the forward again.
     """
-    step, base = site._modules["0"], site._parameters.get("original")
-    if type(step) is not Lora or type(base) is not nn.Parameter or base.requires_grad:
-        return None
-    if not step.lora_B.requires_grad or (step.random and step.training) or not torch.is_grad_enabled():
+    step = _last(site)
+    if type(step) is not Lora or not step.lora_B.requires_grad or (step.random and step.training):
         return None
     if not plain_autograd() or not site.policy.evaluates(site) or _hooked(site) or _hooked(step):
         return None
-    return base, step
+    base = site.hoisted_value() if site.hoisted else site._parameters.get("original")
+    return None if type(base) not in PLAIN or base.requires_grad else (base, step)  # type: ignore[union-attr, return-value]
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -189,22 +189,17 @@ class Site(nn.Module):
 
     def compose(self, *inputs: Tensor) -> Any:
         """Apply the steps to the stored tensors, in the precision that is on."""
-        if self.hoisted and not torch.compiler.is_compiling():
-            return self._compose_rest(*inputs)
         steps = evaluated_steps(self) if self.fused else self.steps
+        if self.hoisted and not torch.compiler.is_compiling():
+            return apply_chain(self.spec, steps, self.originals, inputs, self.hoisted, self.hoisted_value())
         return apply_chain(self.spec, steps, self.originals, inputs)
 
-    def _compose_rest(self, *inputs: Tensor) -> Any:
+    def hoisted_value(self) -> Any:
+        """Return the result of the hoisted steps, cached if nothing that it depends on has changed."""
         count = self.hoisted
         steps = evaluated_steps(self) if self.fused else self.steps
-        originals = self.originals
-        used = originals[: sum(self.spec.stored[:count])]
-
-        def first() -> Any:
-            return apply_steps(self.spec, steps[:count], used, ())
-
-        value = self.policy.cache("hoisted", self, count, (), first)
-        return apply_chain(self.spec, steps, originals, inputs, count, value)
+        used = self.originals[: sum(self.spec.stored[:count])]
+        return self.policy.cache("hoisted", self, count, (), lambda: apply_steps(self.spec, steps[:count], used, ()))
 
     def settled(self, trains: Callable[[str], bool] = lambda path: False) -> Site:
         """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here.

@@ -79,7 +79,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("shape", [(5, 40), (3, 5, 40), (2, 3, 2, 40), (0, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 40), (3, 5, 40), (2, 3, 2, 40), (0, 40), (0, 5, 40)], ids=str)
 def test_values_and_gradients_are_those_of_the_whole_weight(capture: str, shape: tuple[int, ...]) -> None:
     new, x = _rewritten(capture), torch.randn(shape, dtype=torch.float64)
     for ours, whole in zip(_gradients(new, x), _gradients(_whole(new), x), strict=True):
@@ -188,6 +188,31 @@ def test_a_weight_with_another_use_is_made(made: list[str]) -> None:
     assert "apart" not in print_graph(new).split("evaluate first.weight")[1].splitlines()[0]
     made.clear()
     new(torch.randn(5, 40, dtype=torch.float64)).backward()
+    assert made == ["48x40"]
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_after_steps_that_nothing_trains(capture: str, made: list[str]) -> None:
+    """A base that is pruned or quantized first: its value is cached, and the change acts on the input."""
+    torch.manual_seed(0)
+    chain = [{"n_m": {"n": 2, "m": 4}}, {"lora": {"r": 2}}]
+    rule = {"name": "r", "select": "first.weight", "chain": chain}
+    new = rewrite(_Net().double(), {"reparam": 1, "rules": [rule]}, capture=capture)
+    base = new.get_parameter("first.parametrizations.weight.original")
+    base.requires_grad_(False)
+    nn.init.normal_(new.get_parameter("first.parametrizations.weight.1.lora_B"))
+    x = torch.randn(5, 40, dtype=torch.float64)
+    for _ in range(2):
+        made.clear()
+        ours = _gradients(new, x)
+        assert made == []
+        for one, whole in zip(ours, _gradients(_whole(new), x), strict=True):
+            torch.testing.assert_close(one, whole, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            base.mul_(2)
+    base.requires_grad_(True)
+    made.clear()
+    assert len(_gradients(new, x)) == len(ours) + 1
     assert made == ["48x40"]
 
 

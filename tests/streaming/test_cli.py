@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shards = [{"a.weight": torch.randn(4, 4)}, {"b.weight": torch.randn(4, 4), "b.bias": torch.randn(4)}]
     write_folder(tmp_path / "model", shards, config_json="{}")
     save_file(shards[0], tmp_path / "one.safetensors")
-    (tmp_path / "streamed.py").write_text("from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(4, 4))\n")
+    (tmp_path / "own.py").write_text("from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(4, 4))\n")
     return tmp_path
 
 
@@ -80,7 +80,7 @@ def test_a_module_selector_works_with_the_model(reparam: Any, folder: Path) -> N
     refused = reparam("bake", "net.safetensors", "--spec", "linear.yaml", "-o", "out.safetensors")
     assert refused.code == 4
     assert "linear.yaml:3:26: rule 'even': select" in refused.err and "--model" in refused.err
-    command = ("bake", "net.safetensors", "--spec", "linear.yaml", "-o", "out.safetensors", "--model", "streamed:make")
+    command = ("bake", "net.safetensors", "--spec", "linear.yaml", "-o", "out.safetensors", "--model", "own:make")
     assert reparam(*command).code == 0
 
 
@@ -90,14 +90,14 @@ def test_a_module_selector_works_with_the_model(reparam: Any, folder: Path) -> N
         (("bake", "model", "-o", "out"), 2, "--spec"),
         (("bake", "model", "--spec", "spec.yaml", "-o", "out", "--only", "even"), 2, "--only"),
         (("bake", "model", "--spec", "spec.yaml", "-o", "out", "--format", "onnx"), 2, "--format"),
-        (("bake", "streamed.py", "--spec", "spec.yaml", "-o", "out"), 2, "has its chains with it"),
+        (("bake", "own.py", "--spec", "spec.yaml", "-o", "out"), 2, "has its chains with it"),
         (("bake", "missing", "--spec", "spec.yaml", "-o", "out"), 6, "does not exist"),
         (("bake", "missing.safetensors", "--spec", "spec.yaml", "-o", "out.safetensors"), 6, "does not exist"),
         (("bake", "one.safetensors", "--spec", "spec.yaml", "-o", "out.pt"), 6, "something.safetensors"),
         (("bake", "model", "--spec", "spec.yaml", "-o", "out.safetensors"), 6, "a folder of shards gives a folder"),
         (("bake", "model", "--spec", "spec.yaml", "-o", "model", "--force"), 6, "is or contains the input"),
         (("apply", "spec.yaml", "model", "-o", "out", "--capture", "graph"), 2, "--capture"),
-        (("apply", "spec.yaml", "streamed.py", "-o", "out", "--resume"), 2, "--resume"),
+        (("apply", "spec.yaml", "own.py", "-o", "out", "--resume"), 2, "--resume"),
         (("apply", "spec.yaml", "one.safetensors", "-o", "out.pt"), 6, "--model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
