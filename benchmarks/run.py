@@ -30,7 +30,18 @@ from benchmarks._report import Group, environment, to_markdown  # noqa: E402
 from benchmarks._settings import Settings  # noqa: E402
 from benchmarks._summary import summary, write_readme  # noqa: E402
 
-BENCHMARKS = ("rnn", "lstm", "micro_batches", "batched", "inference", "maps", "rewriting", "ordinary", "compiled", "passes")
+BENCHMARKS = (
+    "rnn",
+    "lstm",
+    "micro_batches",
+    "batched",
+    "inference",
+    "maps",
+    "rewriting",
+    "ordinary",
+    "compiled",
+    "passes",
+)
 
 
 def main() -> int:

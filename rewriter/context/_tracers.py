@@ -36,7 +36,9 @@ def ordinary() -> bool:
 
 
 def plain_autograd() -> bool:
-    """Whether autograd alone records what is called now: nothing traces, compiles or transforms."""
+    """Whether autograd records what is called now, perhaps for torch.compile: nothing else traces or transforms."""
+    if is_dynamo_compiling():
+        return torch.is_grad_enabled() and not torch.compiler.is_exporting()
     return torch.is_grad_enabled() and not (
         torch.compiler.is_compiling()
         or functorch_interpreter() is not None

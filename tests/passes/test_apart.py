@@ -240,3 +240,16 @@ def test_under_transforms_and_by_the_graph_of_another(capture: str) -> None:
     torch.testing.assert_close([*ours.values()], expected)
     if capture == "graph":
         torch.testing.assert_close(torch.fx.Interpreter(new).run(x), new(x))
+
+
+def test_compiled_and_exported(made: list[str]) -> None:
+    """torch.compile traces it without a break; an exported program has the whole weight, which bake finds again."""
+    new, x = _rewritten("graph"), torch.randn(5, 40, dtype=torch.float64)
+    expected = _gradients(new, x)
+    made.clear()
+    compiled = torch.compile(new, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(_gradients(compiled, x), expected)
+    assert made == ["40x40"]
+    made.clear()
+    torch.export.export(new, (x,))
+    assert "48x40" in made
