@@ -18,7 +18,7 @@ from rewriter._copy import copied
 from rewriter._frozen import unfreeze_rest
 from rewriter._fsdp import is_sharded, leave_fsdp, refuse_labels, refuse_offloaded, reshard, without_fsdp
 from rewriter._given import check_model
-from rewriter._originals import NOTHING_TO_BAKE, check_originals
+from rewriter._originals import NOTHING_COMPUTED, check_originals
 from rewriter._remap import Following
 from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
@@ -135,7 +135,7 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep, shards: boo
     every = _present(target)
     rewritten = (isinstance(module, RewrittenModule) or CONTEXTS in module.__dict__ for module in target.modules())
     if not every and not any(rewritten):
-        warnings.warn(NOTHING_TO_BAKE, stacklevel=6)
+        warnings.warn(NOTHING_COMPUTED.format("bake"), stacklevel=6)
     labels, chosen = _chosen(every, only)
     if shards:
         refuse_labels(labels)

@@ -112,17 +112,25 @@ def check_reached(site: Site, wanted: Tensor, reached: Tensor) -> None:
     Raises:
         PlanError: says how far off it is.
     """
-    if wanted.is_meta or reached.is_meta:
+    if wanted.is_meta or reached.is_meta or not wanted.numel():
         return
     kind = torch.complex128 if reached.is_complex() else torch.float64
     floating = [one.dtype for one in (wanted, reached) if one.is_floating_point() or one.is_complex()]
     precision = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
-    distance = float((reached.to(kind) - wanted.to(reached.device, kind)).norm())
-    norm = float(wanted.to(kind).norm())
-    if not distance <= precision**0.5 * max(norm, precision):  # a NaN compares as false
+    difference = reached.to(kind) - wanted.to(reached.device, kind)
+    # A chain that drops one entry of many is near by the norm of the whole, and far by the largest entry.
+    away = max(_relative(difference, wanted.to(kind), order, precision) for order in (2, torch.inf))
+    if not away <= precision**0.5:
         lacking = [type(step).__name__ for step in site.steps if not hasattr(step, "right_inverse")]
         why = f"{lacking[0]} has no right inverse" if lacking else "the value has to be in the chain's image"
         raise PlanError(
             f"{site.spec.name} cannot be set to this value: {' >> '.join(site.spec.chain)} gives one that is "
-            f"{distance / norm if norm else distance:.1e} of its norm away; {why}"
+            f"{away:.1e} of its norm, or of its largest entry, away; {why}"
         )
+
+
+def _relative(difference: Tensor, wanted: Tensor, order: float, precision: float) -> float:
+    """Return the size of a difference in relation to that of the tensor; the least size is `precision`."""
+    away, size = (float(torch.linalg.vector_norm(one, order)) for one in (difference, wanted))
+    size = max(size, precision)
+    return away / size if size else away
