@@ -62,6 +62,7 @@ def assign_value(site: Site, name: str, value: Any) -> None:
         PlanError: the value has another shape, or the chain cannot produce it; or its tensors are whole for a forward.
     """
     record = site.spec
+    site.policy.forgive(value)
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
     check_shape(record.name, record.members[0].shape, value)
@@ -87,7 +88,6 @@ def _assign(site: Site, value: Tensor) -> None:
             target.copy_(source)
         site.policy.invalidate()
         check_reached(site, value, site.read(*inputs))
-        site.policy.watches.forgive(value)  # `module.counter += 1` writes to what it read, and then assigns it
     except Exception as problem:
         for tensor, content in zip(tensors, before, strict=True):
             tensor.copy_(content)
@@ -99,6 +99,7 @@ def _assign(site: Site, value: Tensor) -> None:
 
 def assign_attribute(site: Site, name: str, value: Any) -> None:
     """Give a computed tensor a value because an attribute of its owner was assigned."""
+    site.policy.forgive(value)  # `module.counter += 1` writes to what it read, and then assigns it
     if not has_value(site, name, value):  # tying weights that are tied already comes to that
         assign_value(site, name, value)
         running = site.contexts.running.context

@@ -214,6 +214,7 @@ class Site(nn.Module):
 
     def read_and_drawn(self, *inputs: Tensor) -> tuple[Any, bool]:
         """Return what `read` does, and whether the chain drew random numbers in evaluation mode."""
+        self.policy.check_outside()
         if self.policy.frozen:
             return self.policy.frozen_value(self, inputs), False
         tensors = [*self.originals, *inputs]
@@ -235,6 +236,7 @@ class Site(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.policy.check_outside()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         note_identity(self.spec, destination, prefix)
 
@@ -255,6 +257,7 @@ class Site(nn.Module):
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
+        self.policy.check_outside()
         return {name: value for name, value in self.__dict__.items() if name != "policy"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -291,6 +294,8 @@ class Site(nn.Module):
             if once is not None and not self.policy.frozen and (self.repeatable or once.at[self]):  # no state advances
                 return self.policy.value(self, self.read_inputs())
             value = self.read(*self.read_inputs())
+            if self.policy.frozen:  # the cached value, which serves later forwards too
+                value = tuple(part.clone() for part in value) if isinstance(value, tuple) else value.clone()
             if not torch.compiler.is_compiling():
                 self.policy.read(self, value)
             return value

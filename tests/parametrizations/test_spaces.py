@@ -116,6 +116,7 @@ def test_four_dimensions_of_no_kernel_are_reshaped_too() -> None:
     value = rewriter.state.get_value(new, "experts")
     torch.testing.assert_close(value, value.mT)
 
+
 @pytest.mark.parametrize(
     "conv", [nn.Conv1d(4, 4, 4), nn.Conv2d(4, 4, 4), nn.ConvTranspose3d(4, 4, 4)], ids=lambda conv: type(conv).__name__
 )
