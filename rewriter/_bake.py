@@ -120,7 +120,7 @@ def bake(
 
 def _bake_module(model: nn.Module, only: Sequence[str] | None, keep: Keep, inplace: bool) -> nn.Module:
     if not is_sharded(model):
-        return _bake(model if inplace else copied(model), only, keep)
+        return _bake(model if inplace else _copy_of(model), only, keep)
     reshard(model)
     if not inplace:
         with without_fsdp(model):
@@ -129,6 +129,16 @@ def _bake_module(model: nn.Module, only: Sequence[str] | None, keep: Keep, inpla
     with undone_on_failure(model):
         leave_fsdp(model)
         return _bake(model, only, keep, shards=True)
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """Return a copy of which the frozen tensors have the values that they have in `model`."""
+    copy = copied(model)
+    for one, other in zip(model.modules(), copy.modules(), strict=True):
+        if isinstance(one, Site) and one.policy.frozen:
+            value = one.policy.frozen_value(one, one.read_inputs())
+            other.policy.take_frozen(other, value)  # type: ignore[union-attr, operator]
+    return copy
 
 
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep, shards: bool = False) -> nn.Module:

@@ -140,8 +140,12 @@ class Policy:
             return site.settled().evaluate(*inputs)
         with torch.inference_mode(False), torch.no_grad():
             value = _detached(site.settled().evaluate(*inputs))
-        self.frozen_at = (value, own, _versions(value))
+        self.take_frozen(site, value)
         return value
+
+    def take_frozen(self, site: Site, value: Any) -> None:
+        """Give a frozen site its value, until it has other originals."""
+        self.frozen_at = (value, site.originals, _versions(value))
 
     def read(self, site: Site, value: Any) -> None:
         """Remember a value that was read outside a forward, to warn of a write that is lost."""

@@ -88,6 +88,7 @@ def _assign(site: Site, value: Tensor) -> None:
             target.copy_(source)
         site.policy.invalidate()
         check_reached(site, value, site.read(*inputs))
+        _check_shared(site, before)
     except Exception as problem:
         for tensor, content in zip(tensors, before, strict=True):
             tensor.copy_(content)
@@ -95,6 +96,24 @@ def _assign(site: Site, value: Tensor) -> None:
         if isinstance(problem, RewriterError):
             raise
         raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem
+
+
+def _check_shared(site: Site, before: Sequence[Tensor]) -> None:
+    """Refuse a value for which steps change that compute other tensors too.
+
+    Raises:
+        PlanError: they did.
+    """
+    record = site.spec
+    if "share=True" not in record.options:
+        return
+    originals = {id(original) for original in site.originals}
+    for tensor, content in zip([*site.parameters(), *site.buffers()], before, strict=True):
+        if id(tensor) not in originals and not torch.equal(tensor, content):
+            raise PlanError(
+                f"{record.name} cannot be set: it shares {' >> '.join(record.chain)} with other tensors "
+                "(`share: true`), and the right inverse would change them"
+            )
 
 
 def assign_attribute(site: Site, name: str, value: Any) -> None:

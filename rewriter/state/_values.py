@@ -116,6 +116,7 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
     for site in sites:
         site.requires_grad_(False)
+        site.zero_grad()  # an optimizer would make a step with what is there
         site.policy.freeze(True)
         site.policy.frozen_value(site, site.read_inputs())
 
