@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, refuse_strays, survey
-from rewriter.sites import Site, refuse_mixed
+from rewriter.sites import Site, refuse_mixed, site_path
 from rewriter.sites._places import CONTEXTS
 from rewriter.sites._shards import values_of
 
@@ -180,7 +180,25 @@ def _present(target: nn.Module) -> dict[Site, list[Entry]]:
         if entry.site is not None:
             sites.setdefault(entry.site, []).append(entry)
     refuse_strays(target, sites)
+    _refuse_replaced_sources(target, sites)
     return sites
+
+
+def _refuse_replaced_sources(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Refuse a model in which a module was replaced from whose tensors a chain computes: the chain has the old one."""
+    reading = {site: site_path(site) for site in sites if site.spec.reads}
+    for path, site in model.named_modules(remove_duplicate=False) if reading else ():
+        if site not in reading or not f".{path}".endswith(f".{reading[site]}"):  # part of a model of its own
+            continue
+        for read, owner in site.reads_from():
+            found: Any = model
+            for part in [*path.removesuffix(reading[site]).split("."), *read.split(".")[:-1]]:
+                found = found._modules.get(part) if part and found is not None else found
+            if found is None or owner not in set(found.modules()):
+                raise PlanError(
+                    f"{site.spec.name} is computed from {read}, whose module was replaced or removed after the model "
+                    "was rewritten: put the module back, or bake the model before, change it and rewrite it again"
+                )
 
 
 def _chosen(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rewriter._torch import autocast_on
@@ -147,11 +148,16 @@ class Policy:
         """Give a frozen site its value, until it has other originals."""
         self.frozen_at = (value, site.originals, _versions(value))
 
-    def read(self, site: Site, value: Any) -> None:
-        """Remember a value that was read outside a forward, to warn of a write that is lost."""
-        self.check_outside()
-        self.outside = read_outside(site.spec.name, site.spec.chain, value, site.originals)
-        self._update()
+    def read(self, site: Site, value: Any, inputs: Sequence[Tensor]) -> Any:
+        """Return a value that is read outside a forward, and remember it, to warn of a write that is lost."""
+        if self.frozen:  # the cached value, which serves later forwards too
+            value = tuple(part.clone() for part in value) if isinstance(value, tuple) else value.clone()
+        if not torch.compiler.is_compiling():
+            self.check_outside()
+            stored = [*site.parameters(), *site.buffers(), *(one for one in inputs if isinstance(one, Parameter))]
+            self.outside = read_outside(site.spec.name, site.spec.chain, value, stored)
+            self._update()
+        return value
 
     def check_outside(self) -> None:
         """Warn if what was read outside a forward was changed since, and forget it."""

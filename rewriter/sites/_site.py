@@ -286,6 +286,10 @@ class Site(nn.Module):
         """Return the tensors named in ``spec.reads`` as they are now."""
         return [getattr(reference.module, name) for reference, name in self._places]
 
+    def reads_from(self) -> list[tuple[str, nn.Module]]:
+        """Return the tensors named in ``spec.reads``, each with its owner."""
+        return [(name, place.module) for name, (place, _) in zip(self.spec.reads, self._places, strict=True)]
+
     def current(self) -> Any:
         """Return the value for the running forward; without one, the value as it stands."""
         context = self.contexts.context
@@ -293,12 +297,8 @@ class Site(nn.Module):
             once = self.policy.once
             if once is not None and not self.policy.frozen and (self.repeatable or once.at[self]):  # no state advances
                 return self.policy.value(self, self.read_inputs())
-            value = self.read(*self.read_inputs())
-            if self.policy.frozen:  # the cached value, which serves later forwards too
-                value = tuple(part.clone() for part in value) if isinstance(value, tuple) else value.clone()
-            if not torch.compiler.is_compiling():
-                self.policy.read(self, value)
-            return value
+            inputs = self.read_inputs()
+            return self.policy.read(self, self.read(*inputs), inputs)
         if self.spec.cache == "never":
             return self(*self.read_inputs())
         return context.value(self, lambda: self(*self.read_inputs()))

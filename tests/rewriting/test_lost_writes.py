@@ -136,6 +136,17 @@ def test_a_value_in_the_memory_of_what_is_stored_keeps_what_is_written() -> None
     assert not layer.weight.any()
 
 
+def test_a_change_of_what_a_value_is_computed_from_is_no_write(capture: str) -> None:
+    spec = {"reparam": 1, "rules": [{"name": "t", "select": "1.weight", "from": "0.weight", "chain": ["transpose"]}]}
+    model: Any = rewrite(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)), spec, capture=capture)
+    weight = model[1].weight
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model[0].weight.mul_(2)
+        torch.testing.assert_close(model[1].weight, model[0].weight.mT)
+    assert torch.equal(weight, model[0].weight.mT)
+
+
 class Clips(nn.Module):
     """Clips its weight in every forward, as it comes."""
 
