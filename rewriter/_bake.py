@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from rewriter._copy import copied
 from rewriter._frozen import unfreeze_rest
 from rewriter._fsdp import is_sharded, leave_fsdp, refuse_labels, refuse_offloaded, reshard, without_fsdp
 from rewriter._given import check_model
-from rewriter._originals import NOTHING_TO_BAKE, check_originals
+from rewriter._originals import NOTHING_COMPUTED, check_originals
 from rewriter._remap import Following
 from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
@@ -28,7 +28,7 @@ from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, refuse_strays, survey
-from rewriter.sites import Site, refuse_mixed
+from rewriter.sites import Site, refuse_mixed, site_path
 from rewriter.sites._places import CONTEXTS
 from rewriter.sites._shards import values_of
 
@@ -120,7 +120,7 @@ def bake(
 
 def _bake_module(model: nn.Module, only: Sequence[str] | None, keep: Keep, inplace: bool) -> nn.Module:
     if not is_sharded(model):
-        return _bake(model if inplace else copied(model), only, keep)
+        return _bake(model if inplace else _copy_of(model), only, keep)
     reshard(model)
     if not inplace:
         with without_fsdp(model):
@@ -131,11 +131,21 @@ def _bake_module(model: nn.Module, only: Sequence[str] | None, keep: Keep, inpla
         return _bake(model, only, keep, shards=True)
 
 
+def _copy_of(model: nn.Module) -> nn.Module:
+    """Return a copy of which the frozen tensors have the values that they have in `model`."""
+    copy = copied(model)
+    for one, other in zip(model.modules(), copy.modules(), strict=True):
+        if isinstance(one, Site) and one.policy.frozen:
+            value = one.policy.frozen_value(one, one.read_inputs())
+            other.policy.take_frozen(other, value)  # type: ignore[union-attr, operator]
+    return copy
+
+
 def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep, shards: bool = False) -> nn.Module:
     every = _present(target)
     rewritten = (isinstance(module, RewrittenModule) or CONTEXTS in module.__dict__ for module in target.modules())
     if not every and not any(rewritten):
-        warnings.warn(NOTHING_TO_BAKE, stacklevel=6)
+        warnings.warn(NOTHING_COMPUTED.format("bake"), stacklevel=6)
     labels, chosen = _chosen(every, only)
     if shards:
         refuse_labels(labels)
@@ -170,7 +180,25 @@ def _present(target: nn.Module) -> dict[Site, list[Entry]]:
         if entry.site is not None:
             sites.setdefault(entry.site, []).append(entry)
     refuse_strays(target, sites)
+    _refuse_replaced_sources(target, sites)
     return sites
+
+
+def _refuse_replaced_sources(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Refuse a model in which a module was replaced from whose tensors a chain computes: the chain has the old one."""
+    reading = {site: site_path(site) for site in sites if site.spec.reads}
+    for path, site in model.named_modules(remove_duplicate=False) if reading else ():
+        if site not in reading or not f".{path}".endswith(f".{reading[site]}"):  # part of a model of its own
+            continue
+        for read, owner in site.reads_from():
+            found: Any = model
+            for part in [*path.removesuffix(reading[site]).split("."), *read.split(".")[:-1]]:
+                found = found._modules.get(part) if part and found is not None else found
+            if found is None or owner not in set(found.modules()):
+                raise PlanError(
+                    f"{site.spec.name} is computed from {read}, whose module was replaced or removed after the model "
+                    "was rewritten: put the module back, or bake the model before, change it and rewrite it again"
+                )
 
 
 def _chosen(

@@ -21,7 +21,7 @@ class Replaced(Protocol):
     def dtype(self) -> str: ...
 
 
-NOTHING_TO_BAKE = "bake found no computed tensor: the model was not rewritten, or is baked already"
+NOTHING_COMPUTED = "{} found no computed tensor: the model was not rewritten, or is baked already"
 
 
 def check_originals(name: str, chain: Sequence[str], originals: Sequence[Tensor], replaced: Sequence[Replaced]) -> None:

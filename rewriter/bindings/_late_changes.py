@@ -21,6 +21,7 @@ from rewriter.context._fingerprint import same_setting
 from rewriter.errors import RewriterError
 from rewriter.sites._container import plain_class
 from rewriter.sites._places import CONTAINER, CONTEXTS, GRAPH_OF
+from rewriter.sites._site import Site
 
 _REGISTER = (
     "register_forward_pre_hook",
@@ -116,6 +117,7 @@ def refuse_late_change(module: nn.Module, name: str, value: Any) -> None:
     elif not isinstance(value, nn.Module) and not hasattr(kind, name):
         return  # no forward was captured that read it
     elif name in module.__dict__.get("_modules", ()) or not _may_read(kind, name):
+        _refuse_read_elsewhere(module, name, value)
         return  # a replaced child: the graph calls it, or misses its site by name
     path = inlined_as(module)
     if path is not None:
@@ -124,6 +126,21 @@ def refuse_late_change(module: nn.Module, name: str, value: Any) -> None:
             f"setting {shown} would have no effect: the forward that reads it is inlined in the graph of the rewritten "
             f"model. To change it, {_WAY_OUT}"
         )
+
+
+def _refuse_read_elsewhere(parent: nn.Module, name: str, value: Any) -> None:
+    """Refuse to replace a child from whose tensors a chain elsewhere computes: it would go on with the old ones."""
+    child = parent.__dict__.get("_modules", {}).get(name)
+    if child is None or child is value:
+        return
+    inside = set(child.modules())
+    for site in parent.modules():
+        for read, owner in site.reads_from() if isinstance(site, Site) and site not in inside else ():
+            if owner in inside:
+                raise RewriterError(
+                    f"{site.spec.name} is computed from {read}, and its chain would go on with that of the module "
+                    f"which is called {name} now: bake() the model, change it and rewrite it again"
+                )
 
 
 def _may_read(kind: Any, name: str) -> bool:

@@ -66,6 +66,7 @@ def apply(
     stream.refuse()
     import rewriter
     from rewriter.cli._verify import verify_rewritten
+    from rewriter.export import format_of
     from rewriter.serialization import check_suffix, check_writable, save_model
 
     if str(output) == "-":
@@ -77,6 +78,7 @@ def apply(
     check_writable(output, force)
     loaded = model_options.read_for(read, model_file, capture)
     check_suffix(loaded, output)
+    format_of(loaded, output)  # refuses a suffix that no format has
     call = _inputs_for_capture(loaded, capture, examples)
     with step("planning"):
         planned = rewriter.plan(loaded, read, capture=capture, **call)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rewriter._torch import autocast_on
 from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
 from rewriter.context._random import devices_of, random_states, same_states
-from rewriter.context._writes import ReadOutside, Watches, read_outside, warn_of_write, watch_writes
+from rewriter.context._writes import ReadOutside, read_outside
 
 if TYPE_CHECKING:
     from rewriter.context._fused import Merged
@@ -57,17 +58,15 @@ class Policy:
         self.frozen = frozen
         self.busy = versioned or frozen
         """Whether an evaluation has to ask here at all."""
-        self.frozen_at: tuple[Any, list[Tensor]] | None = None
-        """The value of a frozen site, and the originals that it had."""
+        self.frozen_at: tuple[Any, list[Tensor], list[int]] | None = None
+        """The value of a frozen site, the originals that it had, and how often the value had been written to."""
         self.cached: dict[str, CachedValue] = {}
         self.merged: dict[int, Merged] = {}
         """The module that is evaluated in place of neighbouring steps, by the first one's index."""
         self.once_by_thread: dict[int, Once] = {}
         """The `evaluate_once` of each thread, by the thread's number: a thread ends no context but its own."""
-        self.outside: ReadOutside | None = None
-        """The last value that was read outside a forward."""
-        self.watches = Watches()
-        """What warns of writes to that value."""
+        self.outside: list[ReadOutside] = []
+        """The tensors of the last value that was read outside a forward."""
         self._lock = threading.Lock()
 
     def invalidate(self) -> None:
@@ -103,8 +102,7 @@ class Policy:
 
     def value(self, site: Site, inputs: Sequence[Tensor]) -> Any:
         """Return the site's value: a valid one if there is one, else a new one."""
-        if self.outside is not None:
-            self._check_outside(site)
+        self.check_outside()
         if self.frozen:
             return self.frozen_value(site, inputs)
         if torch.compiler.is_compiling():
@@ -133,7 +131,7 @@ class Policy:
 
     def across_forwards(self) -> CachedValue | None:
         """Return the value that is cached across forwards, if this thread may use it; it may not be valid."""
-        if self.frozen or self.once_by_thread or self.outside is not None:
+        if self.frozen or self.once_by_thread or self.outside:
             return None
         return self.cached.get("value")
 
@@ -141,27 +139,48 @@ class Policy:
         """Return the value that the site had when it was frozen; other originals in its place are evaluated."""
         own = site.originals
         if self.frozen_at is not None and same_objects(own, self.frozen_at[1]):
-            return self.frozen_at[0]
+            value, _, versions = self.frozen_at
+            if torch.compiler.is_compiling() or site.renormed or _versions(value) == versions:
+                return value
+            self.frozen_at = None  # a forward wrote to it, or somebody to what the forward returned
         if torch.compiler.is_compiling() or transformed() or self.frozen_at is not None:
             return site.settled().evaluate(*inputs)
         with torch.inference_mode(False), torch.no_grad():
             value = _detached(site.settled().evaluate(*inputs))
-        self.frozen_at = (value, own)
+        self.take_frozen(site, value)
         return value
 
-    def read(self, site: Site, value: Any) -> None:
-        """Remember a value that was read outside a forward, to warn of a write that is lost."""
-        if self.outside is not None:
-            self._check_outside(site)
-        self.watches = watch_writes(site.spec.name, site.spec.chain, value, site.originals)
-        self.outside = read_outside(value, site.originals)
-        self._update()
+    def take_frozen(self, site: Site, value: Any) -> None:
+        """Give a frozen site its value, until it has other originals."""
+        self.frozen_at = (value, site.originals, _versions(value))
 
-    def _check_outside(self, site: Site) -> None:
-        outside, self.outside = self.outside, None
+    def read(self, site: Site, value: Any, inputs: Sequence[Tensor]) -> Any:
+        """Return a value that is read outside a forward, and remember it, to warn of a write that is lost."""
+        if self.frozen:  # the cached value, which serves later forwards too
+            value = tuple(part.clone() for part in value) if isinstance(value, tuple) else value.clone()
+        if not torch.compiler.is_compiling():
+            self.check_outside()
+            stored = [*site.parameters(), *site.buffers(), *(one for one in inputs if isinstance(one, Parameter))]
+            self.outside = read_outside(site.spec.name, site.spec.chain, value, stored)
+            self._update()
+        return value
+
+    def check_outside(self) -> None:
+        """Warn if what was read outside a forward was changed since, and forget it."""
+        if not self.outside or torch.compiler.is_compiling() or transformed():
+            return
+        outside, self.outside = self.outside, []
         self._update()
-        if outside is not None and outside.changed():
-            warn_of_write(site.spec.name, site.spec.chain, "is lost", line=outside.line)
+        for one in outside:
+            one.warn()
+
+    def forgive(self, value: object) -> None:
+        """Forget a tensor that was read outside a forward and is assigned: a change of it is not lost."""
+        for one in self.outside:
+            if one.value is value:
+                one.forgive()
+        self.outside = [one for one in self.outside if one.value is not value]
+        self._update()
 
     def cache(self, key: str, site: Site, count: int, inputs: Sequence[Tensor], evaluate: Callable[..., Any]) -> Any:
         """Return the value cached under `key` if it is valid, else evaluate and cache.
@@ -205,7 +224,7 @@ class Policy:
         return value
 
     def _update(self) -> None:
-        self.busy = self.versioned or self.frozen or bool(self.once_by_thread) or self.outside is not None
+        self.busy = self.versioned or self.frozen or bool(self.once_by_thread) or bool(self.outside)
 
 
 class CachedValue:
@@ -232,7 +251,7 @@ class CachedValue:
         self.modes = modes
         self.inputs = tuple(inputs)
         self.first = first
-        self.versions = [part._version for part in _tensors(value)]
+        self.versions = _versions(value)
         self.fused_steps = _FusedSteps.count
         self.trained = bool(fingerprint.trained())
 
@@ -262,6 +281,10 @@ class CachedValue:
 
 def _tensors(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _versions(value: Any) -> list[int]:
+    return [part._version for part in _tensors(value)]
 
 
 def _detached(value: Any) -> Any:

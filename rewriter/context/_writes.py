@@ -22,77 +22,77 @@ from rewriter.context._fingerprint import PLAIN, transformed
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-class Watches:
-    """What warns of writes to the parts of one value."""
+class ReadOutside:
+    """A tensor that was read outside a forward: what is written to it, or set on it, is lost.
 
-    __slots__ = ("_parts",)
+    It refers to the tensor, since what is set on a tensor is gone with it. A later read takes its place; writes that
+    torch counts are noticed even then, when nobody has the tensor any more.
 
-    def __init__(self) -> None:
-        self._parts: list[weakref.finalize[..., Any]] = []
+    Arguments:
+        value: the tensor.
+        name: what it is the value of.
+        chain: what computes it.
+    """
 
-    def add(self, part: Tensor, name: str, chain: Sequence[str]) -> None:
-        """Watch `part`."""
-        shadow = part.detach()  # counts with it
-        watch = weakref.finalize(part, _compare, name, tuple(chain), shadow, shadow._version)
-        watch.atexit = False
-        self._parts.append(watch)
+    __slots__ = ("_end", "chain", "content", "line", "name", "shadow", "trained", "value", "version")
 
-    def forgive(self, value: object) -> None:
-        """Stop watching a value that was assigned: its change is not lost."""
-        for watch in self._parts:
-            alive = watch.peek()
-            if alive is not None and alive[0] is value:
-                watch.detach()
+    def __init__(self, value: Tensor, name: str, chain: Sequence[str]) -> None:
+        self.value, self.name, self.chain = value, name, tuple(chain)
+        self.trained = value.requires_grad
+        self.shadow = value.detach()  # counts with it
+        self.version = self.shadow._version
+        self.content = self._content()
+        self.line = _line_of_caller()
+        """File and line of the read: a write stands at the same line."""
+        self._end = weakref.finalize(value, _compare, name, self.chain, self.shadow, self.version, self.line)
+        self._end.atexit = False
+
+    def forgive(self) -> None:
+        """Say nothing of it: it is assigned, with what was written to it."""
+        self._end.detach()
+
+    def warn(self) -> None:
+        """Warn of what was written to it and set on it, however that was done."""
+        if self.value.requires_grad is not self.trained:
+            text = (
+                f"requires_grad of {self.name} was set to {not self.trained}, which changes nothing in the model: "
+                f"{self.name} is computed by {' >> '.join(self.chain)}. Use rewriter.state.freeze and unfreeze, or set "
+                "requires_grad of the parameters in rewriter.state.named_sites(model)"
+            )
+            warnings.warn_explicit(text, UserWarning, *self.line)
+        if self._written():
+            self._end.detach()
+            warn_of_write(self.name, self.chain, "is lost", line=self.line)
+
+    def _written(self) -> bool:
+        value, shadow = self.value, self.shadow
+        if (value.data_ptr(), value.shape) != (shadow.data_ptr(), shadow.shape):  # `value.data = other`
+            return True
+        return shadow._version != self.version or not torch.equal(self._content(), self.content)
+
+    def _content(self) -> Tensor:
+        # No counter shows a write through ``.data``.
+        numbers = self.shadow.is_floating_point() and not self.shadow.is_meta
+        return torch.hash_tensor(self.shadow) if numbers else torch.empty(0)
 
 
-def watch_writes(name: str, chain: Sequence[str], value: Any, stored: Sequence[Tensor]) -> Watches:
-    """Warn, once nobody has `value` any more, if it was written to meanwhile.
+def read_outside(name: str, chain: Sequence[str], value: Any, stored: Sequence[Tensor]) -> list[ReadOutside]:
+    """Return what warns of writes to a value that was read outside a forward.
 
     Arguments:
         name: what it is the value of.
         chain: what computes it.
         value: a tensor, or a tuple of them.
         stored: the tensors it is computed from; a value in their memory keeps what is written to it.
-
-    Returns:
-        What will warn.
     """
-    watches = Watches()
     if transformed():
-        return watches
+        return []
     homes = {tensor.untyped_storage()._cdata for tensor in stored if type(tensor) in PLAIN}
-    for part in value if isinstance(value, tuple) else (value,):
-        if type(part) in PLAIN and not part.is_inference() and part.untyped_storage()._cdata not in homes:
-            watches.add(part, name, chain)
-    return watches
-
-
-class ReadOutside:
-    """A value that was read outside a forward: writes through its ``.data`` count nowhere, so its content is compared.
-
-    Arguments:
-        value: the value.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self.shadow = value.detach()
-        self.version = self.shadow._version
-        self.content = torch.hash_tensor(self.shadow)
-        self.line = _line_of_caller()
-        """File and line of the read: a write through ``.data`` stands at the same line."""
-
-    def changed(self) -> bool:
-        """Whether the content changed, and torch counted no write to it."""
-        return self.shadow._version == self.version and not torch.equal(torch.hash_tensor(self.shadow), self.content)
-
-
-def read_outside(value: Any, stored: Sequence[Tensor]) -> ReadOutside | None:
-    """Return what remembers the content of `value`, if a write to it would be lost."""
-    if transformed() or type(value) not in PLAIN or value.is_inference() or not value.is_floating_point():
-        return None
-    if value.is_meta or value.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in stored}:
-        return None
-    return ReadOutside(value)
+    return [
+        ReadOutside(part, name, chain)
+        for part in (value if isinstance(value, tuple) else (value,))
+        if type(part) in PLAIN and not part.is_inference() and part.untyped_storage()._cdata not in homes
+    ]
 
 
 def warn_of_write(
@@ -119,12 +119,12 @@ def warn_of_write(
 
 def _line_of_caller() -> tuple[str, int]:
     """Return file and line of the innermost frame outside this package."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return ("<unknown>", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
-def _compare(name: str, chain: Sequence[str], shadow: Tensor, version: int) -> None:
+def _compare(name: str, chain: Sequence[str], shadow: Tensor, version: int, line: tuple[str, int]) -> None:
     if shadow._version != version:
-        warn_of_write(name, chain, "is lost", stacklevel=4)  # the line at which the value was given up
+        warn_of_write(name, chain, "is lost", line=line)

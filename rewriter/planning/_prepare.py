@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from rewriter._given import is_distributed
 from rewriter.capture import Call, Capture
 from rewriter.context import Contexts
+from rewriter.context._fingerprint import version_of
 from rewriter.errors import Diagnostic
 from rewriter.language import Rule, Spec
 from rewriter.planning._build import Description, Measures, build, check_value, describe
@@ -218,6 +219,8 @@ def _build_all(
     built: list[Pair] = []
     for claim in reversed(claims):
         rule = claim.rule
+        given = shared.get(rule.name)
+        before = _marks(given or ())
         try:
             inputs = {name: values[name] for name in reads_of(rule)}
             if rule.name not in descriptions:
@@ -228,7 +231,7 @@ def _build_all(
             together = fitted.get(id(claim))
             chain = None
             if together is None:
-                chain = chains.pop(id(claim), None) or Chain(claim, inputs, shared.get(rule.name))
+                chain = chains.pop(id(claim), None) or Chain(claim, inputs, given)
             checks = (inputs, checked, measures)
             try:
                 site = _built(claim, descriptions[rule.name], contexts, checks, chain, together)
@@ -236,8 +239,10 @@ def _build_all(
                 if not is_distributed(claim.entries[0].tensor):
                     raise
                 # The steps do not work on tensors that are distributed over processes: they get whole ones.
-                chain = Chain(claim, inputs, shared.get(rule.name), gather=True)
+                chain = Chain(claim, inputs, given, gather=True)
                 site = _built(claim, descriptions[rule.name], contexts, checks, chain)
+            if given is not None:
+                _refuse_fitted(given, before)
         except BuildError as problem:
             problems.build_failed(claim, str(problem))
             continue
@@ -246,6 +251,28 @@ def _build_all(
         built.append((claim, site))
         values.add(claim, site)
     return built[::-1]
+
+
+def _marks(steps: Iterable[nn.Module]) -> list[tuple[Tensor, int]]:
+    """Return the tensors of steps, and how often each was written to."""
+    return [(one, version_of(one)) for step in steps for one in (*step.parameters(), *step.buffers())]
+
+
+def _refuse_fitted(steps: Sequence[nn.Module], before: Sequence[tuple[Tensor, int]]) -> None:
+    """Refuse steps that several tensors share if they are fitted to a tensor: the others would lose their value.
+
+    Raises:
+        BuildError: names the steps.
+    """
+    now = _marks(steps)
+    same = len(now) == len(before) and all(
+        one is other and version == former for (one, version), (other, former) in zip(now, before, strict=True)
+    )
+    if not same or any(getattr(step, "stateful", False) for step in steps):
+        raise BuildError(
+            f"`share: true` gives one {' >> '.join(type(step).__name__ for step in steps)} to several tensors, and it "
+            "is fitted to each tensor on its own: leave `share` out"
+        )
 
 
 _Checks = tuple[Mapping[str, Tensor], set[object], dict[Site, Measures] | None]

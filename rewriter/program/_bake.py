@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from rewriter._originals import NOTHING_TO_BAKE, check_originals
+from rewriter._originals import NOTHING_COMPUTED, check_originals
 from rewriter.errors import PlanError
 from rewriter.language._glob import Glob
 from rewriter.parametrizations._registry import suggestion
@@ -35,7 +35,7 @@ def bake_program(
             "Use bake on the model, in eval mode, and export what it returns"
         )
     if not sites:
-        warnings.warn(NOTHING_TO_BAKE, stacklevel=5)
+        warnings.warn(NOTHING_COMPUTED.format("bake"), stacklevel=5)
     chosen = _chosen(sites, only)
     edited = Edited(program, share=inplace)
     known = placeholder_values(program)

@@ -62,6 +62,7 @@ def assign_value(site: Site, name: str, value: Any) -> None:
         PlanError: the value has another shape, or the chain cannot produce it; or its tensors are whole for a forward.
     """
     record = site.spec
+    site.policy.forgive(value)
     if len(record.members) > 1:
         raise PlanError(f"{name} is computed together with {', '.join(record.names)}; set them together")
     check_shape(record.name, record.members[0].shape, value)
@@ -87,7 +88,7 @@ def _assign(site: Site, value: Tensor) -> None:
             target.copy_(source)
         site.policy.invalidate()
         check_reached(site, value, site.read(*inputs))
-        site.policy.watches.forgive(value)  # `module.counter += 1` writes to what it read, and then assigns it
+        _check_shared(site, before)
     except Exception as problem:
         for tensor, content in zip(tensors, before, strict=True):
             tensor.copy_(content)
@@ -97,8 +98,27 @@ def _assign(site: Site, value: Tensor) -> None:
         raise PlanError(f"{record.name} cannot be set: {' >> '.join(record.chain)}: {problem}") from problem
 
 
+def _check_shared(site: Site, before: Sequence[Tensor]) -> None:
+    """Refuse a value for which steps change that compute other tensors too.
+
+    Raises:
+        PlanError: they did.
+    """
+    record = site.spec
+    if "share=True" not in record.options:
+        return
+    originals = {id(original) for original in site.originals}
+    for tensor, content in zip([*site.parameters(), *site.buffers()], before, strict=True):
+        if id(tensor) not in originals and not torch.equal(tensor, content):
+            raise PlanError(
+                f"{record.name} cannot be set: it shares {' >> '.join(record.chain)} with other tensors "
+                "(`share: true`), and the right inverse would change them"
+            )
+
+
 def assign_attribute(site: Site, name: str, value: Any) -> None:
     """Give a computed tensor a value because an attribute of its owner was assigned."""
+    site.policy.forgive(value)  # `module.counter += 1` writes to what it read, and then assigns it
     if not has_value(site, name, value):  # tying weights that are tied already comes to that
         assign_value(site, name, value)
         running = site.contexts.running.context
@@ -112,17 +132,25 @@ def check_reached(site: Site, wanted: Tensor, reached: Tensor) -> None:
     Raises:
         PlanError: says how far off it is.
     """
-    if wanted.is_meta or reached.is_meta:
+    if wanted.is_meta or reached.is_meta or not wanted.numel():
         return
     kind = torch.complex128 if reached.is_complex() else torch.float64
     floating = [one.dtype for one in (wanted, reached) if one.is_floating_point() or one.is_complex()]
     precision = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
-    distance = float((reached.to(kind) - wanted.to(reached.device, kind)).norm())
-    norm = float(wanted.to(kind).norm())
-    if not distance <= precision**0.5 * max(norm, precision):  # a NaN compares as false
+    difference = reached.to(kind) - wanted.to(reached.device, kind)
+    # A chain that drops one entry of many is near by the norm of the whole, and far by the largest entry.
+    away = max(_relative(difference, wanted.to(kind), order, precision) for order in (2, torch.inf))
+    if not away <= precision**0.5:
         lacking = [type(step).__name__ for step in site.steps if not hasattr(step, "right_inverse")]
         why = f"{lacking[0]} has no right inverse" if lacking else "the value has to be in the chain's image"
         raise PlanError(
             f"{site.spec.name} cannot be set to this value: {' >> '.join(site.spec.chain)} gives one that is "
-            f"{distance / norm if norm else distance:.1e} of its norm away; {why}"
+            f"{away:.1e} of its norm, or of its largest entry, away; {why}"
         )
+
+
+def _relative(difference: Tensor, wanted: Tensor, order: float, precision: float) -> float:
+    """Return the size of a difference in relation to that of the tensor; the least size is `precision`."""
+    away, size = (float(torch.linalg.vector_norm(one, order)) for one in (difference, wanted))
+    size = max(size, precision)
+    return away / size if size else away

@@ -217,6 +217,7 @@ class Site(nn.Module):
 
     def read_and_drawn(self, *inputs: Tensor) -> tuple[Any, bool]:
         """Return what `read` does, and whether the chain drew random numbers in evaluation mode."""
+        self.policy.check_outside()
         if self.policy.frozen:
             return self.policy.frozen_value(self, inputs), False
         tensors = [*self.originals, *inputs]
@@ -238,6 +239,7 @@ class Site(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.policy.check_outside()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         note_identity(self.spec, destination, prefix)
 
@@ -258,6 +260,7 @@ class Site(nn.Module):
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
+        self.policy.check_outside()
         return {name: value for name, value in self.__dict__.items() if name != "policy"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -286,6 +289,10 @@ class Site(nn.Module):
         """Return the tensors named in ``spec.reads`` as they are now."""
         return [getattr(reference.module, name) for reference, name in self._places]
 
+    def reads_from(self) -> list[tuple[str, nn.Module]]:
+        """Return the tensors named in ``spec.reads``, each with its owner."""
+        return [(name, place.module) for name, (place, _) in zip(self.spec.reads, self._places, strict=True)]
+
     def current(self) -> Any:
         """Return the value for the running forward; without one, the value as it stands."""
         context = self.contexts.context
@@ -293,10 +300,8 @@ class Site(nn.Module):
             once = self.policy.once
             if once is not None and not self.policy.frozen and (self.repeatable or once.at[self]):  # no state advances
                 return self.policy.value(self, self.read_inputs())
-            value = self.read(*self.read_inputs())
-            if not torch.compiler.is_compiling():
-                self.policy.read(self, value)
-            return value
+            inputs = self.read_inputs()
+            return self.policy.read(self, self.read(*inputs), inputs)
         if self.spec.cache == "never":
             return self(*self.read_inputs())
         return context.value(self, lambda: self(*self.read_inputs()))

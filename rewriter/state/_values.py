@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from rewriter._bake import _chosen, _present
 from rewriter._fsdp import reshard
 from rewriter._given import check_model, is_distributed, is_managed
+from rewriter._originals import NOTHING_COMPUTED
 from rewriter.errors import PlanError
 from rewriter.parametrizations._registry import suggestion
 from rewriter.planning import Entry, survey
@@ -103,7 +105,7 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         PlanError: a pattern of `only` matches nothing, or `fully_shard` sharded the model.
     """
     check_model(model, "freeze", programs=False, wrapped=True)
-    sites = [site for site in _sites(model, only) if site.trained_before is None]
+    sites = [site for site in _sites(model, only, "freeze") if site.trained_before is None]
     managed = next((site for site in sites if is_managed(site)), None)
     if managed is not None:
         raise PlanError(
@@ -114,6 +116,7 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
     for site in sites:
         site.requires_grad_(False)
+        site.zero_grad()  # an optimizer would make a step with what is there
         site.policy.freeze(True)
         site.policy.frozen_value(site, site.read_inputs())
 
@@ -129,7 +132,7 @@ def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         PlanError: a pattern of `only` matches nothing.
     """
     check_model(model, "unfreeze", programs=False, wrapped=True)
-    for site in _sites(model, only):
+    for site in _sites(model, only, "unfreeze"):
         trained = site.trained_before or {}
         for name, tensor in site.named_parameters():
             tensor.requires_grad_(trained.get(name, tensor.requires_grad))
@@ -150,8 +153,10 @@ def invalidate(model: nn.Module) -> None:
             site.policy.invalidate()
 
 
-def _sites(model: nn.Module, only: Sequence[str] | None) -> list[Site]:
+def _sites(model: nn.Module, only: Sequence[str] | None, verb: str) -> list[Site]:
     steps, sites = _chosen(_present(model), only)
+    if not sites and not steps:
+        warnings.warn(NOTHING_COMPUTED.format(verb), stacklevel=3)
     if steps:
         raise PlanError(
             f"{steps[0][1]!r} is the label of a step of {steps[0][0].spec.name}; a site is frozen as a whole"

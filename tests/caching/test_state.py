@@ -93,6 +93,28 @@ def test_a_frozen_model_bakes_to_its_values_and_trains_again(recurrent: Any) -> 
     assert plain.cell.weight_hh.requires_grad
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_frozen_model_bakes_to_its_values_after_its_tensors_changed(recurrent: Any, inplace: bool) -> None:
+    made = recurrent()
+    freeze(made.model)
+    before = made.model(made.x)
+    with torch.no_grad():
+        made.site.original.mul_(2)
+    torch.testing.assert_close(made.model(made.x), before)
+    torch.testing.assert_close(bake(made.model, inplace=inplace)(made.x), before)
+
+
+def test_an_optimizer_makes_no_step_with_gradients_from_before_freeze(recurrent: Any) -> None:
+    made = recurrent()
+    optimizer = torch.optim.SGD(made.model.parameters(), lr=1.0)
+    made.model(made.x).sum().backward()
+    before = get_value(made.model, "cell.weight_hh")
+    freeze(made.model)
+    optimizer.step()
+    unfreeze(made.model)
+    assert torch.equal(get_value(made.model, "cell.weight_hh"), before)
+
+
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     optimizer.zero_grad()
     model(x).square().sum().backward()

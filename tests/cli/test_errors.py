@@ -32,6 +32,7 @@ fuzzing = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
         (("apply", "missing.yaml", "model.pt", "-o", "model.pt"), 3, "no such file"),
         (("apply", "spec.yaml", "model.pt", "-o", "x.ts"), 6, "`reparam bake MODEL.pt -o x.ts`"),
         (("bake", "model.pt", "-o", "x.onx"), 6, "no format has the suffix .onx; did you mean '.onnx'?"),
+        (("apply", "spec.yaml", "model.pt", "-o", "x.txt"), 6, "no format has the suffix .txt; they are .onnx, .pt"),
         (("bake", "model.pt", "-o", "x.pt", "--format", "onx"), 2, "'--format': 'onx' is not one of"),
         (("init", "model.pt"), 2, "Choose from:\n\tspectral-norm"),
         (("bake", "model.pt", "-o", "x.pt2", "--inputs", "model.pt"), 6, "model.pt has classes of its own"),

@@ -104,6 +104,19 @@ def test_a_stack_of_matrices_that_is_no_kernel_needs_no_reshape() -> None:
     torch.testing.assert_close(value.mT @ value, torch.eye(3).expand(2, 3, 3), atol=1e-5, rtol=0)
 
 
+def test_four_dimensions_of_no_kernel_are_reshaped_too() -> None:
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.randn(2, 3, 4, 4, generator=torch.manual_seed(0)))
+    rule = {"name": "r", "select": "experts", "chain": ["symmetric"]}
+    told_to = r"use `reshape: \[out, -1\]` for one matrix, or `reshape: \[-1, 4, 4\]`"
+    with pytest.raises(PlanError, match=told_to) as told:
+        rewrite(model, {"reparam": 1, "rules": [rule]})
+    assert "kernel" not in str(told.value)
+    new = rewrite(model, {"reparam": 1, "rules": [{**rule, "reshape": [-1, 4, 4]}]})
+    value = rewriter.state.get_value(new, "experts")
+    torch.testing.assert_close(value, value.mT)
+
+
 @pytest.mark.parametrize(
     "conv", [nn.Conv1d(4, 4, 4), nn.Conv2d(4, 4, 4), nn.ConvTranspose3d(4, 4, 4)], ids=lambda conv: type(conv).__name__
 )

@@ -54,6 +54,25 @@ def test_a_value_that_the_chain_cannot_give_is_refused(kind: str, way: str, capt
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["attribute", "load"])
+def test_one_entry_that_a_mask_would_drop_is_refused(dtype: torch.dtype, way: str) -> None:
+    """By the norm of the whole tensor it is within the rounding of its type."""
+    size = 40 if dtype is torch.bfloat16 else 2000
+    model = nn.Sequential(nn.Linear(size, size, bias=False)).to(dtype)
+    new = rewritten({"l1_unstructured": {"amount": 1}}, "graph", model)
+    value = get_value(new, "0.weight")
+    dropped = value == 0
+    new[0].weight = value
+    value[dropped] = value.abs().max() / 4
+    with pytest.raises(RewriterError, match=r"0\.weight.* gives one that is .* of its largest entry, away"):
+        if way == "load":
+            new.load_state_dict({"0.weight": value})
+        else:
+            new[0].weight = value
+    assert not get_value(new, "0.weight")[dropped].any()
+
+
 @pytest.mark.parametrize("chain", ["weight_norm", "symmetric", {"orthogonal": {"map": "householder"}}], ids=str)
 def test_a_value_in_the_image_is_reached(chain: Any, capture: str) -> None:
     new = rewritten(chain, capture)

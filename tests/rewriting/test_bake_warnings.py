@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rewriter import bake, rewrite
+from rewriter.state import freeze, unfreeze
 
 
 class Noise(nn.Module):
@@ -36,9 +39,12 @@ def test_dropout_of_a_weight_bakes_without_a_warning() -> None:
         bake(new)
 
 
-def test_baking_a_plain_model_warns() -> None:
+@pytest.mark.parametrize("verb", [bake, freeze, unfreeze])
+def test_a_verb_for_computed_tensors_warns_of_a_plain_model(verb: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 3))
-    with pytest.warns(UserWarning, match="bake found no computed tensor") as found:
-        again = bake(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=f"{verb.__name__} found no computed tensor") as found:
+        again = verb(model)
     assert found[0].filename == __file__
-    torch.testing.assert_close(again.state_dict(), model.state_dict())
+    torch.testing.assert_close((again or model).state_dict(), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())

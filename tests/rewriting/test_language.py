@@ -216,6 +216,23 @@ def test_share_uses_one_parametrization_for_all_sites(rule: Rule) -> None:
     assert one is two
 
 
+@pytest.mark.parametrize("step", [{"orthogonal": {"map": "cayley"}}, "spectral_norm"], ids=str)
+def test_a_step_that_is_fitted_to_each_tensor_is_not_shared(rule: Rule, step: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(PlanError, match=r"`share: true` gives one \w+ to several tensors, and it is fitted to each"):
+        rewrite(model, rule("*.weight", step, share=True))
+    rewrite(model, rule("0.weight", step, share=True))
+
+
+def test_a_shared_step_is_not_changed_by_the_value_of_one_tensor(rule: Rule) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    new: Any = rewrite(model, rule("*.weight", {"orthogonal": {"map": "cayley"}}, share=True, init="raw"))
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    with pytest.raises(PlanError, match=r"0\.weight cannot be set: it shares orthogonal.* with other tensors"):
+        new[0].weight = torch.linalg.qr(torch.randn(4, 4))[0]
+    torch.testing.assert_close(new.state_dict(), before, rtol=0, atol=0, check_stride=False)
+
+
 def test_init_says_how_the_first_value_is_set(rule: Rule) -> None:
     model = nn.Sequential(nn.Linear(6, 6, bias=False))
     weight = model[0].weight.detach()

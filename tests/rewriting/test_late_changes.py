@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rewriter import bake, rewrite
 from rewriter.errors import RewriterError
+from rewriter.state import get_value
 
 SPEC = {"reparam": 1, "rules": [{"name": "w", "select": "**.{linear,conv}.weight", "chain": ["weight_norm"]}]}
 REGISTERED = [
@@ -237,3 +238,36 @@ def test_a_part_of_the_model_called_by_itself_is_one_forward() -> None:
     part.linear.parametrizations.weight.steps[0].register_forward_hook(lambda *_: seen.append(1))
     part(torch.randn(2, 6))
     assert seen == [1]
+
+
+class Tied(nn.Module):
+    """Has a weight that is computed from another one, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(4, 3, bias=False)])
+        self.out = nn.Linear(3, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner[0](x))
+
+
+TIED = {
+    "reparam": 1,
+    "rules": [{"name": "t", "select": "out.weight", "from": "inner.0.weight", "chain": ["transpose"]}],
+}
+
+
+def test_a_module_from_whose_tensors_a_chain_computes_is_not_replaced(capture: str) -> None:
+    model: Any = rewrite(Tied(), TIED, capture=capture)
+    x = torch.ones(1, 4)
+    before = model(x)
+    with pytest.raises(RewriterError, match=r"out\.weight is computed from inner\.0\.weight.*called inner now: bake"):
+        model.inner = nn.ModuleList([nn.Linear(4, 3, bias=False)])
+    torch.testing.assert_close(model(x), before)
+    torch.testing.assert_close(bake(model)(x), before)
+    model.inner[0] = nn.Linear(4, 3, bias=False)
+    for broken in (model, nn.Sequential(model)):
+        with pytest.raises(RewriterError, match=r"out\.weight is computed from inner\.0\.weight, .* was replaced"):
+            bake(broken)
+    assert torch.equal(get_value(model.out, "weight"), bake(model.out).weight)

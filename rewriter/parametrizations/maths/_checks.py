@@ -28,7 +28,7 @@ def require_no_kernel(name: str, weight: Tensor, most: int = 3) -> None:
         slices = ", ".join(map(str, weight.shape[-2:]))
         raise RewriterError(
             f"{name} acts on matrices, this tensor has shape {list(weight.shape)}; use `reshape: [out, -1]` for one "
-            f"matrix of the kernel, or `reshape: [-1, {slices}]` for each slice on its own"
+            f"matrix, or `reshape: [-1, {slices}]` for each slice on its own"
         )
 
 
