@@ -110,7 +110,8 @@ class ModelOptions:
             try:
                 rewritten.load_state_dict(found.weights)
             except RuntimeError as problem:
-                text = (str(problem).partition("\n")[2] or str(problem)).strip()
+                lines = str(problem).splitlines()
+                text = "\n  ".join(line.strip() for line in lines[1:] or lines)
                 text = f"the weights in {path} fit neither the model nor the one that the spec makes of it: {text}"
                 raise ModelFileError(text) from problem
             return rewritten

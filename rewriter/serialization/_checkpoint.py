@@ -51,6 +51,16 @@ def weights_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
     raise ModelFileError(f"{path} holds a dict with the keys {_listed(loaded)}, which is no state dict")
 
 
+def without_count(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the entry ``n_averaged`` that `torch.optim.swa_utils.AveragedModel` adds.
+
+    >>> without_count({"module.fc.weight": 1, "n_averaged": 2}), without_count({"fc.weight": 1, "n_averaged": 2})
+    ({'module.fc.weight': 1}, {'fc.weight': 1, 'n_averaged': 2})
+    """
+    rest = {key: value for key, value in state.items() if key != "n_averaged"}
+    return rest if all(str(key).startswith("module.") for key in rest) else dict(state)
+
+
 def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]) -> OrderedDict[str, torch.Tensor]:
     """Return the weights under names without the prefixes of wrappers; warn if there were any.
 
@@ -64,6 +74,8 @@ def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]
     Arguments:
         names: the state-dict keys of the model. A segment of one of them is no prefix.
     """
+    metadata = getattr(weights, "_metadata", {})
+    weights = weights if "n_averaged" in names else without_count(weights)
     own = {segment for name in names for segment in name.split(".")}
     wrappers = {prefix[:-1]: prefix for prefix in _WRAPPERS if prefix[:-1] not in own}
 
@@ -73,7 +85,6 @@ def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]
     if len(set(map(shortened, weights))) < len(weights):
         wrappers = {}  # two tensors would have one name
     renamed = OrderedDict((shortened(name), tensor) for name, tensor in weights.items())
-    metadata = getattr(weights, "_metadata", {})
     renamed._metadata = {  # type: ignore[attr-defined]
         shortened(path): entry
         for path, entry in (metadata.items() if isinstance(metadata, Mapping) else ())

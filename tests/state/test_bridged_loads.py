@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 
 from rewriter import RewriterError, rewrite
 from rewriter.io import load_model
-from rewriter.state import get_value
+from rewriter.state import convert_state_dict, get_value
 from tests.state.conftest import Net, assert_same, snapshot
 
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
@@ -158,6 +159,24 @@ def test_a_file_with_a_prefix_is_loaded(
     (torch.save if suffix == ".pt" else save_file)(state, path)
     new = load_model(path, model=lambda: rewritten("weight_norm"))
     torch.testing.assert_close(new(X), source(X))
+
+
+@pytest.mark.filterwarnings("ignore:removed the prefix")
+def test_the_state_of_an_average_is_loaded(rewritten: Callable[..., nn.Module], tmp_path: Path) -> None:
+    average = AveragedModel(rewritten("weight_norm"), use_buffers=True)
+    average.update_parameters(rewritten("weight_norm"))
+    average.update_parameters(rewritten("weight_norm"))
+    state = average.state_dict()
+    torch.save(state, tmp_path / "average.pt")
+    into, plain = rewritten("weight_norm"), Net().double()
+    into.load_state_dict(state)
+    plain.load_state_dict(convert_state_dict(state, into, to="plain"))
+    loaded = load_model(tmp_path / "average.pt", model=lambda: rewritten("weight_norm"))
+    around = load_model(tmp_path / "average.pt", model=lambda: AveragedModel(rewritten("weight_norm")))
+    for model in (into, plain, loaded, around):
+        torch.testing.assert_close(model(X), average(X))
+    assert around.n_averaged == 2
+    assert list(convert_state_dict(state, average, to="rewritten")) == list(state)
 
 
 def test_a_prefix_beside_the_name_without_it_stays(tmp_path: Path) -> None:
