@@ -229,7 +229,7 @@ def _chosen(
             names = [name for entries in every.values() for entry in entries for name in entry.names]
             labels = [label for site in every for label in site.spec.labels if label]
             raise PlanError(
-                f"only={pattern!r} is neither a rule or label of the model nor matches a parametrized tensor; "
+                f"{pattern!r} is neither a rule or label of the model nor matches a parametrized tensor; "
                 f"its rules are {', '.join(map(repr, rules)) or 'none'}"
                 + suggestion(pattern, [*rules, *labels, *names[:5000]])
             )

@@ -112,11 +112,11 @@ class ModelFileError(RewriterError):
 
 
 class WeightsError(ModelFileError):
-    """A file of weights without their model, or with those of a rewritten model where a plain one was expected.
+    """A file of weights without their model, or whose weights do not fit it: they may fit it once it is rewritten.
 
     Arguments:
         message: what to do.
-        module: the plain model, if there is one.
+        module: the model, if there is one.
         weights: the state dict.
     """
 

@@ -70,21 +70,14 @@ def bake(
 ) -> Outcome:
     """Replace each computed tensor of MODEL by its value and write OUT.
 
-    With --spec, MODEL is a folder of shards, an index or a safetensors file, which is streamed.
+    With --spec, MODEL is a checkpoint: weights for the model that --model makes, or a folder of shards, an index or a
+    safetensors file, which is streamed.
     """
-    if spec is not None or streamed(model_file, False):
+    if streamed(model_file, spec is not None):
         from rewriter.streaming import bake_checkpoint
 
         if spec is None:
             raise RewriterError(f"{model_file} is a checkpoint, and its chains are in a spec: --spec SPEC")
-        if not streamed(model_file, True):
-            refuse_directory(model_file)
-            if not model_file.exists():
-                raise ModelFileError(f"{model_file} does not exist")
-            raise RewriterError(
-                f"{model_file} has its chains with it; --spec is for folders and safetensors files. "
-                "`reparam apply SPEC` writes a model with chains"
-            )
         other = format not in (None, "safetensors")
         refuse_options({"--example": example.example, "--only": only, "--keep": keep != "value", "--format": other})
         return run(bake_checkpoint, model_file, output, spec, spec_options, model_options, stream, force)
@@ -100,7 +93,7 @@ def bake(
     examples = example.read()
     if format != "hf":
         check_writable(output, force)
-    loaded = model_options.read(model_file)
+    loaded = model_options.read(model_file) if spec is None else _by_spec(model_file, model_options, spec, spec_options)
     written = format or format_of(loaded, output)
     if written in ("pt2", "aoti", "onnx") and examples is None and isinstance(loaded, nn.Module):
         raise no_inputs(f"--format {written}")
@@ -128,3 +121,19 @@ def bake(
     stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {exported}")
     document = {"baked": names, "left": sorted(left), "format": written, "output": str(output)}
     return Outcome({**document, "difference": exported.difference, "unverified": exported.unverified})
+
+
+def _by_spec(path: Path, model_options: ModelOptions, spec: Path, spec_options: SpecOptions) -> Any:
+    """Read weights into the model that a spec makes."""
+    import rewriter
+
+    if model_options.model is None:
+        refuse_directory(path)
+        if not path.exists():
+            raise ModelFileError(f"{path} does not exist")
+        raise RewriterError(
+            f"{path} has its chains with it; --spec is for checkpoints. Say whose weights they are (--model "
+            "package.module:factory). `reparam apply SPEC` writes a model with chains"
+        )
+    read = spec_options.read(spec)
+    return rewriter.rewrite(model_options.read_for(read, path), read, inplace=True)

@@ -98,7 +98,7 @@ class ModelOptions:
         return given + ["--trust"] * self.trust
 
     def read_for(self, spec: Spec, path: Path, capture: Way = "auto") -> nn.Module | ExportedProgram:
-        """Read the model file; weights of a rewritten model are loaded into the model that `spec` makes."""
+        """Read the model file; weights that do not fit the model are loaded into the one that `spec` makes of it."""
         import rewriter
 
         try:
@@ -110,8 +110,10 @@ class ModelOptions:
             try:
                 rewritten.load_state_dict(found.weights)
             except RuntimeError as problem:
-                text = str(problem).partition("\n")[2].strip()
-                raise ModelFileError(f"the weights in {path} are of a model rewritten otherwise: {text}") from problem
+                lines = str(problem).splitlines()
+                text = "\n  ".join(line.strip() for line in lines[1:] or lines)
+                text = f"the weights in {path} fit neither the model nor the one that the spec makes of it: {text}"
+                raise ModelFileError(text) from problem
             return rewritten
 
     def read_or_weights(self, path: Path) -> nn.Module | ExportedProgram | dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rewriter._given import is_managed
 from rewriter._torch import autocast_on
 from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
 from rewriter.context._random import devices_of, random_states, same_states
@@ -136,7 +137,13 @@ class Policy:
         return self.cached.get("value")
 
     def frozen_value(self, site: Site, inputs: Sequence[Tensor]) -> Any:
-        """Return the value that the site had when it was frozen; other originals in its place are evaluated."""
+        """Return the value that the site had when it was frozen; other originals in its place are evaluated.
+
+        So are those that `fully_shard` manages: a cached value would be whole in every process.
+        """
+        if is_managed(site):
+            with torch.no_grad():
+                return _detached(site.settled().evaluate(*inputs))
         own = site.originals
         if self.frozen_at is not None and same_objects(own, self.frozen_at[1]):
             value, _, versions = self.frozen_at

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rewriter._given import kind_of
+from rewriter._given import is_distributed, kind_of
 from rewriter.context import Contexts
 from rewriter.context._fingerprint import PLAIN, settings_of
 from rewriter.language import Rule
@@ -121,6 +121,8 @@ def build(
     gather = chain is not None and chain.like is not None
     if chain is not None and gather:
         originals = [distributed_from_first(original, chain.like) for original in originals]
+    elif is_distributed(value_of(claim.entries[0])) and not all(map(is_distributed, originals)):
+        raise BuildError("its steps give originals that are not distributed")
     printed, options = description
     record = SiteSpec(
         members=tuple(_member(entry) for entry in claim.entries),

@@ -19,7 +19,7 @@ from rewriter.parametrizations.maths._checks import OF_MATRICES, REQUIREMENTS, r
 from rewriter.planning._resolve import Claim
 from rewriter.planning._survey import Entry, dtype_name
 from rewriter.sites import Chunked, Layout, Site, layout_of
-from rewriter.sites._gathered import copy_from_first, gathered
+from rewriter.sites._gathered import gathered
 from rewriter.sites._inverse import Inverse, carry_of, parts_of, right_inverse
 from rewriter.sites._steps import apply_steps
 
@@ -120,12 +120,9 @@ class Chain:
         step = self.rule.chain[index]
         try:
             self._require(step, weight)
-            made = _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
+            return _make(step, weight, self.layout, self.extra.get(index, ()), transposed(self.claim))
         except Exception as problem:
             raise BuildError(f"step {index + 1}, {step}: {first_line(problem)}") from problem
-        if self.like is not None:
-            copy_from_first(made, self.like)
-        return made
 
     def _require(self, step: Step, weight: Tensor) -> None:
         """Refuse a tensor that the step declares not to take (``takes``)."""

@@ -28,6 +28,7 @@ from rewriter.planning._survey import Entry
 from rewriter.planning._table import TensorTable
 from rewriter.planning._together import planned_together
 from rewriter.sites import Site, SiteSpec
+from rewriter.sites._gathered import drawn_alike
 
 
 def prepare(
@@ -74,7 +75,8 @@ def make_plan(
     problems.add(refuse_writes(claims, way.graph))
     values = _Values(table.entries)
     measures: dict[Site, Measures] = {}
-    new = _build_all(claims, values, problems, measures if measure else None)
+    with drawn_alike(entry.tensor for claim in claims for entry in claim.entries):
+        new = _build_all(claims, values, problems, measures if measure else None)
     if not problems:
         problems.add(_proven(spec, table, way, new, present, values, without))
     problems.raise_any()
@@ -301,7 +303,10 @@ def _built(
 def _form(site: Site, inputs: Iterable[Tensor]) -> object:
     """Return what decides which shape and dtype a site's value has: sites of one form are looked at once."""
     wanted = tuple((member.shape, member.dtype) for member in site.spec.members)
-    taken = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (*site.originals, *inputs))
+    taken = tuple(
+        (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "placements", None))
+        for tensor in (*site.originals, *inputs)
+    )
     return site.spec.rule, wanted, taken
 
 

@@ -51,8 +51,18 @@ def weights_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
     raise ModelFileError(f"{path} holds a dict with the keys {_listed(loaded)}, which is no state dict")
 
 
+def without_count(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the entry ``n_averaged`` that `torch.optim.swa_utils.AveragedModel` adds.
+
+    >>> without_count({"module.fc.weight": 1, "n_averaged": 2}), without_count({"fc.weight": 1, "n_averaged": 2})
+    ({'module.fc.weight': 1}, {'fc.weight': 1, 'n_averaged': 2})
+    """
+    rest = {key: value for key, value in state.items() if key != "n_averaged"}
+    return rest if all(str(key).startswith("module.") for key in rest) else dict(state)
+
+
 def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]) -> OrderedDict[str, torch.Tensor]:
-    """Return the weights under the model's names, without the prefixes of wrappers; warn if there were any.
+    """Return the weights under names without the prefixes of wrappers; warn if there were any.
 
     The metadata of a state dict stays, under the paths without the prefixes.
 
@@ -62,37 +72,30 @@ def without_prefixes(weights: Mapping[str, torch.Tensor], names: Collection[str]
     ['fc.weight']
 
     Arguments:
-        names: the state-dict keys of the model.
+        names: the state-dict keys of the model. A segment of one of them is no prefix.
     """
-    renamed: OrderedDict[str, torch.Tensor] = OrderedDict()
-    removed: dict[str, int] = {}
-    for name, tensor in weights.items():
-        short, prefixes = _shortened(name, names)
-        renamed[short] = tensor
-        for prefix in prefixes:
-            removed[prefix] = removed.get(prefix, 0) + 1
-    paths = {"", *(name[:end] for name in names for end, letter in enumerate(name) if letter == ".")}
     metadata = getattr(weights, "_metadata", {})
+    weights = weights if "n_averaged" in names else without_count(weights)
+    own = {segment for name in names for segment in name.split(".")}
+    wrappers = {prefix[:-1]: prefix for prefix in _WRAPPERS if prefix[:-1] not in own}
+
+    def shortened(name: str) -> str:
+        return ".".join(segment for segment in name.split(".") if segment not in wrappers)
+
+    if len(set(map(shortened, weights))) < len(weights):
+        wrappers = {}  # two tensors would have one name
+    renamed = OrderedDict((shortened(name), tensor) for name, tensor in weights.items())
     renamed._metadata = {  # type: ignore[attr-defined]
-        _shortened(path, paths)[0]: entry
+        shortened(path): entry
         for path, entry in (metadata.items() if isinstance(metadata, Mapping) else ())
         if isinstance(path, str) and isinstance(entry, Mapping)
     }
-    for prefix, count in removed.items():
-        what = "1 name" if count == 1 else f"{count} names"
-        warnings.warn(f"removed the prefix {prefix!r} of {_WRAPPERS[prefix]} from {what}", stacklevel=2)
+    for segment, prefix in wrappers.items():
+        count = sum(segment in name.split(".") for name in weights)
+        if count:
+            what = "1 name" if count == 1 else f"{count} names"
+            warnings.warn(f"removed the prefix {prefix!r} of {_WRAPPERS[prefix]} from {what}", stacklevel=2)
     return renamed
-
-
-def _shortened(name: str, names: Collection[str]) -> tuple[str, list[str]]:
-    """Return the name without the prefixes that it has too many, and these; the name itself if that is none."""
-    short, prefixes = name, []
-    for prefix in _WRAPPERS if name not in names else ():
-        segments = short.split(".")
-        if prefix[:-1] in segments and short not in names:
-            short = ".".join(segment for segment in segments if segment != prefix[:-1])
-            prefixes.append(prefix)
-    return (short, prefixes) if short in names else (name, [])
 
 
 def _is_state_dict(value: Any) -> bool:

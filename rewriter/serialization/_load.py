@@ -109,9 +109,11 @@ def _with_adapter(path: Path, model: str | ModelFactory | None, key: str | None)
         raise ModelFileError(f"{path} holds a PEFT adapter, which has no entry {key!r}; leave the key out")
     weights, module = read_adapter(path), _made(factory)
     if not any(name.endswith(".0.lora_A") for name in module.state_dict()):
-        raise ModelFileError(
+        raise WeightsError(
             f"{path} holds a PEFT adapter, and no tensor of the {type(module).__name__} is computed by lora or dora: "
-            "let the factory rewrite the model"
+            "let the factory rewrite the model",
+            module,
+            weights,
         )
     return _filled(path, module, weights)
 
@@ -263,11 +265,13 @@ def _filled(path: Path, module: nn.Module, weights: dict[str, torch.Tensor]) -> 
         own = module.state_dict().keys()
         if _is_rewritten(weights.keys() - own) and not _is_rewritten(own):
             raise WeightsError(
-                f"{path} has the weights of a rewritten model: `reparam apply SPEC {path} -o OUT` loads them into one "
-                "(in Python: rewrite(model, spec).load_state_dict(weights))",
+                f"{path} has the weights of a rewritten model: `reparam apply SPEC {path} -o OUT` loads them into one, "
+                f"`reparam bake {path} --spec SPEC -o OUT` bakes them (in Python: rewrite(model, "
+                "spec).load_state_dict(weights))",
                 module,
                 weights,
             ) from problem
         lines = [printable(line.strip()) for line in str(problem).split("\n")]
-        raise ModelFileError(f"the weights in {path} do not fit the model: " + " ".join(lines[1:])) from problem
+        text = f"the weights in {path} do not fit the model: " + " ".join(lines[1:])
+        raise (ModelFileError(text) if _is_rewritten(own) else WeightsError(text, module, weights)) from problem
     return module

@@ -69,7 +69,8 @@ def refuse_distributed(model: nn.Module) -> None:
     if any(map(is_distributed, (*model.parameters(), *model.buffers()))):
         raise ModelFileError(
             f"the tensors of the {type(model).__name__} are distributed over processes: save model.state_dict() with "
-            "torch.distributed.checkpoint, which every process calls"
+            "torch.distributed.checkpoint, which every process calls; for a file of the whole model, let one process "
+            "load the checkpoint into a model that is not distributed (dcp.load(…, no_dist=True)), and save that"
         )
 
 

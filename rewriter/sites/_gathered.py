@@ -5,13 +5,16 @@ Every process takes part in each call here, in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from rewriter._given import is_distributed
+from rewriter.context._random import nothing_drawn
 
 
 def gathered(tensor: Any) -> Any:
@@ -42,10 +45,16 @@ def distributed_from_first(tensor: Tensor, like: Any) -> Any:
     return tensors.distribute_tensor(tensor, like.device_mesh, possible(like.placements, tensor.dim()))
 
 
-def copy_from_first(module: nn.Module, like: Any) -> None:
-    """Give the tensors of a module the values of the first process: each draws its own random numbers."""
+@contextlib.contextmanager
+def drawn_alike(sources: Iterable[Any]) -> Iterator[None]:
+    """Draw the same random numbers in every process inside the context, if one of `sources` is distributed."""
+    like: Any = next(filter(is_distributed, sources), None)
+    if like is None:
+        yield
+        return
     tensors: Any = sys.modules["torch.distributed.tensor"]
     everywhere = [tensors.Replicate()] * like.device_mesh.ndim
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not is_distributed(tensor):
-            tensor.data.copy_(tensors.distribute_tensor(tensor.detach(), like.device_mesh, everywhere).to_local())
+    seed = tensors.distribute_tensor(torch.randint(2**62, (), device="cpu"), like.device_mesh, everywhere)
+    with nothing_drawn([like]):
+        torch.manual_seed(int(seed.to_local()))
+        yield

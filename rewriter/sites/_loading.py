@@ -46,7 +46,7 @@ def converting(load: Callable[..., Any]) -> Callable[..., Any]:
         with unchanged_on_error(self, assign):
             result = load(self, state, *args, **kwargs)
         if not strict and not quiet:
-            _warn_of_missing(translation.places, state)
+            _warn_of_partial(translation.places, state)
         return result
 
     return load_state_dict
@@ -73,7 +73,7 @@ def converting_owner(load: Callable[..., Any]) -> Callable[..., Any]:
                 _convert_nested(place, state_dict, assign, error_msgs)
             if not error_msgs and not _warned(self, places, assign):
                 untied = [place for place in places if len(place.site.spec.members[0].names) == 1]
-                _warn_of_missing(untied, state_dict)
+                _warn_of_partial(untied, state_dict)
         load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     return _load_from_state_dict
@@ -104,15 +104,24 @@ def _warned(model: nn.Module, places: list[Place], assign: bool) -> bool:
     return warned
 
 
-def _warn_of_missing(places: list[Place], state: Mapping[str, Any]) -> None:
-    """Name the computed tensors for which a partial state has no original: torch skips them in silence.
+def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
+    """Name the computed tensors that a partial state leaves as they are, or has from other chains: torch is silent.
 
     A tied tensor may be saved under one of its names. The file of an adapter has the steps without the frozen original.
     """
-    lacking = []
+    lacking, odd = [], []
     filled = {place.site for place in places if all(key in state for key in place.originals)}
     for place in places:
         if place.site in filled:
+            given, own = place.own(state).keys(), place.site.state_dict().keys()
+            steps = enumerate(place.site.steps)
+            refitted = tuple(f"{index}." for index, step in steps if getattr(step, "stateful", False))
+            lacks = [key for key in own - given if given and not key.startswith(refitted)]
+            parts = [
+                f"{verb} {', '.join(sorted(keys))}" for verb, keys in (("has", given - own), ("lacks", lacks)) if keys
+            ]
+            if parts:
+                odd.append(f"{place.names[0]} ({'; '.join(parts)})")
             continue
         found = zip(place.site.original_names, place.originals, place.site.originals, strict=True)
         frozen_missing = bool(place.own(state))
@@ -124,6 +133,12 @@ def _warn_of_missing(places: list[Place], state: Mapping[str, Any]) -> None:
     if lacking:
         warnings.warn(
             f"the state dict has no value for computed tensors, which stay as they are: {'; '.join(lacking)}",
+            stacklevel=3,
+        )
+    if odd:
+        warnings.warn(
+            f"the state dict is of other chains, so that values of computed tensors differ: {'; '.join(odd)}. Load it "
+            "into a model with the chains that it was saved from, and bake that",
             stacklevel=3,
         )
 

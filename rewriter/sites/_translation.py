@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriter.serialization._checkpoint import without_count
 from rewriter.sites._adapter_states import from_adapter, is_adapter_state
 from rewriter.sites._bridge import REMEDY, StateError, stored_for, value_from
 from rewriter.sites._container import sites_of
@@ -217,7 +218,7 @@ class Translation:
 
 def _without_prefixes(model: nn.Module, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a copy of a state dict and of its metadata, without the prefixes that its keys have and the model not."""
-    found = dict(state)
+    found = dict(state) if "module" in model._modules else without_count(state)
     metadata = {path: dict(entry) for path, entry in getattr(state, "_metadata", {}).items()}
     while True:
         prefix = next((one for one in _PREFIXES if found and all(str(key).startswith(one) for key in found)), None)

@@ -95,30 +95,27 @@ def freeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
 
     The cached value follows `.to()`, `load_state_dict`, `set_value` and `invalidate`. Writes into the stored tensors
     show after `unfreeze`; other tensors in their place are evaluated at once. A second `freeze` changes nothing. Copies
-    of the model are frozen too, with the values that their own tensors give.
+    of the model are frozen too, with the values that their own tensors give. A model that `fully_shard` sharded caches
+    nothing: each forward evaluates the chains as in evaluation mode, without gradients.
 
     Arguments:
         model: a rewritten model, or one that contains rewritten models.
         only: rule names and globs of tensor names.
 
     Raises:
-        PlanError: a pattern of `only` matches nothing, or `fully_shard` sharded the model.
+        PlanError: a pattern of `only` matches nothing.
     """
     check_model(model, "freeze", programs=False, wrapped=True)
+    reshard(model)
     sites = [site for site in _sites(model, only, "freeze") if site.trained_before is None]
-    managed = next((site for site in sites if is_managed(site)), None)
-    if managed is not None:
-        raise PlanError(
-            f"{managed.spec.name} cannot be frozen: fully_shard replaces its tensors at each forward. Freeze the model "
-            "before it is sharded, or turn off requires_grad of its parameters"
-        )
     for site in sites:  # before any is frozen: sites of one rule may share their steps
         site.trained_before = {name: tensor.requires_grad for name, tensor in site.named_parameters()}
     for site in sites:
         site.requires_grad_(False)
         site.zero_grad()  # an optimizer would make a step with what is there
         site.policy.freeze(True)
-        site.policy.frozen_value(site, site.read_inputs())
+        if not is_managed(site):
+            site.policy.frozen_value(site, site.read_inputs())
 
 
 def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
@@ -132,6 +129,7 @@ def unfreeze(model: nn.Module, only: Sequence[str] | None = None) -> None:
         PlanError: a pattern of `only` matches nothing.
     """
     check_model(model, "unfreeze", programs=False, wrapped=True)
+    reshard(model)
     for site in _sites(model, only, "unfreeze"):
         trained = site.trained_before or {}
         for name, tensor in site.named_parameters():

@@ -188,4 +188,38 @@ def test_a_checkpoint_of_a_rewritten_model_is_loaded_by_its_spec(reparam, folder
     (folder / "other.yaml").write_text(spec.replace("symmetric", "orthogonal"))
     other = reparam("plan", "other.yaml", "checkpoint.pt", "--model", "their_code:make")
     assert other.code == 6
-    assert "are of a model rewritten otherwise" in other.err
+    assert "fit neither the model nor the one that the spec makes of it" in other.err
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("form", ["plain", "rewritten", "torch", "old"])
+def test_bake_takes_a_checkpoint_with_its_spec_and_a_plain_factory(reparam, folder, form, prefix):
+    spec = (folder / "spec.yaml").read_text().replace("symmetric", "weight_norm")
+    (folder / "spec.yaml").write_text(spec)
+    source = nn.Sequential(nn.Linear(4, 4))
+    if form == "rewritten":
+        source = rewriter.rewrite(source, spec)
+    elif form != "plain":
+        (nn.utils.weight_norm if form == "old" else nn.utils.parametrizations.weight_norm)(source[0])
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.5)
+    state = {prefix + name: tensor for name, tensor in source.state_dict().items()}
+    torch.save({"model": state, "epoch": 2}, "checkpoint.pt")
+    x = torch.randn(3, 4)
+    done = reparam("bake", "checkpoint.pt", "--spec", "spec.yaml", "-o", "plain.pt", *MADE)
+    assert done.code == 0, done.err
+    assert done.json["baked"] == ["0.weight"]
+    torch.testing.assert_close(load_model("plain.pt")(x), source(x))
+
+
+def test_bake_takes_no_checkpoint_of_another_chain(reparam, refused, folder):
+    plain = nn.Sequential(nn.Linear(4, 4))
+    spec = (folder / "spec.yaml").read_text()
+    torch.save(rewriter.rewrite(plain, spec.replace("symmetric", "skew")).state_dict(), "checkpoint.pt")
+    call = ("bake", "checkpoint.pt", "--spec", "spec.yaml", "-o", "plain.pt")
+    other = reparam(*call, "--model", "their_code:make")
+    assert other.code == 6
+    assert "saved from the chain skew, and the model computes symmetric" in other.err
+    refused(call, 2, "Say whose weights they are")
+    assert not (folder / "plain.pt").exists()

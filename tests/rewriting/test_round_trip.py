@@ -162,7 +162,7 @@ def test_a_part_is_baked_by_rule_or_by_name(capture: str) -> None:
     whole = bake(part)
     assert type(whole) is nn.Sequential
     torch.testing.assert_close(whole(x), new(x))
-    with pytest.raises(PlanError, match=r"only='nothing' is neither a rule or label .* 'first', 'rest'"):
+    with pytest.raises(PlanError, match=r"'nothing' is neither a rule or label .* 'first', 'rest'"):
         bake(new, only=["nothing"])
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from rewriter import RewriterError, bake, evaluate_once, rewrite
 from rewriter.export import export_model
 from rewriter.io import load_model, save_model
-from rewriter.state import convert_state_dict, freeze, get_value, set_value
+from rewriter.state import convert_state_dict, freeze, get_value, set_value, unfreeze
 from tests.processes import joined, run_processes, work
 
 GLOO = dist.is_available() and dist.is_gloo_available() and sys.platform == "linux"
@@ -147,10 +147,9 @@ def _refused(rank: int, folder: str) -> None:
         refusals: dict[str, Callable[[], Any]] = {
             r"cannot shard blocks\.0 by itself.*capture='module'": lambda: sharded(rewritten("graph")),
             r"copies no such model: rewrite the model before": lambda: rewrite(model, {"reparam": 1, "rules": []}),
-            r"over processes: save model\.state_dict\(\)": lambda: save_model(model, f"{folder}/m{rank}.pt"),
+            r"save model\.state_dict\(\).*no_dist=True": lambda: save_model(model, f"{folder}/m{rank}.pt"),
             r"are distributed over processes": lambda: export_model(model, f"{folder}/m{rank}.safetensors"),
             r"fc\.weight cannot be set to this value": lambda: set_value(model, "blocks.0.fc.weight", torch.ones(4, 4)),
-            r"cannot be frozen: fully_shard": lambda: freeze(model),
             r"map=matrix_exp": lambda: sharded(rewritten("module", 0, **other)).load_state_dict(model.state_dict()),
             r"takes no FullyShardedDataParallel.*convert_state_dict": lambda: bake(_flat()),
             r"not single steps": lambda: bake(_labelled(), only=["a"]),
@@ -192,6 +191,28 @@ def _recompute(rank: int, folder: str) -> None:
                 trained(model, reference)
             for one, other in zip(model.parameters(), reference.parameters(), strict=True):
                 torch.testing.assert_close(whole(one), other)
+
+
+def _freeze(rank: int, folder: str) -> None:
+    with group(rank, folder):
+        for capture, blocks in (("module", True), ("graph", False)):
+            for only in (None, ["spectral", "lora"]):
+                reference = rewritten(capture)
+                model = sharded(copy.deepcopy(reference), blocks)
+                trained(model, reference)  # the root's tensors are whole after a forward
+                for verb in (freeze, unfreeze):
+                    for one in (model, reference):
+                        verb(one, only)
+                        one.zero_grad()
+                    for _ in range(2):
+                        torch.testing.assert_close(model(X), reference(X))
+                        trained(model, reference)
+                    assert_equal(model.state_dict(), reference.state_dict())
+                    torch.testing.assert_close(
+                        whole(get_value(model, "wide.weight")), get_value(reference, "wide.weight")
+                    )
+                freeze(model, only)
+                assert_equal(bake(model).state_dict(), bake(reference).state_dict())
 
 
 def _flat() -> nn.Module:
@@ -247,7 +268,20 @@ def _checkpoints(rank: int, folder: str) -> None:
             torch.testing.assert_close(other(X), expected)
         file = f"{folder}/hf/model-00001-of-00001.safetensors"
         torch.testing.assert_close(load_model(file, model=lambda: invertible("graph", 1)).eval()(X), expected)
+        if rank == 0:
+            _in_one_file(folder, expected)
         _other_forms(model.eval(), reference)
+
+
+def _in_one_file(folder: str, expected: Tensor) -> None:
+    """What `save_model` of a sharded model says to do instead."""
+    alone = invertible(seed=1)
+    state = alone.state_dict()
+    dcp.load(state, checkpoint_id=f"{folder}/dcp", no_dist=True)
+    alone.load_state_dict(state)
+    save_model(alone, f"{folder}/model.pt")
+    loaded = load_model(f"{folder}/model.pt", allow=["tests.state.test_sharded_models.*", "__main__.*"])
+    torch.testing.assert_close(loaded.eval()(X), expected)
 
 
 def invertible(capture: str = "module", seed: int = 0) -> nn.Module:
@@ -278,7 +312,7 @@ def _other_forms(model: nn.Module, reference: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "worker",
-    [_bake, _checkpoints, _recompute, _refused, _set, _values_across_forwards],
+    [_bake, _checkpoints, _freeze, _recompute, _refused, _set, _values_across_forwards],
     ids=lambda worker: worker.__name__[1:],
 )
 def test_two_processes_agree_with_one(worker: Callable[[int, str], None], tmp_path: Path) -> None:

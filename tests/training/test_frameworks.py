@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rewriter import RewriterError, bake, rewrite
 from rewriter.state import get_value
 
 STEPS = 4
-SPEC = {"reparam": 1, "rules": [{"name": "r", "select": "fc.weight", "chain": ["weight_norm"]}]}
+SPEC: dict[str, Any] = {"reparam": 1, "rules": [{"name": "r", "select": "fc.weight", "chain": ["weight_norm"]}]}
 
 
 class Net(nn.Module):
@@ -252,3 +253,31 @@ def test_averages_of_lightning_keep_the_spectral_norm(
     weight = get_value(new, "fc.weight")
     assert 0.99 < torch.linalg.matrix_norm(weight, 2) < 1.1
     torch.testing.assert_close(bake(new).fc.weight.detach(), weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_average_of_timm_keeps_the_spectral_norm(net: Net, capture: str, foreach: bool) -> None:
+    timm = importlib.util.find_spec("timm")
+    if timm is None or timm.origin is None:
+        pytest.skip("timm is not installed")
+    path = Path(timm.origin).with_name("utils") / "model_ema.py"  # `import timm` needs torchvision
+    found: Any = importlib.util.spec_from_file_location("model_ema", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    new = rewrite(net, {**SPEC, "rules": [{**SPEC["rules"][0], "chain": ["spectral_norm"]}]}, capture=capture)
+    average = module.ModelEmaV3(new, decay=0.5, foreach=foreach)
+    original = new.get_parameter("fc.parametrizations.weight.original")
+    expected = original.detach().clone()
+    for _ in range(5):
+        with torch.no_grad():
+            original.add_(torch.randn_like(original))
+        for _ in range(8):
+            new(torch.randn(2, 4), torch.tensor([0, 1]))
+        average.update(new)
+        expected = (expected + original.detach()) / 2
+    torch.testing.assert_close(average.module.get_parameter("fc.parametrizations.weight.original").detach(), expected)
+    weight = get_value(average.module, "fc.weight")
+    torch.testing.assert_close(weight / weight.norm(), expected / expected.norm())
+    assert 0.99 < torch.linalg.matrix_norm(weight, 2) < 1.1
+    torch.testing.assert_close(bake(average.module).fc.weight.detach(), weight)
