@@ -52,7 +52,8 @@ def apply(
 ) -> Outcome:
     """Put the parametrizations of SPEC into MODEL, check the values, and write OUT.
 
-    A folder of shards, an index, or one safetensors file for another is streamed: its values are not checked.
+    A checkpoint is streamed, and its values are not checked: a folder of shards, an index, or a safetensors file
+    with an OUT that ends in .safetensors.
     """
     if dry_run:
         return plan(spec, model_file, spec_options, model_options, example, capture)

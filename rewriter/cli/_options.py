@@ -34,7 +34,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files."
 Way = Literal["auto", "graph", "module", "export"]
 Capture = Annotated[
     Way,
-    typer.Option("--capture", help="How to find the uses of a tensor; export needs --example."),
+    typer.Option("--capture", help="How to find where a tensor is used; export needs --example."),
 ]
 
 
@@ -69,8 +69,9 @@ class SpecOptions:
         """
         from rewriter.language import load_spec
 
-        source = _inputs.text_from_stdin() if str(path) == "-" else path
-        with step(f"reading {path}"), _inputs.working_folder_importable(bool(self.allow_import)):
+        stdin = str(path) == "-"
+        source = _inputs.text_from_stdin() if stdin else path
+        with step(f"reading {'stdin' if stdin else path}"), _inputs.working_folder_importable(bool(self.allow_import)):
             return load_spec(source, allow_imports=tuple(self.allow_import or ()))
 
 
@@ -125,6 +126,8 @@ class ModelOptions:
 
     def read(self, path: Path) -> nn.Module | ExportedProgram:
         """Read the model file."""
+        if str(path) == "-":
+            raise ModelFileError("a model is read from a file; only SPEC can be - for stdin")
         _inputs.refuse_directory(path)
         importable = bool(self.model or self.allow or self.trust)
         with step(f"reading {path}"), _inputs.working_folder_importable(importable):

@@ -54,7 +54,7 @@ def written_spec(
     """Print a spec, or write it to `output`, whole or not at all; `model` is how the next command names the model."""
     from rewriter.serialization import check_writable, written_atomically
 
-    if output is None:
+    if output is None or str(output) == "-":
         return Outcome({**about, "text": text}, text.rstrip("\n"))
     check_writable(output, force)
     with written_atomically(output, force=force) as temporary:

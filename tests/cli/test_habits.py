@@ -70,9 +70,25 @@ def test_quiet_prints_no_progress(reparam, folder):
     assert "warning: bake found no computed tensor" in reparam("bake", "model.pt", "-o", "baked.pt", "-q").err
 
 
-def test_verbose_prints_the_duration_of_each_step(reparam, folder):
-    assert re.search(r"^planning: \d+\.\d s$", reparam("plan", "spec.yaml", "model.pt", "-v").err, re.M)
-    assert "planning" not in reparam("plan", "spec.yaml", "model.pt").err
+@pytest.mark.parametrize(
+    ("command", "steps"),
+    [
+        ("plan spec.yaml model.pt", ["reading spec.yaml", "reading model.pt", "planning"]),
+        ("plan spec.yaml FOLDER", ["reading spec.yaml", "planning"]),
+        ("apply spec.yaml model.pt -o out.pt", ["planning", "rewriting", "checking", "writing out.pt"]),
+        ("bake rewritten.pt -o out.pt", ["reading rewritten.pt", "baking", "writing out.pt"]),
+        ("init model.pt --for prune", ["reading model.pt"]),
+        ("inspect model.pt", ["reading model.pt"]),
+        ("explain spec.yaml model.pt 0.bias", ["reading spec.yaml", "reading model.pt"]),
+        ("diff model.pt plain.pt", ["reading model.pt", "reading plain.pt", "comparing"]),
+        ("draw model.pt", ["reading model.pt", "tracing"]),
+        ("report model.pt plain.pt -o out.html", ["evaluating", "drawing", "writing out.html"]),
+    ],
+)
+def test_verbose_prints_the_duration_of_each_step(reparam, rewritten, command, steps):
+    timed = re.findall(r"^(.*): \d+\.\d s$", reparam(*command.split(), "-v").err, re.M)
+    assert [step for step in timed if step in steps] == steps
+    assert "0.0 s" not in reparam(*command.split(), *(["--force"] if "-o" in command else [])).err
 
 
 @pytest.mark.parametrize("arguments", [["catalog"], pytest.param(["--help"], marks=pytest.mark.slow)])

@@ -53,6 +53,7 @@ def test_spec_is_read_from_a_pipe(reparam, folder):
     [
         (("apply", "spec.yaml", "model.pt", "-o", "-"), 2, "not to stdout"),
         (("bake", "model.pt", "-o", "-"), 2, "not to stdout"),
+        (("inspect", "-"), 6, "a model is read from a file; only SPEC can be - for stdin"),
         (("apply", "spec.yaml", "model.pt", "-o", "model.pt"), 6, "--force"),
         (("apply", "spec.yaml", "model.pt", "-o", "spec.yaml", "--force"), 2, "the spec itself"),
         (("apply", "spec.yaml", "model.pt", "-o", "nowhere/out.pt"), 6, "nowhere does not exist"),
