@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Callable
 from importlib import metadata
@@ -11,6 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 from rich.markup import escape
 
+from rewriter.cli._console import step
 from rewriter.cli._options import Common
 from rewriter.cli._outcome import Outcome
 
@@ -49,6 +51,9 @@ def command(*examples: str) -> Callable[[Command], Command]:
             for name, group in [*groups.items(), ("common", Common)]:
                 given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
             given.pop("common").apply()
+            if groups.keys() & {"model_options", "stream"}:  # the function would import it without a word
+                with step("loading torch"):
+                    importlib.import_module("torch")
             return function(**given)
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rewriter.planning import Entry
 
 Job = Literal["spectral-norm", "weight-norm", "orthogonal", "lora", "prune"]
-_FROM_HEADERS = "Headers do not say the classes of layers. Leave embeddings out with `except`."
 
 
 @command(
@@ -57,8 +56,7 @@ def init(
     else:
         raise PlanError(f"{model_file} has no tensor for --for {job}; reparam inspect {model_file} lists its tensors")
     model = " ".join(map(shlex.quote, [str(model_file), *model_options.words()]))
-    note = "" if _has_classes(entries) else f"{_FROM_HEADERS}\n"
-    comment = f"{starters[job]['comment']}{note}\nCheck it:  reparam plan {output or 'spec.yaml'} {model}"
+    comment = f"{starters[job]['comment']}\nCheck it:  reparam plan {output or 'spec.yaml'} {model}"
     head = [f"# {line}".rstrip() for line in comment.splitlines()]
     text = "\n".join([*head, "reparam: 1", *starters[job].get("keys", ()), "rules:", *written]) + "\n"
     return written_spec({"for": job}, text, output, force, model)
@@ -72,23 +70,20 @@ def _entries(path: Path, options: ModelOptions) -> list[Entry]:
     return entries_of_checkpoint(path, options)
 
 
-def _has_classes(entries: Sequence[Entry]) -> bool:
-    return any(info.module_classes for entry in entries for info in entry.infos)
-
-
 def _rule(name: str, rule: Mapping[str, Any], entries: Sequence[Entry]) -> str:
     """Return the rule as YAML with the alternatives that match, or "" if none does."""
     from rewriter.language import load_spec
 
     matching: list[str] = []
     names: dict[str, None] = {}
-    for one in [*rule["select"], *([rule["form"]] if "form" in rule and not _has_classes(entries) else [])]:
+    of_headers = not any(info.module_classes for entry in entries for info in entry.infos)
+    for one in [*rule["select"], *([rule["form"]] if of_headers and "form" in rule else [])]:
         read = load_spec({"reparam": 1, "rules": [{"name": name, "select": one, "chain": ["identity"]}]})
         found = [entry for entry in entries if any(map(read.rules[0].select.matches, entry.infos))]
         if computed := [entry.name for entry in found if entry.site]:
             raise PlanError(f"{', '.join(computed)}: already computed by a chain; bake the model first")
         if found:
-            matching.append(_flow(one))
+            matching.append(_flow(one) + ("  # embeddings, too: headers do not say" if one is rule.get("form") else ""))
             names.update(dict.fromkeys(entry.name for entry in found))
     if not matching:
         return ""

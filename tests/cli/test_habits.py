@@ -73,7 +73,7 @@ def test_quiet_prints_no_progress(reparam, folder):
 @pytest.mark.parametrize(
     ("command", "steps"),
     [
-        ("plan spec.yaml model.pt", ["reading spec.yaml", "reading model.pt", "planning"]),
+        ("plan spec.yaml model.pt", ["loading torch", "reading spec.yaml", "reading model.pt", "planning"]),
         ("plan spec.yaml FOLDER", ["reading spec.yaml", "planning"]),
         ("apply spec.yaml model.pt -o out.pt", ["planning", "rewriting", "checking", "writing out.pt"]),
         ("bake rewritten.pt -o out.pt", ["reading rewritten.pt", "baking", "writing out.pt"]),

@@ -83,7 +83,7 @@ def test_a_starter_spec_from_headers_plans_on_its_checkpoint(reparam: Any, folde
         planned = reparam("plan", "new.yaml", given, "--json")
         assert planned.code == 0, planned.err
         assert [site["name"] for site in planned.json["sites"]] == ["a.weight", "b.weight"][: 1 + (given == "model")]
-    assert "Leave embeddings out" in (folder / "new.yaml").read_text()
+    assert "{tensor: weight, ndim: 2}  # embeddings, too" in (folder / "new.yaml").read_text()
 
 
 def test_a_starter_spec_for_a_rewritten_checkpoint_is_refused(reparam: Any, folder: Path) -> None:
@@ -198,4 +198,4 @@ def test_explain_reads_headers(reparam: Any, folder: Path) -> None:
 def test_what_needs_a_model_says_what_works_on_a_folder(reparam: Any, folder: Path, command: Any) -> None:
     refused = reparam(*command)
     assert refused.code == 6
-    assert "inspect, diff, plan, explain, apply, bake and merge" in refused.err
+    assert "inspect, diff, init, plan, explain, apply, bake and merge" in refused.err
