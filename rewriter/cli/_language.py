@@ -42,7 +42,7 @@ def schema() -> Outcome:
 def catalog(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="The one to describe.", show_default=False, autocompletion=catalog_names),
+        typer.Argument(metavar="NAME", help="The one to describe.", show_default=False, autocompletion=catalog_names),
     ] = None,
 ) -> Outcome:
     """List the parametrizations that specs can name, or describe one."""

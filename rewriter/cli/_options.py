@@ -27,9 +27,12 @@ ModelFile = Annotated[
         metavar="MODEL", readable=False, help="A saved module (.pt), ExportedProgram (.pt2), weights, or their folder."
     ),
 ]
-_OUTPUT = typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
-Output = Annotated[Path, _OUTPUT]
-OptionalOutput = Annotated[Path | None, _OUTPUT]
+OUTPUT = typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
+Output = Annotated[Path, OUTPUT]
+OptionalOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write. Default: print the result."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 Way = Literal["auto", "graph", "module", "export"]
 Capture = Annotated[

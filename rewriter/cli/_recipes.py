@@ -24,7 +24,7 @@ def _starting_with(incomplete: str) -> list[str]:
 @command("reparam recipes", "reparam recipes spectral_gan", "reparam recipes spectral_gan -o spec.yaml")
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The recipe to print.", autocompletion=_starting_with)
+        str | None, typer.Argument(metavar="NAME", help="The recipe to print.", autocompletion=_starting_with)
     ] = None,
     output: OptionalOutput = None,
     force: Force = False,

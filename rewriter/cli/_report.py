@@ -24,7 +24,7 @@ def report(
     output: Output,
     model_options: ModelOptions,
     second: Annotated[
-        Path | None, typer.Argument(metavar="[AFTER]", readable=False, help="The model after, if there are two.")
+        Path | None, typer.Argument(metavar="AFTER", readable=False, help="The model after, if there are two.")
     ] = None,
     force: Force = False,
 ) -> Outcome:

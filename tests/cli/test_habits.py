@@ -106,3 +106,10 @@ def test_docs_list_the_commands_and_exit_codes():
     assert sorted(re.findall(r"^reparam (\w+)", listed, re.M)) == COMMANDS
     codes = re.findall(r"^\| (\d+) \|", (CHECKOUT / "docs" / "json.md").read_text(), re.M)
     assert {int(code) for code in codes} == {0, UNEXPECTED, USAGE, INTERRUPTED, *EXIT_CODES.values()}
+
+
+def test_main_help_lists_the_commands_with_examples(reparam):
+    shown = reparam("-h").out
+    listed = [word for word in re.findall(r"^│ (\w+) ", shown, re.M) if word in COMMANDS]
+    assert (listed[:3], sorted(listed)) == (["demo", "init", "recipes"], COMMANDS)
+    assert "reparam init model.pt --for spectral-norm -o spec.yaml" in shown
