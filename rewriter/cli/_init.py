@@ -43,7 +43,7 @@ def init(
 ) -> Outcome:
     """Write a commented starter spec whose selectors match MODEL.
 
-    Of a folder of shards, an index or a safetensors file, only the headers are read.
+    MODEL can also be a folder of shards, an index or a safetensors file, of which only the headers are read.
     """
     import yaml
 
