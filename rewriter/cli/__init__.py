@@ -21,9 +21,11 @@ __all__ = ["app", "main"]
 JSON_VERSION = 1
 """Of the documents of ``--json``, as docs/json.md describes them."""
 
-# In the order of `--help`. Each module registers its commands.
+# Each module registers its commands.
 for _name in "init recipes apply bake merge demo inspect explain diff report draw language".split():
     importlib.import_module(f"rewriter.cli._{_name}")
+_ORDER = "demo init recipes validate plan apply bake report inspect diff explain draw merge catalog schema".split()
+app.registered_commands.sort(key=lambda command: _ORDER.index(getattr(command.callback, "__name__", "")))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -103,9 +105,13 @@ def _report(error: Exception, as_json: bool, debug: bool) -> NoReturn:
 
 
 def _fail(text: str, document: dict[str, Any], as_json: bool, code: int) -> NoReturn:
-    print(printable(text, keep="\n\t"), file=sys.stderr)
-    if as_json:
-        _print_json(document)
+    try:
+        print(printable(text, keep="\n\t"), file=sys.stderr)
+        if as_json:
+            _print_json(document)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = None
     sys.exit(code)
 
 

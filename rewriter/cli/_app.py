@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from rich.markup import escape
 
+from rewriter.cli._console import step
 from rewriter.cli._options import Common
 from rewriter.cli._outcome import Outcome
 
@@ -49,16 +51,27 @@ def command(*examples: str) -> Callable[[Command], Command]:
             for name, group in [*groups.items(), ("common", Common)]:
                 given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
             given.pop("common").apply()
+            if groups.keys() & {"model_options", "stream"}:  # the function would import it without a word
+                with step("loading torch"):
+                    importlib.import_module("torch")
             return function(**given)
 
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__signature__ = inspect.Signature([*options, *_fields(Common)])  # type: ignore[attr-defined]
+        paragraphs = (function.__doc__ or "").split("\n\n")
+        run.__name__, run.__doc__ = function.__name__, "\n\n".join(" ".join(text.split()) for text in paragraphs)
+        options += _fields(Common)
+        for hint in [option.annotation for option in options if isinstance(option.default, bool)]:
+            hint.__metadata__[0].metavar = ""  # help would show a flag with the value <bool>
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         run.__annotations__ = {}
         EXAMPLES[function.__name__] = examples
-        app.command(epilog="\n\n".join(["[bold]Examples[/]", *map(escape, examples)]))(run)
+        app.command(epilog=_listed(examples))(run)
         return function
 
     return register
+
+
+def _listed(examples: Iterable[str]) -> str:
+    return "\n\n".join(["[bold]Examples[/]", *map(escape, examples)])
 
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -87,10 +100,23 @@ def _show_version(wanted: bool) -> None:
     raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    epilog=_listed(
+        [
+            "reparam demo",
+            "reparam init model.pt --for spectral-norm -o spec.yaml",
+            "reparam plan spec.yaml model.pt",
+            "reparam apply spec.yaml model.pt -o rewritten.pt",
+            "reparam bake rewritten.pt -o plain.pt",
+        ]
+    )
+)
 def reparam(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """A compiler for model weights: put parametrizations in from a spec, bake them out again."""
+    """A compiler for model weights: put parametrizations in from a spec, bake them out again.
+
+    reparam COMMAND -h explains a command.
+    """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,12 +12,12 @@ from rewriter.cli._app import command
 from rewriter.cli._console import stderr, step
 from rewriter.cli._inputs import no_inputs, streamed
 from rewriter.cli._options import (
+    OUTPUT,
     Capture,
     ExampleOptions,
     Force,
     ModelFile,
     ModelOptions,
-    OptionalOutput,
     SpecFile,
     SpecOptions,
     StreamOptions,
@@ -45,14 +46,15 @@ def apply(
     model_options: ModelOptions,
     example: ExampleOptions,
     stream: StreamOptions,
-    output: OptionalOutput = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     capture: Capture = "auto",
     force: Force = False,
 ) -> Outcome:
     """Put the parametrizations of SPEC into MODEL, check the values, and write OUT.
 
-    A folder of shards, an index, or one safetensors file for another is streamed: its values are not checked.
+    A checkpoint is streamed, and its values are not checked: a folder of shards, an index, or a safetensors file
+    with an OUT that ends in .safetensors.
     """
     if dry_run:
         return plan(spec, model_file, spec_options, model_options, example, capture)

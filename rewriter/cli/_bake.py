@@ -37,7 +37,7 @@ def bake(
     stream: StreamOptions,
     spec: Annotated[
         Path | None,
-        typer.Option("--spec", metavar="SPEC", readable=False, help="The spec, for a checkpoint: it has no chains."),
+        typer.Option("--spec", metavar="SPEC", readable=False, help="The spec of the chains of a checkpoint."),
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from rewriter.cli._inputs import streamed
 
 if TYPE_CHECKING:
     from rewriter.planning import Entry
@@ -35,11 +38,12 @@ def parts_to_bake(ctx: typer.Context, incomplete: str) -> list[str]:
 def _entries(ctx: typer.Context) -> list[Entry]:
     """List the tensors of the command's MODEL; none if it cannot be read, since completion has no place for errors."""
     from rewriter.cli._models import entries_of
+    from rewriter.cli._options import ModelOptions
+    from rewriter.cli._streaming import entries as entries_of_checkpoint
     from rewriter.serialization import load_model
 
-    found: list[Entry] = []
     # While the value of an option is completed, what stands before it is not parsed.
-    path = ctx.params.get("model_file") or next((text for text in ctx.args if not text.startswith("-")), "")
+    path = Path(ctx.params.get("model_file") or next((text for text in ctx.args if not text.startswith("-")), ""))
     with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-        found = entries_of(load_model(path))
-    return found
+        return entries_of_checkpoint(path, ModelOptions()) if streamed(path, True) else entries_of(load_model(path))
+    return []

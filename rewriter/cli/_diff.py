@@ -11,6 +11,7 @@ import typer
 from rich.console import Group
 
 from rewriter.cli._app import command
+from rewriter.cli._console import step
 from rewriter.cli._inputs import streamed
 from rewriter.cli._models import entries_of, state_of, values_of
 from rewriter.cli._options import ModelOptions, SpecOptions
@@ -53,21 +54,24 @@ def diff(
     spec_options: SpecOptions,
     spec: Annotated[
         Path | None,
-        typer.Option("--spec", metavar="SPEC", readable=False, help="The spec, for chains that a folder does not say."),
+        typer.Option(
+            "--spec", metavar="SPEC", readable=False, help="The spec, for chains that a folder does not record."
+        ),
     ] = None,
 ) -> Outcome:
-    """Compare the tensors of two models, the chains of those that are computed, and their values.
+    """Compare two models: the tensors that they store, their chains, and the values of computed tensors.
 
-    Weights need no --model here. A rewritten and a baked model have other tensors, and the same values. Folders and
-    indexes are streamed, one tensor in memory at a time.
+    A rewritten model and its baked model store different tensors and have the same values. Weights need no --model
+    here. Folders and indexes are streamed, one tensor in memory at a time.
     """
     read = spec_options.read(spec) if spec is not None else None
     both = a, b = [_side(path, model_options, read) for path in (first, second)]
     if read is not None and not any(streamed(path, True) for path in (first, second)):
         raise RewriterError("--spec is for folders, indexes and safetensors files; a model has its chains with it")
-    tensors = _compare(a.tensors, b.tensors)
-    chains = _compare_chains(a.chains, b.chains)
-    values = _compare_computed(a, b)
+    with step("comparing"):
+        tensors = _compare(a.tensors, b.tensors)
+        chains = _compare_chains(a.chains, b.chains)
+        values = _compare_computed(a, b)
     document = {
         "classes": [side.kind for side in both],
         "equal": not chains and all(row["change"] == "equal" for row in tensors),
@@ -82,11 +86,11 @@ def diff(
         head += f"; classes {a.kind} and {b.kind}"
     if values:
         differ = [f"{row['name']} ({row['detail']})" for row in values if not row["agree"]]
-        agree = counted(len(values) - len(differ), "computed tensor")
-        head += f"\nvalues: {agree} agree" + (f"; not {listing(differ)}" if differ else "")
+        head += f"\ncomputed values: {len(values) - len(differ)} agree, {len(differ)} differ"
+        head += f": {listing(differ)}" if differ else ""
     unknown = list(dict.fromkeys([*a.unknown, *b.unknown]))
     if unknown:
-        head += f"\nvalues not compared: {listing(unknown)}; the files do not say all of their chains: --spec SPEC"
+        head += f"\nvalues not compared: {listing(unknown)}; the files do not record all of their chains: --spec SPEC"
     return Outcome(document, Group(head, "", table(("name", "change", ""), rows)) if rows else head)
 
 

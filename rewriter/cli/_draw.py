@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rewriter.cli._app import command
-from rewriter.cli._console import stderr
+from rewriter.cli._console import stderr, step
 from rewriter.cli._models import entries_of
 from rewriter.cli._options import Force, ModelFile, ModelOptions, OptionalOutput
 from rewriter.cli._outcome import Outcome
@@ -16,6 +16,8 @@ from rewriter.cli._text import counted
 from rewriter.errors import CaptureError, RewriterError, printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import fx, nn
     from torch.export import ExportedProgram
 
@@ -40,16 +42,22 @@ def draw(
     from rewriter.serialization import check_writable, written_atomically
 
     if output is None:
-        lines = graph_lines(model_options.read(model_file))
+        lines = _lines(model_file, model_options)
         return Outcome({"model": str(model_file), "graph": lines}, "\n".join(lines if full else folded(lines)))
     if output.suffix != ".svg":
         raise RewriterError(f"{output}: a graph is drawn as SVG; name the file .svg")
     check_writable(output, force)
-    lines = graph_lines(model_options.read(model_file))
+    lines = _lines(model_file, model_options)
     with written_atomically(output, force=force) as temporary:
         temporary.write_text(svg_of([printable(line) for line in (lines if full else folded(lines))]), encoding="utf-8")
     stderr.print(f"wrote {output}: {counted(len(lines), 'line')}")
     return Outcome({"model": str(model_file), "graph": lines, "output": str(output)})
+
+
+def _lines(path: Path, options: ModelOptions) -> list[str]:
+    model = options.read(path)
+    with step("tracing"):
+        return graph_lines(model)
 
 
 def graph_lines(model: nn.Module | ExportedProgram) -> list[str]:

@@ -43,7 +43,7 @@ def explain(
     read = spec_options.read(spec)
     held: list[tuple[Entry, str]] = []
     if streamed(model_file, model_options.model is None):
-        entries = entries_of_checkpoint(model_file, read, model_options)
+        entries = entries_of_checkpoint(model_file, model_options, read)
     else:
         loaded = model_options.read_for(read, model_file)
         held = list(foreign_entries(loaded, holders_of(loaded))) if isinstance(loaded, nn.Module) else []

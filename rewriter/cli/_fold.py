@@ -33,13 +33,20 @@ def folded(lines: Sequence[str]) -> list[str]:
     start = 0
     while start < len(lines):
         length, count = _best(parts, start)
-        shown += lines[start : start + length]
+        shown += map(_shortened, lines[start : start + length])
         if count > 1:
             block = "this line" if length == 1 else f"these {length} lines"
             last = lines[start + length * count - 1].partition(" = ")[0]
             shown.append(f"… {count - 1} more like {block}, to {last}")
         start += length * count
     return shown
+
+
+def _shortened(line: str) -> str:
+    """Return the line of a batch with its first names only."""
+    start, batch, names = line.partition("evaluate together ")
+    first, rest = names.split(", ")[:4], names.split(", ")[4:]
+    return f"{start}{batch}{', '.join(first)} and {len(rest)} more" if batch and rest else line
 
 
 def _parts(line: str) -> Parts:

@@ -29,8 +29,8 @@ def refuse_directory(path: Path) -> None:
         raise ModelFileError(f"{path} is a directory without a model file")
     if streamed(path, True):
         raise ModelFileError(
-            f"{path} is a checkpoint: it has weights and no model. The commands inspect, diff, plan, explain, apply, "
-            "bake and merge read it; for this one, name a file with a model"
+            f"{path} is a checkpoint: it has weights and no model. The commands inspect, diff, init, plan, explain, "
+            "apply, bake and merge read it; for this one, name a file with a model"
         )
     names = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
     raise ModelFileError(f"{path} is a directory; name a model file in it: {names}")

@@ -10,6 +10,7 @@ import typer
 
 from rewriter.cli._app import command
 from rewriter.cli._complete import catalog_names
+from rewriter.cli._console import step
 from rewriter.cli._options import SpecFile, SpecOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._text import counted, table
@@ -41,11 +42,12 @@ def schema() -> Outcome:
 def catalog(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="The one to describe.", show_default=False, autocompletion=catalog_names),
+        typer.Argument(metavar="NAME", help="The one to describe.", show_default=False, autocompletion=catalog_names),
     ] = None,
 ) -> Outcome:
     """List the parametrizations that specs can name, or describe one."""
-    from rewriter.parametrizations import _registry, describe
+    with step("loading torch"):
+        from rewriter.parametrizations import _registry, describe
 
     try:
         if name is not None:

@@ -27,14 +27,17 @@ ModelFile = Annotated[
         metavar="MODEL", readable=False, help="A saved module (.pt), ExportedProgram (.pt2), weights, or their folder."
     ),
 ]
-_OUTPUT = typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
-Output = Annotated[Path, _OUTPUT]
-OptionalOutput = Annotated[Path | None, _OUTPUT]
+OUTPUT = typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write.")
+Output = Annotated[Path, OUTPUT]
+OptionalOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="OUT", readable=False, help="The file to write. Default: print the result."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 Way = Literal["auto", "graph", "module", "export"]
 Capture = Annotated[
     Way,
-    typer.Option("--capture", help="How to find the uses of a tensor; export needs --example."),
+    typer.Option("--capture", help="How to find where a tensor is used; export needs --example."),
 ]
 
 
@@ -69,8 +72,9 @@ class SpecOptions:
         """
         from rewriter.language import load_spec
 
-        source = _inputs.text_from_stdin() if str(path) == "-" else path
-        with step(f"reading {path}"), _inputs.working_folder_importable(bool(self.allow_import)):
+        stdin = str(path) == "-"
+        source = _inputs.text_from_stdin() if stdin else path
+        with step(f"reading {'stdin' if stdin else path}"), _inputs.working_folder_importable(bool(self.allow_import)):
             return load_spec(source, allow_imports=tuple(self.allow_import or ()))
 
 
@@ -127,6 +131,8 @@ class ModelOptions:
 
     def read(self, path: Path) -> nn.Module | ExportedProgram:
         """Read the model file."""
+        if str(path) == "-":
+            raise ModelFileError("a model is read from a file; only SPEC can be - for stdin")
         _inputs.refuse_directory(path)
         importable = bool(self.model or self.allow or self.trust)
         with step(f"reading {path}"), _inputs.working_folder_importable(importable):

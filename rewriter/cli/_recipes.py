@@ -24,7 +24,7 @@ def _starting_with(incomplete: str) -> list[str]:
 @command("reparam recipes", "reparam recipes spectral_gan", "reparam recipes spectral_gan -o spec.yaml")
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The recipe to print.", autocompletion=_starting_with)
+        str | None, typer.Argument(metavar="NAME", help="The recipe to print.", autocompletion=_starting_with)
     ] = None,
     output: OptionalOutput = None,
     force: Force = False,
@@ -54,7 +54,7 @@ def written_spec(
     """Print a spec, or write it to `output`, whole or not at all; `model` is how the next command names the model."""
     from rewriter.serialization import check_writable, written_atomically
 
-    if output is None:
+    if output is None or str(output) == "-":
         return Outcome({**about, "text": text}, text.rstrip("\n"))
     check_writable(output, force)
     with written_atomically(output, force=force) as temporary:

@@ -24,7 +24,7 @@ def report(
     output: Output,
     model_options: ModelOptions,
     second: Annotated[
-        Path | None, typer.Argument(metavar="[AFTER]", readable=False, help="The model after, if there are two.")
+        Path | None, typer.Argument(metavar="AFTER", readable=False, help="The model after, if there are two.")
     ] = None,
     force: Force = False,
 ) -> Outcome:
@@ -45,9 +45,10 @@ def report(
     after = model_options.read(second or first)
     with step("evaluating"):
         document = {"title": str(second or first), **report_data(after, before)}
-    drawings = _drawing(after)
-    if before is not None and not isinstance(before, dict):
-        drawings = f"<h3>Before</h3>{_drawing(before)}<h3>After</h3>{drawings}"
+    with step("drawing"):
+        drawings = _drawing(after)
+        if before is not None and not isinstance(before, dict):
+            drawings = f"<h3>Before</h3>{_drawing(before)}<h3>After</h3>{drawings}"
     with step(f"writing {output}"), written_atomically(output, force=force) as temporary:
         temporary.write_text(page(document, drawings), encoding="utf-8")
     totals = document["totals"]

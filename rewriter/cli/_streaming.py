@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rewriter.cli import _inputs
-from rewriter.cli._console import stderr
+from rewriter.cli._console import stderr, step
 from rewriter.cli._options import ModelOptions, SpecOptions, StreamOptions
 from rewriter.cli._outcome import Outcome
 from rewriter.cli._text import counted
@@ -106,17 +106,18 @@ def plan(path: Path, spec: Path, spec_options: SpecOptions, model_options: Model
     from rewriter.streaming import plan_checkpoint
 
     read = spec_options.read(spec)
-    with factory(path, model_options) as model:
+    with step("planning"), factory(path, model_options) as model:
         made = plan_checkpoint(path, read, model).plan
     return Outcome(made.to_dict(), str(made))
 
 
-def entries(path: Path, spec: Spec, model_options: ModelOptions) -> list[Entry]:
-    """Return the plain tensors of a checkpoint from its headers."""
+def entries(path: Path, model_options: ModelOptions, spec: Spec | None = None) -> list[Entry]:
+    """Return the plain tensors of a checkpoint from its headers; `spec` has the chains that they do not record."""
+    from rewriter.language import load_spec
     from rewriter.streaming import plain_entries
 
     with factory(path, model_options) as model:
-        return plain_entries(path, spec, model)
+        return plain_entries(path, spec or load_spec({"reparam": 1, "rules": []}), model)
 
 
 def tensors_of(path: Path) -> list[dict[str, Any]]:

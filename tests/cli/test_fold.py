@@ -20,14 +20,24 @@ class Block(nn.Module):
         return x + self.b(torch.relu(self.a(x)))
 
 
-@pytest.fixture
-def lines():
-    model = nn.Sequential(*[Block() for _ in range(6)], nn.Linear(4, 4))
-    rule = {"name": "n", "select": "**.weight", "chain": ["weight_norm"], "batch": "never"}
-    new = rewrite(model, {"reparam": 1, "rules": [rule]}, capture="graph")
+def lines_of(batch):
     from rewriter.cli._draw import graph_lines
 
-    return graph_lines(new)
+    model = nn.Sequential(*[Block() for _ in range(6)], nn.Linear(4, 4))
+    rule = {"name": "n", "select": "**.weight", "chain": ["weight_norm"], "batch": batch}
+    return graph_lines(rewrite(model, {"reparam": 1, "rules": [rule]}, capture="graph"))
+
+
+@pytest.fixture
+def lines():
+    return lines_of("never")
+
+
+def test_layers_whose_chains_run_as_a_batch_are_folded():
+    lines = lines_of("always")
+    shown = folded(lines)
+    assert lines[1].count(", ") == 12 and shown[1].endswith("1.b.weight and 9 more")
+    assert shown[-5] == "… 4 more like these 8 lines, to %50"
 
 
 def test_equal_layers_are_shown_once(lines):

@@ -70,9 +70,25 @@ def test_quiet_prints_no_progress(reparam, folder):
     assert "warning: bake found no computed tensor" in reparam("bake", "model.pt", "-o", "baked.pt", "-q").err
 
 
-def test_verbose_prints_the_duration_of_each_step(reparam, folder):
-    assert re.search(r"^planning: \d+\.\d s$", reparam("plan", "spec.yaml", "model.pt", "-v").err, re.M)
-    assert "planning" not in reparam("plan", "spec.yaml", "model.pt").err
+@pytest.mark.parametrize(
+    ("command", "steps"),
+    [
+        ("plan spec.yaml model.pt", ["loading torch", "reading spec.yaml", "reading model.pt", "planning"]),
+        ("plan spec.yaml FOLDER", ["reading spec.yaml", "planning"]),
+        ("apply spec.yaml model.pt -o out.pt", ["planning", "rewriting", "checking", "writing out.pt"]),
+        ("bake rewritten.pt -o out.pt", ["reading rewritten.pt", "baking", "writing out.pt"]),
+        ("init model.pt --for prune", ["reading model.pt"]),
+        ("inspect model.pt", ["reading model.pt"]),
+        ("explain spec.yaml model.pt 0.bias", ["reading spec.yaml", "reading model.pt"]),
+        ("diff model.pt plain.pt", ["reading model.pt", "reading plain.pt", "comparing"]),
+        ("draw model.pt", ["reading model.pt", "tracing"]),
+        ("report model.pt plain.pt -o out.html", ["evaluating", "drawing", "writing out.html"]),
+    ],
+)
+def test_verbose_prints_the_duration_of_each_step(reparam, rewritten, command, steps):
+    timed = re.findall(r"^(.*): \d+\.\d s$", reparam(*command.split(), "-v").err, re.M)
+    assert [step for step in timed if step in steps] == steps
+    assert "0.0 s" not in reparam(*command.split(), *(["--force"] if "-o" in command else [])).err
 
 
 @pytest.mark.parametrize("arguments", [["catalog"], pytest.param(["--help"], marks=pytest.mark.slow)])
@@ -90,3 +106,10 @@ def test_docs_list_the_commands_and_exit_codes():
     assert sorted(re.findall(r"^reparam (\w+)", listed, re.M)) == COMMANDS
     codes = re.findall(r"^\| (\d+) \|", (CHECKOUT / "docs" / "json.md").read_text(), re.M)
     assert {int(code) for code in codes} == {0, UNEXPECTED, USAGE, INTERRUPTED, *EXIT_CODES.values()}
+
+
+def test_main_help_lists_the_commands_with_examples(reparam):
+    shown = reparam("-h").out
+    listed = [word for word in re.findall(r"^│ (\w+) ", shown, re.M) if word in COMMANDS]
+    assert (listed[:3], sorted(listed)) == (["demo", "init", "recipes"], COMMANDS)
+    assert "reparam init model.pt --for spectral-norm -o spec.yaml" in shown

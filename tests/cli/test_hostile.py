@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from rewriter.cli import main
 from rewriter.io import load_model
 
 CHECKOUT = Path(__file__).parents[2]
@@ -53,6 +54,7 @@ def test_spec_is_read_from_a_pipe(reparam, folder):
     [
         (("apply", "spec.yaml", "model.pt", "-o", "-"), 2, "not to stdout"),
         (("bake", "model.pt", "-o", "-"), 2, "not to stdout"),
+        (("inspect", "-"), 6, "a model is read from a file; only SPEC can be - for stdin"),
         (("apply", "spec.yaml", "model.pt", "-o", "model.pt"), 6, "--force"),
         (("apply", "spec.yaml", "model.pt", "-o", "spec.yaml", "--force"), 2, "the spec itself"),
         (("apply", "spec.yaml", "model.pt", "-o", "nowhere/out.pt"), 6, "nowhere does not exist"),
@@ -172,3 +174,14 @@ def test_interrupt_exits_with_a_message(folder):
     out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
     assert err.strip() == "interrupted"
+
+
+def test_error_for_a_reader_that_has_gone_is_quiet(folder, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as ended:
+        main(["validate", "missing.yaml", "--json"])
+    assert ended.value.code == 3

@@ -77,10 +77,13 @@ def test_starter_spec_validates_and_plans_on_its_model(reparam, folder, job, kin
 
 def test_next_command_names_the_model_and_its_options(reparam, folder):
     torch.save({"net": nn.Linear(4, 4).state_dict(), "more": nn.Linear(4, 4).state_dict()}, "weights of mine.pt")
-    (folder / "made.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(4, 4)\n")
-    options = ("--model", "made:make", "--key", "net", "--allow", "made.*")
+    (folder / "made_here.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(4, 4)\n")
+    options = ("--model", "made_here:make", "--key", "net", "--allow", "made_here.*")
     result = reparam("init", "weights of mine.pt", "--for", "prune", "-o", "new.yaml", *options)
-    assert "next: reparam plan new.yaml 'weights of mine.pt' --model made:make --key net --allow 'made.*'" in result.err
+    assert (
+        "next: reparam plan new.yaml 'weights of mine.pt' --model made_here:make --key net --allow 'made_here.*'"
+        in result.err
+    )
 
 
 def test_starter_spec_is_printed_without_an_output(reparam, folder):
@@ -113,6 +116,7 @@ def test_recipes_are_the_specs_of_the_checkout(reparam, folder):
     assert "sparse_transformer   2:4 sparse transformer" in listed
     for name, text in specs.items():
         assert reparam("recipes", name).out == text
+    assert reparam("recipes", "spectral_gan", "-o", "-").out == specs["spectral_gan"]
 
 
 def test_recipe_is_copied_and_never_overwrites(reparam, folder):

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -58,6 +60,7 @@ def test_package_has_no_top_level_cli_module():
         ("reparam catalog orth", ["orthogonal"]),
         ("reparam explain spec.yaml model.pt 0.", ["0.weight", "0.bias"]),
         ("reparam explain spec.yaml missing.pt 0.", []),
+        ("reparam explain spec.yaml shards a.", ["a.weight"]),
         ("reparam bake new.pt --only e", ["even"]),
         ("reparam bake new.pt --only 0.", ["0.weight"]),
     ],
@@ -65,6 +68,9 @@ def test_package_has_no_top_level_cli_module():
 def test_completion_of_commands_tensors_rules_and_catalog_names(reparam, folder, monkeypatch, line, words):
     if "new.pt" in line:
         assert reparam("apply", "spec.yaml", "model.pt", "-o", "new.pt").code == 0
+    if "shards" in line:
+        (folder / "shards").mkdir()
+        save_file({"a.weight": torch.ones(4, 4)}, folder / "shards" / "model.safetensors")
     monkeypatch.setenv("_REPARAM_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))

@@ -1,6 +1,7 @@
 """Run the code blocks of a Markdown page, from top to bottom, in one namespace and one folder.
 
-The first word after the fence is the language. `python` runs, `bash` runs `reparam`, `text` is not run. Attributes:
+The first word after the fence is the language. `python` runs, `bash` runs `reparam` and `python FILE`, `text` is not
+run. Attributes:
 
 * `title="FILE"` writes the block to FILE instead.
 * `raises="TEXT"` and `warns="TEXT"` expect an error or a warning that contains TEXT.
@@ -15,6 +16,7 @@ import contextlib
 import importlib.util
 import io
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -101,6 +103,9 @@ def _run_block(block: Block, folder: Path, names: dict[str, Any]) -> None:
 def _run_command(line: str, expected: str | None) -> None:
     words = shlex.split(line, comments=True)
     if not words:
+        return
+    if words[0] == "python":
+        runpy.run_path(words[1], run_name="__main__")
         return
     assert words[0] == "reparam", line
     errors = io.StringIO()

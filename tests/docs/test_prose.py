@@ -1,13 +1,15 @@
-"""The prose of README and docs/: sentences of at most 30 words, without the words that the style guide bans."""
+"""The prose of README, docs/ and the commands' help: short sentences, without the words that the style guide bans."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from inspect import signature
 
 import pytest
 
-from tests.docs.pages import PAGES
+from rewriter.cli._app import app
+from tests.docs.pages import CHECKOUT, PAGES
 
 LONGEST = 30
 BANNED = re.compile(
@@ -39,13 +41,28 @@ def test_sentences_are_separated() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(PAGES.keys() - GENERATED))
+def texts() -> dict[str, str]:
+    """Return the pages, and all the help of each command, by name."""
+    found = {name: PAGES[name].read_text() for name in sorted(PAGES.keys() - GENERATED)}
+    found["CONTRIBUTING"] = (CHECKOUT / "CONTRIBUTING.md").read_text()
+    for command in app.registered_commands:
+        hints = [
+            parameter.annotation.__metadata__[0].help for parameter in signature(command.callback).parameters.values()
+        ]
+        found[f"reparam {command.callback.__name__}"] = "\n\n".join([command.callback.__doc__, *filter(None, hints)])
+    return found
+
+
+TEXTS = texts()
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_sentences_are_short(name: str) -> None:
-    long = [sentence for sentence in sentences(PAGES[name].read_text()) if len(sentence.split()) > LONGEST]
+    long = [sentence for sentence in sentences(TEXTS[name]) if len(sentence.split()) > LONGEST]
     assert not long, "\n".join(long)
 
 
-@pytest.mark.parametrize("name", sorted(PAGES.keys() - GENERATED))
+@pytest.mark.parametrize("name", TEXTS)
 def test_banned_words_are_absent(name: str) -> None:
-    found = [sentence for sentence in sentences(PAGES[name].read_text()) if BANNED.search(sentence)]
+    found = [sentence for sentence in sentences(TEXTS[name]) if BANNED.search(sentence)]
     assert not found, "\n".join(found)

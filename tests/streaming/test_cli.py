@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rewriter.cli._init import Job
 from tests.cli.conftest import reparam as reparam
 from tests.streaming.conftest import read_folder, write_folder
 
@@ -72,6 +73,24 @@ def test_plan_and_inspect_read_headers(reparam: Any, folder: Path) -> None:
     # No value is read, so that nothing is known of how far it moves.
     assert [site["moved"] for site in reparam("plan", "spec.yaml", "model", "--json").json["sites"]] == [None, None]
     assert [one["shape"] for one in reparam("inspect", "model", "--json").json["tensors"]] == [[4, 4], [4], [4, 4]]
+
+
+@pytest.mark.parametrize("job", get_args(Job))
+def test_a_starter_spec_from_headers_plans_on_its_checkpoint(reparam: Any, folder: Path, job: str) -> None:
+    for given in ("model", "one.safetensors"):
+        made = reparam("init", given, "--for", job, "-o", "new.yaml", "--force")
+        assert made.code == 0, made.err
+        planned = reparam("plan", "new.yaml", given, "--json")
+        assert planned.code == 0, planned.err
+        assert [site["name"] for site in planned.json["sites"]] == ["a.weight", "b.weight"][: 1 + (given == "model")]
+    assert "{tensor: weight, ndim: 2}  # embeddings, too" in (folder / "new.yaml").read_text()
+
+
+def test_a_starter_spec_for_a_rewritten_checkpoint_is_refused(reparam: Any, folder: Path) -> None:
+    assert reparam("apply", "spec.yaml", "model", "-o", "stored").code == 0
+    refused = reparam("init", "stored", "--for", "prune")
+    assert refused.code == 4
+    assert "a.weight, b.weight: already computed by a chain; bake the checkpoint first" in refused.err
 
 
 def test_a_module_selector_works_with_the_model(reparam: Any, folder: Path) -> None:
@@ -179,4 +198,4 @@ def test_explain_reads_headers(reparam: Any, folder: Path) -> None:
 def test_what_needs_a_model_says_what_works_on_a_folder(reparam: Any, folder: Path, command: Any) -> None:
     refused = reparam(*command)
     assert refused.code == 6
-    assert "inspect, diff, plan, explain, apply, bake and merge" in refused.err
+    assert "inspect, diff, init, plan, explain, apply, bake and merge" in refused.err
