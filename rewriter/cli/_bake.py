@@ -92,7 +92,7 @@ def bake(
     from torch import nn
 
     import rewriter
-    from rewriter.export import export_model, format_of, provenance
+    from rewriter.export import export_model, format_of, formats_called, provenance
     from rewriter.serialization import check_writable
 
     if str(output) == "-":
@@ -100,7 +100,8 @@ def bake(
     examples = example.read()
     if format != "hf":
         check_writable(output, force)
-    loaded = model_options.read(model_file)
+    weights = (format or [*formats_called(output), None][0]) == "safetensors"
+    loaded = model_options.read(model_file, file_dtypes=weights)
     written = format or format_of(loaded, output)
     if written in ("pt2", "aoti", "onnx") and examples is None and isinstance(loaded, nn.Module):
         raise no_inputs(f"--format {written}")
@@ -123,8 +124,21 @@ def bake(
             train=train,
             verify=verify,
             provenance=origin,
+            metadata=_texts_of(model_file) if weights else None,
             force=force,
         )
     stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {exported}")
     document = {"baked": names, "left": sorted(left), "format": written, "output": str(output)}
     return Outcome({**document, "difference": exported.difference, "unverified": exported.unverified})
+
+
+def _texts_of(path: Path) -> dict[str, str]:
+    """Return the user's texts in the header of a safetensors file: no chains, and no names of tied tensors."""
+    if path.suffix != ".safetensors":
+        return {}
+    from rewriter.serialization._safetensors import KEY
+    from rewriter.streaming._header import read_header
+
+    header = read_header(path)
+    names = {tensor.name for tensor in header.tensors}
+    return {key: text for key, text in header.metadata.items() if key != KEY and text not in names}

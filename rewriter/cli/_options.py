@@ -123,8 +123,8 @@ class ModelOptions:
                 raise
             return dict(found.weights)
 
-    def read(self, path: Path) -> nn.Module | ExportedProgram:
-        """Read the model file."""
+    def read(self, path: Path, file_dtypes: bool = False) -> nn.Module | ExportedProgram:
+        """Read the model file; with `file_dtypes`, weights keep their dtypes in the module."""
         _inputs.refuse_directory(path)
         importable = bool(self.model or self.allow or self.trust)
         with step(f"reading {path}"), _inputs.working_folder_importable(importable):
@@ -133,7 +133,14 @@ class ModelOptions:
 
             allow = self.allow or []
             with script_of(path, self.model) as (factory, classes):
-                return load_model(path, model=factory, key=self.key, allow=[*allow, *classes], trust=self.trust)
+                return load_model(
+                    path,
+                    model=factory,
+                    key=self.key,
+                    allow=[*allow, *classes],
+                    trust=self.trust,
+                    file_dtypes=file_dtypes,
+                )
 
 
 @dataclass
