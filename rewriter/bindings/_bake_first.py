@@ -35,3 +35,13 @@ def refuse_quantization(module: nn.Module, name: str, value: Any) -> None:
     """
     if name == "qconfig" and value is not None:
         raise bake_first(module, f"torch.ao.quantization of the {type(module).__name__}")
+
+
+def refuse_quantized(module: nn.Module, value: Any) -> None:
+    """Refuse a quantized tensor of torchao in the place of a computed one: its chain cannot give it.
+
+    Raises:
+        RewriterError: it is one.
+    """
+    if type(value).__module__.partition(".")[0] == "torchao":
+        raise bake_first(module, f"torchao's quantize_ of the {type(module).__name__}")

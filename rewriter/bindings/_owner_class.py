@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from rewriter._torch import saved_tensor_hooks
-from rewriter.bindings._bake_first import refuse_package, refuse_quantization, refuse_script
+from rewriter.bindings._bake_first import refuse_package, refuse_quantization, refuse_quantized, refuse_script
 from rewriter.bindings._late_changes import guarded_methods, refuse_late_change
 from rewriter.bindings._linear import linear_forward
 from rewriter.bindings._pretrained import is_pretrained, methods_of
@@ -163,6 +163,7 @@ def _methods(plain: Any, tensors: tuple[str, ...]) -> dict[str, Any]:
 
     def assign(self: Any, name: str, value: Any) -> None:
         if name in tensors:
+            refuse_quantized(self, value)
             assign_attribute(sites_of(self)[name], name, value)
         else:
             if tensors:

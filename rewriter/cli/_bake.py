@@ -85,7 +85,7 @@ def bake(
     from torch import nn
 
     import rewriter
-    from rewriter.export import export_model, format_of, provenance
+    from rewriter.export import export_model, format_of, formats_called, provenance
     from rewriter.serialization import check_writable
 
     if str(output) == "-":
@@ -93,7 +93,11 @@ def bake(
     examples = example.read()
     if format != "hf":
         check_writable(output, force)
-    loaded = model_options.read(model_file) if spec is None else _by_spec(model_file, model_options, spec, spec_options)
+    weights = (format or [*formats_called(output), None][0]) == "safetensors"
+    if spec is None:
+        loaded = model_options.read(model_file, file_dtypes=weights)
+    else:
+        loaded = _by_spec(model_file, model_options, spec, spec_options)
     written = format or format_of(loaded, output)
     if written in ("pt2", "aoti", "onnx") and examples is None and isinstance(loaded, nn.Module):
         raise no_inputs(f"--format {written}")
@@ -116,6 +120,7 @@ def bake(
             train=train,
             verify=verify,
             provenance=origin,
+            metadata=_texts_of(model_file) if weights else None,
             force=force,
         )
     stderr.print(f"wrote {output}: {counted(len(names), 'tensor')} baked, {len(left)} still computed, as {exported}")
@@ -137,3 +142,15 @@ def _by_spec(path: Path, model_options: ModelOptions, spec: Path, spec_options: 
         )
     read = spec_options.read(spec)
     return rewriter.rewrite(model_options.read_for(read, path), read, inplace=True)
+
+
+def _texts_of(path: Path) -> dict[str, str]:
+    """Return the user's texts in the header of a safetensors file: no chains, and no names of tied tensors."""
+    if path.suffix != ".safetensors":
+        return {}
+    from rewriter.serialization._safetensors import KEY
+    from rewriter.streaming._header import read_header
+
+    header = read_header(path)
+    names = {tensor.name for tensor in header.tensors}
+    return {key: text for key, text in header.metadata.items() if key != KEY and text not in names}

@@ -129,8 +129,8 @@ class ModelOptions:
                 raise
             return dict(found.weights)
 
-    def read(self, path: Path) -> nn.Module | ExportedProgram:
-        """Read the model file."""
+    def read(self, path: Path, file_dtypes: bool = False) -> nn.Module | ExportedProgram:
+        """Read the model file; with `file_dtypes`, weights keep their dtypes in the module."""
         if str(path) == "-":
             raise ModelFileError("a model is read from a file; only SPEC can be - for stdin")
         _inputs.refuse_directory(path)
@@ -141,7 +141,14 @@ class ModelOptions:
 
             allow = self.allow or []
             with script_of(path, self.model) as (factory, classes):
-                return load_model(path, model=factory, key=self.key, allow=[*allow, *classes], trust=self.trust)
+                return load_model(
+                    path,
+                    model=factory,
+                    key=self.key,
+                    allow=[*allow, *classes],
+                    trust=self.trust,
+                    file_dtypes=file_dtypes,
+                )
 
 
 @dataclass

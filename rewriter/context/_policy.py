@@ -115,10 +115,9 @@ class Policy:
             return self.cache("value", site, len(site.spec.chain), inputs, site.advance)
         return site.advance(*inputs)
 
-    def evaluates(self, site: Site) -> bool:
-        """Say whether each forward evaluates `site`: no value lasts longer."""
-        if self.outside is not None:
-            self._check_outside(site)
+    def evaluates(self) -> bool:
+        """Say whether each forward evaluates the site: no value lasts longer."""
+        self.check_outside()
         return not self.busy
 
     def valid_value(self, inputs: Sequence[Tensor]) -> Any:

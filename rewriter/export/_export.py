@@ -63,6 +63,7 @@ def export_model(
     train: bool = False,
     verify: bool = True,
     provenance: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Exported:
     """Write `model` to `path`: the whole file, or nothing.
@@ -89,6 +90,7 @@ def export_model(
         verify: read the file back in a new process, and compare its outputs on the example inputs, and at another size
             where one varies.
         provenance: for the file, from `provenance`; by default, that of `model`.
+        metadata: further texts for the header of a ``safetensors`` file.
         force: overwrite what is there.
 
     Raises:
@@ -105,6 +107,8 @@ def export_model(
     if isinstance(model, ExportedProgram) and format == "module":
         raise CaptureError("an ExportedProgram is no module any more; write it with the format pt2")
     check_name(Path(path), format)
+    if metadata and format != "safetensors":
+        raise RewriterError(f"metadata is for the header of a safetensors file; {format} has none")
     call = _call(model, format, example_inputs, example_kwargs, dynamic_shapes)
     noted = json.dumps(dict(provenance_of(model) if provenance is None else provenance), sort_keys=True)
     whole = format not in ("module", "safetensors", "hf")
@@ -112,6 +116,7 @@ def export_model(
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         job = job_for(model, call, noted, Path(path), train=train, whole=whole)
+        job.metadata = dict(metadata or {})
         try:
             _write(job, format, temporary)
             difference, why = verify_file(job, format, temporary) if verify else (None, "it was not asked for")

@@ -42,6 +42,8 @@ class Job:
     train: bool
     note: str = ""
     """A warning for the user."""
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Further texts for the header of a safetensors file."""
     beside: list[Path] = dataclasses.field(default_factory=list)
     """Further files that were written."""
 

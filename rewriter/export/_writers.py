@@ -141,14 +141,14 @@ def _write_safetensors(job: Job, path: Path) -> None:
     safetensors: Any = importlib.import_module("safetensors.torch")
     if isinstance(job.model, nn.Module):
         # Tied tensors are stored once, with the other names in the metadata.
-        noted = {**header_of(job.model), KEY: job.provenance}
+        noted = {**job.metadata, **header_of(job.model), KEY: job.provenance}
         safetensors.save_model(job.model, os.fspath(path), metadata=noted)
     else:
         from rewriter.program import tied
 
         once = {id(tensor): (name, tensor) for name, tensor in reversed(tied(job.model.state_dict).items())}
         tensors = {name: tensor.contiguous() for name, tensor in once.values()}
-        safetensors.save_file(tensors, os.fspath(path), metadata={"format": "pt", KEY: job.provenance})
+        safetensors.save_file(tensors, os.fspath(path), metadata={**job.metadata, "format": "pt", KEY: job.provenance})
 
 
 def _write_hf(job: Job, path: Path) -> None:

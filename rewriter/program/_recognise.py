@@ -38,7 +38,8 @@ def sites_of_program(program: Any) -> list[ProgramSite]:
             site = chain.renewed(lost[chain.name]) if chain.name in lost else chain.site()
             for node in chain.nodes:
                 mark(node, site.name)
-            write_site(chain.values()[0], site)
+                if node.name == site.members[0].value:
+                    write_site(node, site)
             found[site.name] = site
     order = {node.name: index for index, node in enumerate(program.graph.nodes)}
     return sorted(found.values(), key=lambda site: order[site.members[0].value])
@@ -98,12 +99,31 @@ class _Chain:
         for node in self.nodes:
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 return f"{node.name} draws random numbers"
-        values = self.values()
-        return "" if len(values) == 1 else f"the program computes {len(values)} values for it"
+        values, shapes = self.values(), [tuple(shape) for shape in self.noted()["members"].values()]
+        if len(values) != len(shapes):
+            return f"the program computes {len(values)} values for it"
+        if len(shapes) > 1 and sorted(shapes) != sorted({_shape(value) for value in values}):
+            return "its rule computes several tensors of one shape, which the program does not tell apart"
+        return ""
+
+    def noted(self) -> dict[str, Any]:
+        """Return the rule and the tensors: as the export of a site noted them, or as the modules of the nodes say."""
+        for node in self.nodes:
+            if "exported" in note(node):
+                return dict(note(node)["exported"])
+        return {"rule": f"exported:{self.name}", "chain": self.steps(), "members": {self.name: ()}}
+
+    def members(self) -> list[tuple[str, fx.Node]]:
+        """Return each tensor that it computes, with the node of its value."""
+        values, noted = self.values(), self.noted()["members"]
+        if len(noted) == 1:
+            return [(self.name, values[0])]
+        by_shape = {_shape(value): value for value in values}
+        return [(name, by_shape[tuple(shape)]) for name, shape in noted.items()]
 
     def site(self) -> ProgramSite:
         """Return a record of the chain."""
-        specs, own, (value,) = self.specs(), self.own(), self.values()
+        specs, own, noted = self.specs(), self.own(), self.noted()
         constants = [
             read.name
             for read in self.reads()
@@ -115,18 +135,16 @@ class _Chain:
         trained = [name for name in originals if specs[name].kind is InputKind.PARAMETER]
         kind = "parameter" if trained or not originals else "buffer"
         before = (originals or stored or [""])[0]
-        slot = Slot(f"{kind[0]}_{self.name.replace('.', '_')}", self.name, before, [user.name for user in value.users])
-        member = Computed(
-            value.name,
-            kind,
-            all(specs[name].persistent is not False for name in originals),
-            any(_state(self.program)[str(specs[name].target)].requires_grad for name in trained),
-            [int(size) for size in value.meta["val"].shape],
-            dtype_name(value.meta["val"].dtype),
-            [slot],
-        )
+        persistent = all(specs[name].persistent is not False for name in originals)
+        grad = any(_state(self.program)[str(specs[name].target)].requires_grad for name in trained)
+        members = []
+        for name, value in self.members():
+            slot = Slot(f"{kind[0]}_{name.replace('.', '_')}", name, before, [user.name for user in value.users])
+            dtype = dtype_name(value.meta["val"].dtype)
+            members.append(Computed(value.name, kind, persistent, grad, list(_shape(value)), dtype, [slot]))
         inputs = [read.name for read in self.reads() if read.name not in stored]
-        return ProgramSite(f"exported:{self.name}", self.steps(), "", [member], originals, stored, inputs, False)
+        rule, chain, options, labels = (noted.get(key) or [] for key in ("rule", "chain", "options", "labels"))
+        return ProgramSite(rule, chain, options or "", members, originals, stored, inputs, False, labels=labels)
 
     def renewed(self, lost: ProgramSite) -> ProgramSite:
         """Return `lost` with the nodes that are there now."""
@@ -227,6 +245,10 @@ def _computed_from(target: str) -> str | None:
     """
     path, _, last = target.rpartition(".")
     return _tensor_at(path) if last.startswith("original") else None
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(int(size) for size in node.meta["val"].shape)
 
 
 def _state(program: Any) -> dict[str, Any]:

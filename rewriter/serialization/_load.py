@@ -37,6 +37,7 @@ def load_model(
     key: str | None = None,
     allow: Iterable[str] = (),
     trust: bool = False,
+    file_dtypes: bool = False,
 ) -> nn.Module | ExportedProgram:
     """Read a model: a saved module or GraphModule, an ExportedProgram, or weights for the module that `model` makes.
 
@@ -58,6 +59,7 @@ def load_model(
         key: the entry of a training checkpoint that is the model; not needed for the usual ones.
         allow: dotted names that the file may use, or ``package.*``.
         trust: run any code of the file.
+        file_dtypes: give the floating-point tensors of the module the dtypes that the weights have, before they load.
 
     Raises:
         ModelFileError: the file cannot be read, is of another kind, or uses names that are not allowed.
@@ -81,7 +83,7 @@ def load_model(
     if factory is None:
         text = f"{path} holds weights without their model; say whose (--model package.module:factory)"
         raise WeightsError(text, weights=weights)
-    return _filled(file.path, _made(factory), weights)
+    return _filled(file.path, _made(factory), weights, file_dtypes)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> OrderedDict[str, torch.Tensor]:
@@ -256,9 +258,18 @@ def _made(factory: ModelFactory) -> nn.Module:
     return module
 
 
-def _filled(path: Path, module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+def _take_dtypes(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        both = [one for one in (tensor, weights.get(name)) if isinstance(one, torch.Tensor)]
+        if len(both) == 2 and all(map(torch.is_floating_point, both)):
+            tensor.data = tensor.data.to(both[1].dtype)
+
+
+def _filled(path: Path, module: nn.Module, weights: dict[str, torch.Tensor], file_dtypes: bool = False) -> nn.Module:
     weights = without_prefixes(weights, module.state_dict().keys())
     weights.update({name: tensor for name, tensor in _tied(module, weights).items() if name not in weights})
+    if file_dtypes:
+        _take_dtypes(module, weights)
     try:
         module.load_state_dict(weights)
     except RuntimeError as problem:

@@ -39,7 +39,7 @@ def parts_of(site: Site) -> tuple[Tensor, Lora] | None:
     step = _last(site)
     if type(step) is not Lora or not step.lora_B.requires_grad or (step.random and step.training):
         return None
-    if not plain_autograd() or not site.policy.evaluates(site) or _hooked(site) or _hooked(step):
+    if not plain_autograd() or not site.policy.evaluates() or _hooked(site) or _hooked(step):
         return None
     base = site.hoisted_value() if site.hoisted else site._parameters.get("original")
     return None if type(base) not in PLAIN or base.requires_grad else (base, step)  # type: ignore[union-attr, return-value]

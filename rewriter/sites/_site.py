@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.traceback import annotate, preserve_node_meta
 
 from rewriter._torch import current_backward
 from rewriter.context._checkpoint import may_run_again
@@ -137,7 +138,10 @@ class Site(nn.Module):
                 "with capture='graph', whose graph other tracers can take over, or trace the plain model, before it is "
                 "rewritten or after bake()"
             )
-        return self.policy.value(self, inputs) if self.policy.busy else self.advance(*inputs)
+        if not torch.compiler.is_exporting():
+            return self.policy.value(self, inputs) if self.policy.busy else self.advance(*inputs)
+        with preserve_node_meta(), annotate({"reparam": self.spec.noted()}):
+            return self.advance(*inputs)
 
     def _run(self, originals: Iterable[Any]) -> Any:
         """Run a chain in which every step reads what the one before it gave: most chains, in most forwards."""

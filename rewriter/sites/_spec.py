@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rewriter.sites._layout import Layout
 
@@ -103,6 +104,18 @@ class SiteSpec:
         """Names of the model's tensors that the site takes as arguments, in order."""
         source = (self.source,) if self.source is not None else ()
         return source + tuple(name for names in self.inputs for name in names)
+
+    def noted(self) -> dict[str, Any]:
+        """Return what torch.export notes at each node of the chain in a program."""
+        return {
+            "exported": {
+                "rule": self.rule,
+                "chain": list(self.chain),
+                "labels": list(self.labels),
+                "options": self.options,
+                "members": {member.names[0]: list(member.shape) for member in self.members},
+            }
+        }
 
     @property
     def identity(self) -> tuple[tuple[str, ...], str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
 import torch
 
-from rewriter.export import example_call, example_tensor
+from rewriter.errors import RewriterError
+from rewriter.export import example_call, example_tensor, export_model
 from rewriter.io import load_model
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -85,3 +87,38 @@ def test_inspect_of_torchscript_has_torchs_names_of_dtypes(reparam, folder, dtyp
     torch.jit.save(torch.jit.script(model), "model.ts")
     found = {row["names"][0]: row["dtype"] for row in reparam("inspect", "model.ts", "--json").json["tensors"]}
     assert found["extra"] == str(dtype).removeprefix("torch.")
+
+
+TIED = """
+import rewriter
+from torch import nn
+
+def rewritten():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    rules = [{"name": "even", "select": "0.weight", "chain": ["symmetric"]}]
+    return rewriter.rewrite(model, {"reparam": 1, "rules": rules})
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_baked_weights_keep_the_dtypes_and_the_texts_of_their_file(reparam, folder, monkeypatch, dtype):
+    safetensors = pytest.importorskip("safetensors")
+    (folder / "tied_net.py").write_text(TIED)
+    monkeypatch.syspath_prepend(folder)
+    model = importlib.import_module("tied_net").rewritten().to(dtype)
+    export_model(model, "w.safetensors", metadata={"author": "me"})
+    result = reparam("bake", "w.safetensors", "--model", "tied_net:rewritten", "-o", "o.safetensors")
+    assert result.code == 0, result.err
+    with safetensors.safe_open("o.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        texts = file.metadata()
+    assert {tensor.dtype for name, tensor in found.items() if name != "1.num_batches_tracked"} == {dtype}
+    torch.testing.assert_close(found["0.weight"], model[0].weight.detach())
+    assert set(texts) == {"format", "author", "2.weight", "reparam.provenance"}
+    assert (texts["format"], texts["author"]) == ("pt", "me")
+
+
+def test_texts_for_a_header_are_refused_where_there_is_none(tmp_path):
+    with pytest.raises(RewriterError, match="metadata is for the header of a safetensors file; module has none"):
+        export_model(torch.nn.Linear(2, 2), tmp_path / "o.pt", metadata={"author": "me"})

@@ -83,9 +83,10 @@ def _plain(new):
     return plain
 
 
+@pytest.mark.slow
 def test_bake_then_pt2e(quiet):
-    pt2e = pytest.importorskip("torch.ao.quantization.quantize_pt2e")
-    quantizers = pytest.importorskip("torch.ao.quantization.quantizer.x86_inductor_quantizer")
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    quantizers = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantizer = quantizers.X86InductorQuantizer()
     quantizer.set_global(quantizers.get_default_x86_inductor_quantization_config())
     new, results = _rewritten(), []
@@ -200,3 +201,39 @@ def test_aot_autograd_gives_the_gradients_of_eager(chain):
     wanted = {name: parameter.grad for name, parameter in new.named_parameters()}
     for name, parameter in compiled.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name.removeprefix("orig_module.")], atol=1e-4, rtol=1e-4)
+
+
+class Wide(nn.Module):
+    """With layers of the sizes that torchao takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", ["graph", "module"])
+def test_torchao_quantizes_after_bake_and_says_bake_first_before(quiet, capture):
+    torchao = pytest.importorskip("torchao.quantization")
+    qat = pytest.importorskip("torchao.quantization.qat")
+    weights = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
+    rule = {"name": "f", "select": "first.weight", "chain": ["spectral_norm"]}
+    x = torch.randn(3, 64)
+    for config, tolerance in (
+        (torchao.Int8WeightOnlyConfig(), 0.02),
+        (torchao.Int8DynamicActivationInt8WeightConfig(), 0.05),
+        (qat.QATConfig(weight_config=weights, step="prepare"), 0.5),
+    ):
+        new = rewriter.rewrite(Wide().eval(), {"reparam": 1, "rules": [rule]}, capture=capture)
+        wanted = new(x)
+        baked = rewriter.bake(new)
+        torchao.quantize_(baked, config)
+        assert "torchao" in type(baked.first.weight).__module__ + type(baked.first).__module__
+        torch.testing.assert_close(baked(x), wanted, atol=tolerance, rtol=tolerance)
+        # For training, torchao makes a layer of its own, which takes parameters alone.
+        with pytest.raises((RewriterError, TypeError), match=r"bake first|Parameter or None expected") as refused:
+            torchao.quantize_(new, config)
+        assert isinstance(refused.value, TypeError) is isinstance(config, qat.QATConfig)

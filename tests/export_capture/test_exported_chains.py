@@ -10,6 +10,7 @@ from torch import nn
 
 import rewriter
 from rewriter.errors import PlanError
+from rewriter.export import provenance
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 SPEC = {
@@ -62,7 +63,9 @@ def _calls(program):
 )
 def test_an_export_of_a_rewritten_model_bakes(capture, strict, then):
     model = rewriter.rewrite(_plain(), SPEC, capture=capture)
-    baked = rewriter.bake(then(torch.export.export(model, (X,), strict=strict)))
+    program = then(torch.export.export(model, (X,), strict=strict))
+    assert provenance(program) == provenance(model)
+    baked = rewriter.bake(program)
     plain = rewriter.bake(model)
     assert set(baked.state_dict) == set(plain.state_dict())
     for name, tensor in plain.state_dict().items():
@@ -129,6 +132,43 @@ def test_a_decomposed_joint_site_in_train_mode_is_refused_by_name():
     message = r"0\.weight .*writes to 0\.parametrizations\.weight\.0\.calls\. Use bake on the model"
     with pytest.raises(PlanError, match=message):
         rewriter.bake(program.run_decompositions())
+
+
+class Both(nn.Module):
+    def forward(self, weight, bias):
+        return 2 * weight + bias.sum(), bias + 1
+
+
+JOINT = {"name": "j", "joint": ["weight", "bias"], "select": {"path": "0"}, "chain": [Both()], "init": "raw"}
+
+
+@pytest.mark.parametrize(
+    ("capture", "then"), [("graph", _decomposed_and_saved), pytest.param("module", _as_it_is, marks=pytest.mark.slow)]
+)
+def test_a_joint_site_in_an_export_bakes(capture, then):
+    spec = {"reparam": 1, "rules": [JOINT, SPEC["rules"][1]]}
+    model = rewriter.rewrite(_plain(), spec, capture=capture)
+    program = then(torch.export.export(model, (X,)))
+    part = rewriter.bake(program, only=["j"])
+    assert set(part.state_dict) >= {"0.weight", "0.bias", "2.parametrizations.weight.original0"}
+    for baked in (part, rewriter.bake(program), rewriter.bake(part)):
+        torch.testing.assert_close(baked.module()(X), model(X))
+    assert set(rewriter.bake(part).state_dict) == set(_plain().state_dict())
+
+
+def test_a_joint_site_of_equal_shapes_in_an_export_is_refused_by_name():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x):
+            return x @ self.a + x @ self.b.T
+
+    rule = {**JOINT, "joint": ["a", "b"], "select": {"path": "0"}}
+    model = rewriter.rewrite(nn.Sequential(Pair()).eval(), {"reparam": 1, "rules": [rule]})
+    with pytest.raises(PlanError, match=r"0\.a of the program .*several tensors of one shape.*Use bake on the model"):
+        rewriter.bake(torch.export.export(model, (X,)))
 
 
 def test_a_chain_that_runs_at_each_use_is_refused_by_name():
