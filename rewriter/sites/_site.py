@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -231,9 +231,7 @@ class Site(nn.Module):
             return value, not same_states(before, random_states(devices_of(tensors)))
 
     def _device_type(self) -> str | None:
-        for name in self.original_names:
-            return getattr(self, name).device.type  # type: ignore[no-any-return]
-        return next((tensor.device.type for tensor in _tensors_of(self)), None)
+        return next((tensor.device.type for tensor in (*self.originals, *self.parameters(), *self.buffers())), None)
 
     # Cached values belong to this object: copies start without, conversions and loading drop them.
 
@@ -350,8 +348,3 @@ class Site(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.name} = {' >> '.join(self.spec.chain)}, cache={self.spec.cache}"
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

@@ -1,7 +1,6 @@
 """What torch's own tests ask of torch.nn.utils.parametrize, asked of rules with modules from Python.
 
-Spectral norm, weight norm and orthogonal are compared with torch in tests/parametrizations, and evaluations are counted
-in tests/rewriting and tests/caching. Torch's transfer of parametrizations to another module is a rule for both.
+Norms and orthogonal are compared with torch in tests/parametrizations, and evaluations are counted in tests/caching. Torch's transfer to another module is a rule for both.
 """
 
 from __future__ import annotations
@@ -329,8 +328,8 @@ def test_copies_are_independent(capture: str, kind: type[nn.Module]) -> None:
     rules = [rule for name in ("weight", "bias") for rule in spec(*add, select=f"0.{name}")["rules"]]
     new = rewrite(nn.Sequential(kind()), {"reparam": 1, "rules": rules}, capture=capture)
     clone = copy.deepcopy(new)
-    assert clone.get_submodule("0").notes == [1.0, 2.0]
-    assert clone.get_submodule("0").notes is not new.get_submodule("0").notes
+    notes = clone.get_submodule("0").notes
+    assert notes == [1.0, 2.0] and notes is not new.get_submodule("0").notes
     for one, other in zip(new.parameters(), clone.parameters(), strict=True):
         assert torch.equal(one, other)
         assert one is not other
@@ -347,6 +346,5 @@ def test_halves_of_a_frozen_tensor_are_frozen(capture: str) -> None:
     halves = Function(lambda one, other: torch.cat([one, other]), lambda value: torch.split(value, 3))
     new = rewrite(model, spec(halves), capture=capture)
     originals = new.get_submodule("0.parametrizations.weight").originals
-    assert [tuple(original.shape) for original in originals] == [(3, 5), (2, 5)]
-    assert not any(original.requires_grad for original in originals)
+    assert [(*original.shape, original.requires_grad) for original in originals] == [(3, 5, False), (2, 5, False)]
     torch.testing.assert_close(get_value(new, "0.weight"), model[0].weight.detach())
