@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from rewriter import bake, evaluate_once, rewrite
 from rewriter.passes import print_graph
@@ -253,3 +254,24 @@ def test_compiled_and_exported(made: list[str]) -> None:
     made.clear()
     torch.export.export(new, (x,))
     assert "48x40" in made
+
+
+@pytest.mark.slow
+def test_a_language_model_computes_what_peft_computes() -> None:
+    """The forward and backward of a rewritten Llama have the operations of PEFT's, and not one product more."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+    rule = {"name": "a", "select": "**.{q,v}_proj.weight", "chain": [{"lora": {"r": 4, "lora_alpha": 8}}]}
+    ours = rewrite(copy.deepcopy(base), {"reparam": 1, "trainable": "rewritten", "rules": [rule]})
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    )
+    tokens = torch.randint(0, 50, (2, 16))
+    counted = []
+    for model in (ours, theirs):
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1]

@@ -1,6 +1,6 @@
 """What torch's own tests ask of torch.nn.utils.parametrize, asked of rules with modules from Python.
 
-Norms and orthogonal are compared with torch in tests/parametrizations, and evaluations are counted in tests/caching. Torch's transfer to another module is a rule for both.
+Norms and orthogonal are compared with torch in tests/parametrizations. Torch's transfer to another module is a rule.
 """
 
 from __future__ import annotations
