@@ -31,9 +31,7 @@ WHOLE: dict[str, Any] = {
 """Steps that work on whole matrices: each process gathers the tensor of one site."""
 
 
-SHARDED = (
-    "cast centred detach fake_quantize identity interval positive scale shift simplex sphere weight_norm".split()
-)
+SHARDED = "cast centred detach fake_quantize identity interval positive scale shift simplex sphere weight_norm".split()
 """Members that work entry by entry or row by row: they run on the shards."""
 OTHERS = {"affine", "conv_spectral_norm", "grassmann", "mask", "quantized_storage", "transpose"}
 """Members that do not go onto the square matrices of this test, or give another dtype."""
