@@ -19,7 +19,7 @@ from rewriter.context._random import devices_of, nothing_drawn, random_states, s
 from rewriter.context._recompute import recomputed
 from rewriter.context._replay import evaluated_again, note_state, settled_copy, varies
 from rewriter.context._tracers import as_autocast, autocast_anywhere, ordinary, others_trace
-from rewriter.errors import CaptureError
+from rewriter.errors import CaptureError, PlanError
 from rewriter.sites._apart import parts_of
 from rewriter.sites._identity import difference, note_identity
 from rewriter.sites._places import CONTAINER
@@ -337,6 +337,11 @@ class Site(nn.Module):
         """Return `current` for one of the tensors computed, by its name at the owner."""
         value = self.current()
         return value if len(self.spec.members) == 1 else value[self.position(tensor)]
+
+    def __iter__(self) -> Iterator[nn.Module]:  # for torch's transfer_parametrizations_and_params
+        if not self.spec.simple:
+            raise PlanError(f"{self.spec.name}: torch has no such chain; rewrite the other module with the same rule")
+        return iter(self.steps)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("append", "is_tensor"):  # which torch.nn.utils.parametrize asks of what computes a tensor

@@ -221,5 +221,5 @@ def test_bake_takes_no_checkpoint_of_another_chain(reparam, refused, folder):
     other = reparam(*call, "--model", "their_code:make")
     assert other.code == 6
     assert "saved from the chain skew, and the model computes symmetric" in other.err
-    refused(call, 2, "Say whose weights they are")
+    refused(call, 2, "say whose weights checkpoint.pt holds")
     assert not (folder / "plain.pt").exists()

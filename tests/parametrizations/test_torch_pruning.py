@@ -154,3 +154,21 @@ def test_a_state_dict_of_torchs_pruning_goes_in_and_a_plain_one_comes_out() -> N
     plain.load_state_dict(bake(new).state_dict())
     assert torch.equal(plain[0].weight, pruned)
     assert torch.equal(get_value(absorb(reference), "0.weight"), pruned)
+
+
+@pytest.mark.parametrize("amount", [0, 7, 12], ids=["none", "some", "all"])
+def test_a_pruned_lstm_is_the_one_with_zeros(capture: str, amount: int) -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(3, 1)}) if capture == "module" else nn.Sequential(nn.LSTM(3, 1))
+    name = "rnn.weight_ih_l0" if capture == "module" else "0.weight_ih_l0"
+    new = rewrite(model, spec({"l1_unstructured": {"amount": amount}}, select=name), capture=capture)
+    reference = copy.deepcopy(model)
+    weight = reference.get_parameter(name)
+    mask = torch.ones(12).index_fill(0, weight.detach().flatten().abs().topk(amount, largest=False).indices, 0)
+    weight.data *= mask.view(4, 3)
+    x = torch.randn(5, 2, 3)
+    for one in (new, reference):
+        part = one["rnn"] if capture == "module" else one
+        part(x)[0].sum().backward()
+    original = new.get_parameter(name.replace("weight", "parametrizations.weight") + ".original")
+    torch.testing.assert_close(original.grad, weight.grad * mask.view(4, 3))
+    assert torch.equal(bake(new).get_parameter(name), weight)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from rewriter import bake, rewrite
-from rewriter.errors import RewriterError
+from rewriter.errors import PlanError, RewriterError
+from rewriter.state import get_value
 
 SPEC = {"reparam": 1, "rules": [{"name": "first", "select": "0.weight", "chain": ["orthogonal"]}]}
 
@@ -98,3 +99,24 @@ def test_an_error_for_torch_names_the_chain_and_the_remedy(attempt: Any, capture
         attempt(model.get_submodule("0"))
     assert list(model.state_dict()) == names
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("chain", [["orthogonal"], ["weight_norm"], ["symmetric", {"scale": {"factor": 2.0}}]], ids=str)
+def test_torch_transfers_a_chain_to_another_layer(capture: Any, chain: list[Any]) -> None:
+    rule = {"name": "r", "select": "0.weight", "chain": chain}
+    model = rewrite(nn.Sequential(nn.Linear(4, 4)), {"reparam": 1, "rules": [rule]}, capture=capture)
+    other = nn.Linear(4, 4)
+    if len(chain) == 2:
+        other.weight.data = torch.eye(4)  # torch takes no assignment off the space
+    parametrize.transfer_parametrizations_and_params(model.get_submodule("0"), other)
+    torch.testing.assert_close(other.weight.detach(), get_value(model, "0.weight"))
+    mine = sorted(name for name in model.state_dict() if "weight" in name)
+    assert mine == sorted(f"0.{name}" for name in other.state_dict() if "weight" in name)
+    other(torch.ones(1, 4)).sum().backward()
+
+
+def test_torch_transfers_no_chunks(capture: Any) -> None:
+    rule = {"name": "r", "select": "0.weight", "chain": ["weight_norm"], "per": {"dim": 0, "chunks": 2}}
+    model = rewrite(nn.Sequential(nn.Linear(4, 4)), {"reparam": 1, "rules": [rule]}, capture=capture)
+    with pytest.raises(PlanError, match=r"0\.weight: torch has no such chain"):
+        parametrize.transfer_parametrizations_and_params(model.get_submodule("0"), nn.Linear(4, 4))

@@ -93,6 +93,14 @@ def test_the_amount_of_pruning_is_raised_over_training(rewritten: Callable[..., 
         assert (now[pruned] == 0).all()
 
 
+def test_an_adapter_is_turned_off_and_on(rewritten: Callable[..., nn.Module]) -> None:
+    new = moved(rewritten({"lora": {"r": 2, "lora_alpha": 4}}))
+    on, base = get_value(new, "first.weight"), bake(new, keep="original").first.weight.detach()
+    for alpha, expected in ((0, base), (4, on)):
+        update(new, "rule", lora_alpha=alpha)
+        torch.testing.assert_close(get_value(new, "first.weight"), expected)
+
+
 def test_dropout_is_changed_for_the_next_forward(rewritten: Callable[..., nn.Module]) -> None:
     new = rewritten({"weight_dropout": {"p": 0.0}}).train()
     still = new(X)
