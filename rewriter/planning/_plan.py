@@ -13,7 +13,7 @@ from rewriter._copy import copied
 from rewriter._frozen import trained_rest
 from rewriter._html import html_table
 from rewriter.capture import Capture
-from rewriter.errors import PlanError
+from rewriter.errors import PlanError, listing
 from rewriter.language import Spec
 from rewriter.planning._build import Measures
 from rewriter.planning._gates import gates_hint
@@ -255,8 +255,8 @@ class Plan:
         rows = [_HEAD, *map(_row, self.sites)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        notes = [line for note in self._notes() for line in ("", note)]
-        return "\n".join([self._title(), "", *lines, *notes])
+        notes = list(self._notes())
+        return "\n".join([self._title(), "", *lines, *[""][: len(notes)], *notes])
 
     def _title(self) -> str:
         count = f"{len(self.sites)} sites" if len(self.sites) != 1 else "1 site"
@@ -264,6 +264,12 @@ class Plan:
         return f"{self.source}: {count}, captured as {self.root}{why}"
 
     def _notes(self) -> Iterator[str]:
+        reasons: dict[str, list[str]] = {}
+        for site in self.sites:
+            if site.why and site.capture != "module":
+                reasons.setdefault(f"{site.capture}: {site.why}", []).append(site.name)
+        for reason, names in reasons.items():
+            yield f"{reason} ({listing(names)})" if len(reasons) > 1 else reason
         if any(site.moved for site in self.sites):
             yield "moved: the norm of the change, divided by the norm of the old value"
         if self.added:
@@ -296,7 +302,7 @@ def _row(site: PlannedSite) -> tuple[str, ...]:
         + {None: "", True: " (trained)", False: " (frozen)"}[site.spec.trainable],
         "×".join(map(str, site.shape)) or "scalar",
         "present" if site.present else _moved(site.moved) + _sparsity(site.zeros),
-        f"{site.capture}: {site.why}" if site.why and site.capture != "module" else site.capture,
+        site.capture,
     )
 
 

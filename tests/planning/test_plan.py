@@ -32,11 +32,19 @@ def test_plan_is_a_table_and_json(model: nn.Module) -> None:
     assert text.splitlines()[0] == "<spec>: 2 sites, captured as graph"
     assert text.splitlines()[2].split() == ["site", "rule", "chain", "shape", "moved", "capture"]
     row = text.splitlines()[3]
-    for word in ("0.weight", "r0", "symmetric >> scale(factor=2.0)", "4×4", "inlined: Linear"):
+    for word in ("0.weight", "r0", "symmetric >> scale(factor=2.0)", "4×4", "inlined"):
         assert word in row
+    assert text.splitlines()[6] == "inlined: Linear as a function of its tensors"
     data = json.loads(json.dumps(p.to_dict()))
     assert [site["name"] for site in data["sites"]] == ["0.weight", "3.weight"]
     assert set(data["sites"][0]) >= {"name", "names", "rule", "chain", "shape", "capture", "moved", "dtype", "kind"}
+
+
+def test_reasons_of_several_captures_name_their_sites(model: nn.Module) -> None:
+    model[3].register_forward_hook(lambda *_: None)
+    lines = str(plan(model, spec({"select": "{0,3}.weight", "chain": ["symmetric"]}))).splitlines()
+    assert "inlined: Linear as a function of its tensors (0.weight)" in lines
+    assert any(line.startswith("called: ") and line.endswith(" (3.weight)") for line in lines)
 
 
 def test_plans_and_specs_are_tables_in_notebooks_with_escaped_names() -> None:
