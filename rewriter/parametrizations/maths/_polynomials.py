@@ -1,4 +1,4 @@
-"""Taylor polynomials that are the exponential up to one rounding, in the fewest matrix products known for their degrees.
+"""Taylor polynomials that are the exponential up to one rounding, in the fewest products known for their degrees.
 
 The factors are those of Bader, Blanes and Casas, "Computing the matrix exponential with an optimized Taylor polynomial
 approximation" (2019).
