@@ -43,14 +43,6 @@ def may_write(lowering: Lowering, node: fx.Node) -> bool:
     return not quiet or bool(module._modules) or getattr(module, "max_norm", None) is not None
 
 
-def nothing_written_between(lowering: Lowering, first: fx.Node, last: fx.Node) -> bool:
-    """Say whether no node after `first` and before `last` may write to a tensor."""
-    node = first.next
-    while node is not last and not may_write(lowering, node):
-        node = node.next
-    return node is last
-
-
 def is_read_only(lowering: Lowering, node: fx.Node) -> bool:
     """Say whether no use of the node's value, or of a view of it, may write to it or return it."""
     return all(

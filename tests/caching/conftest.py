@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import rewrite
-from rewriter.context._policy import Policy
-from tests.layers import Layers
 from tests.maps import Smooth
 
 
@@ -99,27 +97,3 @@ def recurrent(capture: str, spec: Callable[..., dict[str, Any]]) -> Callable[...
 @pytest.fixture
 def plain() -> type[Recurrent]:
     return Recurrent
-
-
-@pytest.fixture
-def world() -> Layers:
-    return Layers()
-
-
-@pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How many values were looked at by themselves since it was last asked."""
-    seen: list[Policy] = []
-    look = Policy.kept_value
-
-    def counted(self: Policy, inputs: Any) -> Any:
-        seen.append(self)
-        return look(self, inputs)
-
-    def count() -> int:
-        number = len(seen)
-        seen.clear()
-        return number
-
-    monkeypatch.setattr(Policy, "kept_value", counted)
-    return count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import evaluate_once, rewrite
-from rewriter.io import load_model, save_model
-from rewriter.state import freeze, get_value, unfreeze
+from rewriter.state import freeze, unfreeze
 
 
 class _Fold(nn.Module):
@@ -110,21 +108,3 @@ def test_frozen_values_are_cached_and_unfrozen(rule: Any, capture: str) -> None:
     torch.testing.assert_close(model(x), expected)
     unfreeze(model)
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
-
-
-def test_a_saved_model_is_read_without_trust_for_each_kind_of_site(tmp_path: Path) -> None:
-    spec = {"reparam": 1, "rules": [{"name": "q", "select": "*.weight", "chain": ["symmetric"], "cache": "version"}]}
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
-    x = torch.randn(2, 4)
-    for cache in ("version", "forward"):  # the second is batched
-        spec["rules"][0]["cache"] = cache
-        new = rewrite(model, spec)
-        with torch.no_grad():
-            new(x)
-        freeze(new, only=["0.weight"])
-        save_model(new, tmp_path / f"{cache}.pt")
-        loaded = load_model(tmp_path / f"{cache}.pt")
-        torch.testing.assert_close(loaded(x), new(x))
-        torch.testing.assert_close(get_value(loaded, "0.weight"), get_value(new, "0.weight"))
-        unfreeze(loaded)
-        assert all(parameter.requires_grad for parameter in loaded.parameters())

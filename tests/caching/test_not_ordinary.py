@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -37,24 +36,6 @@ def test_under_autocast_a_chain_runs_in_the_precision_of_its_tensors(capture: st
         model(torch.randn(2, 8))
     (value,) = values
     torch.testing.assert_close(value, site.steps[0].left @ site.original, rtol=1e-6, atol=1e-6)
-
-
-def test_a_value_with_many_casting_uses_is_cast_once(spec: Any) -> None:
-    class Steps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(8, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for _ in range(3):
-                x = torch.tanh(x @ self.weight)
-            return x
-
-    model = rewrite(Steps(), spec("weight", "symmetric"))
-    with torch.autocast("cpu", torch.bfloat16), profile(record_shapes=True) as seen:
-        model(torch.randn(2, 8))
-    casts = [event for event in seen.function_events if event.name == "aten::_to_copy"]
-    assert sum(event.input_shapes[0] == [8, 8] for event in casts) == 1
 
 
 def _by_jit(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -159,37 +159,6 @@ def _moved_in_place(optimizer: torch.optim.Optimizer, bias: nn.Parameter, new: n
         assert remapped.state.get(bias) is optimizer.state.get(bias)
 
 
-def test_a_moved_parameter_keeps_its_state_through_rewrite_and_bake(capture: str, spec: Any, plain: Any) -> None:
-    model, x = plain().double(), torch.randn(3, 7, 4, dtype=torch.float64)
-    optimizer = torch.optim.Adam(model.parameters())
-    _step(model, optimizer, x)
-    moment = optimizer.state[model.cell.weight_hh]["exp_avg"].clone()
-    new = rewrite(model, spec("cell.weight_hh", "weight_norm"), capture=capture)
-    other = rewrite(model, spec("cell.weight_hh", "symmetric"), capture=capture)
-    middle = remap_optimizer(optimizer, model, other)
-    torch.testing.assert_close(middle.state[other.cell.parametrizations.weight_hh.original]["exp_avg"], moment)
-    plain_again = bake(other)
-    last = remap_optimizer(middle, other, plain_again)
-    torch.testing.assert_close(last.state[plain_again.cell.weight_hh]["exp_avg"], moment)
-    assert [id(p) for p in last.param_groups[0]["params"]] == [id(p) for p in plain_again.parameters()]
-    _step(plain_again, last, x)
-    fresh = remap_optimizer(optimizer, model, new)
-    stored = new.cell.parametrizations.weight_hh
-    assert stored.original0 not in fresh.state
-    torch.testing.assert_close(fresh.state[stored.original1]["exp_avg"], moment)
-
-
-def test_groups_stay_apart(capture: str, spec: Any, plain: Any) -> None:
-    model = plain()
-    groups = [{"params": model.cell.parameters(), "lr": 1.0}, {"params": model.head.parameters(), "lr": 2.0}]
-    optimizer = torch.optim.SGD(groups)
-    new = rewrite(model, spec("cell.weight_hh", "weight_norm"), capture=capture)
-    cell, head = remap_optimizer(optimizer, model, new).param_groups
-    assert len(cell["params"]) == 5
-    assert [cell["lr"], head["lr"]] == [1.0, 2.0]
-    assert {id(p) for p in head["params"]} == {id(p) for p in new.head.parameters()}
-
-
 def test_an_optimizer_of_another_model_is_refused(plain: Any) -> None:
     optimizer = torch.optim.SGD(plain().parameters(), lr=0.1)
     model = plain()

@@ -193,15 +193,6 @@ def test_a_forward_without_gradients_leaves_nothing_for_the_next(x: Tensor) -> N
     assert all(parameter.grad is not None for parameter in new.parameters())
 
 
-def test_setting_the_tensor_goes_through_the_right_inverse() -> None:
-    new = rewritten(chain=["symmetric"])
-    value = torch.eye(4)
-    with torch.no_grad():
-        new.tied.weight = value
-    assert torch.equal(new.weight, value)
-    assert torch.equal(new.get_parameter("tied.weight"), value)
-
-
 @pytest.mark.parametrize(
     "misuse",
     [

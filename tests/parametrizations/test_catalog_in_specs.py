@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from rewriter import bake, rewrite
 
@@ -85,20 +84,6 @@ def test_an_adapter_starts_where_the_model_is_and_only_its_parameters_train(step
     assert not torch.equal(new(x), before)
 
 
-def test_a_global_budget_is_torchs() -> None:
-    plain = model()
-    new = bake(rewrite(plain, spec({"global_l1": {"amount": 0.4}})))
-    prune.global_unstructured([(plain[0], "weight"), (plain[2], "weight")], prune.L1Unstructured, amount=0.4)
-    assert torch.equal(new[0].weight, plain[0].weight)
-    assert torch.equal(new[2].weight, plain[2].weight)
-
-
-def test_pruned_entries_come_back() -> None:
-    plain = model()
-    back = bake(rewrite(plain, spec({"l1_unstructured": {"amount": 0.9}})), keep="original")
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), back.parameters(), strict=True))
-
-
 def test_an_adapter_on_a_base_stored_in_int8() -> None:
     plain, x = model(), torch.randn(3, 6)
     new = rewrite(plain, spec("quantized_storage", {"lora": {"r": 2}}))
@@ -106,18 +91,3 @@ def test_an_adapter_on_a_base_stored_in_int8() -> None:
     torch.testing.assert_close(new(x), plain(x), rtol=0.05, atol=0.02)
     new(x).sum().backward()
     torch.testing.assert_close(bake(new)(x), new(x))
-
-
-def test_affine_reads_another_tensor_and_keeps_the_value() -> None:
-    plain, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(3, 6)
-    new = rewrite(plain, spec({"affine": {"inputs": ["0.weight"], "b": 0.5}}, select="1.weight"))
-    torch.testing.assert_close(new(x), plain(x))
-    with torch.no_grad():
-        new.get_submodule("0").weight.add_(1.0)
-    torch.testing.assert_close(bake(new)[1].weight, plain[1].weight + 0.5)
-
-
-def test_a_head_is_the_transpose_of_an_embedding() -> None:
-    plain, x = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 6, bias=False)), torch.randn(3, 6)
-    new = rewrite(plain, spec("transpose", select="1.weight", **{"from": "0.weight"}))
-    torch.testing.assert_close(new(x), x @ plain[0].weight.T @ plain[0].weight)

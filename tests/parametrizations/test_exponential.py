@@ -29,10 +29,10 @@ def test_every_angle_is_exact_to_a_few_roundings(dtype: torch.dtype) -> None:
         t = torch.tensor(angle, dtype=dtype).double().item()  # the one that it is given
         Q, slopes = rotation(angle, dtype)
         wanted = torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]], dtype=torch.float64)
-        rounding = 4 * eps * max(1.0, t)
+        rounding = 8 * eps * max(1.0, t)
         assert (Q.double() - wanted).abs().max() <= rounding, angle
         gradient = torch.tensor([-math.sin(t), math.cos(t)], dtype=torch.float64)
-        assert (slopes.double() - gradient).abs().max() <= 2 * rounding + 4 * eps, angle
+        assert (slopes.double() - gradient).abs().max() <= 2 * rounding, angle
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -59,14 +59,14 @@ class Products(TorchDispatchMode):
     ("dtype", "norm", "products"),
     [
         (torch.float32, 0.05, 2),
-        (torch.float32, 1.0, 3),
-        (torch.float32, 1.09, 3),
-        (torch.float32, 2.7, 4),
-        (torch.float32, 5.5, 5),
-        (torch.float64, 0.09, 3),
-        (torch.float64, 0.55, 4),
-        (torch.float64, 2.0, 5),
-        (torch.float64, 4.1, 6),
+        (torch.float32, 0.57, 3),
+        (torch.float32, 1.4, 4),
+        (torch.float32, 2.9, 5),
+        (torch.float32, 5.5, 6),
+        (torch.float64, 0.04, 3),
+        (torch.float64, 0.28, 4),
+        (torch.float64, 1.0, 5),
+        (torch.float64, 2.0, 6),
     ],
 )
 def test_products_by_norm(dtype: torch.dtype, norm: float, products: int) -> None:
@@ -104,61 +104,3 @@ def test_every_spectrum_is_within_a_few_roundings(spectrum: str, n: int, norm: f
         assert (Q.double() - exact).abs().max() <= 8 * torch.finfo(torch.float32).eps * max(1.0, norm) * max(
             n, 4
         ) ** 0.5
-
-
-def test_large_matrices_take_no_more_products_than_their_norm_needs() -> None:
-    X = 1.05 * torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]])] * 35)
-    step = Orthogonal("matrix_exp", False, weight=X)
-    with Products(70) as counted:
-        step(X)
-    assert counted.count == 3
-
-
-def at_norm(norm: float, n: int, dtype: torch.dtype) -> Tensor:
-    """Return a lower triangle whose skew matrix has this norm: some of it on the diagonal, which does not count."""
-    torch.manual_seed(n)
-    X = torch.randn(n, n, dtype=dtype).tril()
-    return X * (norm / torch.linalg.matrix_norm(X - X.mH, 2))
-
-
-def of_torch(X: Tensor) -> Tensor:
-    L = X.tril()
-    return torch.matrix_exp(L - L.mH)
-
-
-DEGREE_EIGHT = [(torch.float32, 1.0, 1e-5), (torch.float64, 0.09, 1e-13), (torch.complex128, 0.09, 1e-13)]
-"""Types, norms that use the polynomial of degree 8, and tolerances."""
-
-
-@pytest.mark.parametrize(("dtype", "norm", "tolerance"), DEGREE_EIGHT)
-@pytest.mark.parametrize("n", [2, 5, 40])
-def test_gradients_of_degree_eight_are_those_of_torch(
-    dtype: torch.dtype, norm: float, tolerance: float, n: int
-) -> None:
-    wide = torch.float64 if dtype is torch.float32 else dtype
-    X = at_norm(norm, n, dtype).requires_grad_()
-    Y = X.detach().to(wide).requires_grad_()
-    slope = torch.randn(n, n, dtype=wide)
-    Q = Orthogonal("matrix_exp", False, weight=X.detach())(X)
-    (ours,) = torch.autograd.grad(Q, X, slope.to(dtype))
-    (theirs,) = torch.autograd.grad(of_torch(Y), Y, slope)
-    assert (ours.to(wide) - theirs).abs().max() <= tolerance * theirs.abs().max()
-
-
-def test_the_backward_of_degree_eight_takes_five_products() -> None:
-    X = at_norm(1.0, 6, torch.float32).requires_grad_()
-    Q = Orthogonal("matrix_exp", False, weight=X.detach())(X)
-    with Products(6) as counted:
-        Q.backward(torch.ones_like(Q))
-    assert counted.count == 5
-
-
-def test_degree_eight_is_differentiated_twice_and_forwards() -> None:
-    X = at_norm(0.09, 4, torch.float64).requires_grad_()
-    step = Orthogonal("matrix_exp", False, weight=X.detach())
-    torch.autograd.gradcheck(step, X, check_forward_ad=True)
-    torch.autograd.gradgradcheck(step, X)
-    tangent = torch.randn_like(X)
-    _, ours = torch.func.jvp(step, (X.detach(),), (tangent,))
-    _, theirs = torch.func.jvp(of_torch, (X.detach(),), (tangent,))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

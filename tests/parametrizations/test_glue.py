@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._arithmetic import Affine, Scale, Shift
@@ -131,10 +131,3 @@ def test_detach_stops_the_gradient_and_the_others_pass_it() -> None:
 def test_what_cannot_be_is_refused(attempt: Any, message: str) -> None:
     with pytest.raises(RewriterError, match=message):
         attempt()
-
-
-def test_transpose_says_that_the_shape_changes() -> None:
-    assert Transpose.preserves_shape is False
-    assert Cast.preserves_dtype is False
-    assert WeightDropout.random is True
-    assert isinstance(Transpose(), nn.Module)

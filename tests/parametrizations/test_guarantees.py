@@ -132,23 +132,6 @@ def test_the_exponential_rounds_by_the_size_of_its_tensor(name: str, radius: flo
     assert near_isometry(built(name, arguments, X)(X), radius, 1 + X.norm().item())
 
 
-@pytest.mark.parametrize(("name", "arguments", "holds"), [*SQUARE, *ANY], ids=title)
-def test_guarantees_hold_after_steps_of_an_optimizer(
-    name: str, arguments: dict[str, Any], holds: Callable[[Tensor], bool]
-) -> None:
-    weight = torch.randn(4, 4)
-    step = built(name, arguments, weight)
-    X = nn.Parameter(weight.clone())
-    optimizer = torch.optim.SGD([X], lr=0.3, momentum=0.9)
-    target = torch.randn(4, 4)
-    for _ in range(20):
-        optimizer.zero_grad()
-        (step(X) - target).square().mean().backward()
-        optimizer.step()
-        assert holds(step(X))
-        assert X.isfinite().all()
-
-
 @settings(max_examples=20)
 @given(n=st.integers(1, 6), decay=st.sampled_from([0.0, 0.2, 1.0]))
 def test_stable_matrices_decay_and_can_be_assigned(n: int, decay: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriter import PlanError, rewrite
+from rewriter import rewrite
 from rewriter.parametrizations._registry import construct, find
 from rewriter.state import get_value, set_value
 
@@ -149,17 +149,6 @@ def test_a_layer_is_drawn_trained_and_assigned_on_its_manifold(
     for wanted in (trained, drawn.reshape(trained.shape)):  # a base point moves to the value: the value stays
         set_value(new, "0.weight", wanted)
         torch.testing.assert_close(get_value(new, "0.weight"), wanted, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize(("name", "arguments", "holds"), MANIFOLDS, ids=title)
-def test_vectors_and_other_shapes_are_refused(name: str, arguments: dict[str, Any], holds: Any) -> None:
-    shapes = [] if name == "sphere" else [(5,), (6, 2, 3, 3)]
-    for shape in shapes + ([(4, 3), (1, 3), (7, 3, 2)] if (name, arguments, holds) in SQUARE else []):
-        model = nn.Module()
-        model.weight = nn.Parameter(torch.randn(shape))
-        chain = [{name: {**arguments, **({"rank": 1} if "rank" in arguments else {})}}]
-        with pytest.raises(PlanError, match=r"acts on (square )?matrices"):
-            rewrite(model, {"reparam": 1, "rules": [{"name": "r", "select": "weight", "chain": chain}]})
 
 
 @pytest.mark.parametrize(

@@ -258,31 +258,6 @@ def test_functional_transforms_see_through_the_map(map: str) -> None:
     torch.testing.assert_close(forward, torch.einsum("abcd,cd->ab", wanted, X[1]))
 
 
-def test_large_exponentials_have_second_derivatives() -> None:
-    X = (torch.randn(70, 70, dtype=torch.float64) / 70).requires_grad_()
-    G = torch.randn(70, 70, dtype=torch.float64)
-    weight = torch.eye(70, dtype=torch.float64)
-    seconds = []
-    for step in (
-        Orthogonal("matrix_exp", False, weight=weight),
-        TorchOrthogonal(weight, "matrix_exp", False),
-    ):
-        (first,) = torch.autograd.grad((step(X) * G).sum(), X, create_graph=True)
-        seconds.append(torch.autograd.grad(first.square().sum(), X)[0])
-    torch.testing.assert_close(seconds[0], seconds[1], atol=1e-9, rtol=1e-9)
-
-
-def test_forward_mode_differentiates_large_exponentials() -> None:
-    weight = torch.eye(70, dtype=torch.float64)
-    X, T = (torch.randn(70, 70, dtype=torch.float64) / 70 for _ in range(2))
-    step = Orthogonal("matrix_exp", False, weight=weight)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(X, T)
-        tangent = torch.autograd.forward_ad.unpack_dual(step(dual)).tangent
-    numeric = (step(X + 1e-6 * T) - step(X - 1e-6 * T)) / 2e-6
-    torch.testing.assert_close(tangent, numeric, atol=1e-8, rtol=1e-6)
-
-
 def test_infinite_and_missing_numbers_come_through_as_such() -> None:
     for map in MAPS:
         X = torch.full((3, 3), math.nan)

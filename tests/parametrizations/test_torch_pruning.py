@@ -33,12 +33,6 @@ def of_weights(*weights: Tensor) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("amount", ["some", 1.1, -0.1, -10, 20.0])
-def test_amounts_that_mean_nothing_are_refused(amount: Any) -> None:
-    with pytest.raises(RewriterError, match=r"amount"):
-        rewrite(of_weights(ROWS), spec({"l1_unstructured": {"amount": amount}}))
-
-
 @pytest.mark.parametrize("tensor", ["weight", "bias"])
 @pytest.mark.parametrize("layer", [nn.Linear(5, 7), nn.Conv3d(2, 2, 2)], ids=["Linear", "Conv3d"])
 def test_the_original_stays_and_the_value_is_masked(
@@ -87,28 +81,6 @@ def test_a_second_pruning_takes_the_next_entries(capture: str, way: str, scores:
     twice = extend(once, spec(step)) if way == "extend" else rewrite(of_weights(ROWS), spec(step, step))
     second = [[0.0, 0, 3, 4], [-4, -3, 0, 0]] if scores is None else [[1.0, 0, 0, 4], [-4, 0, 0, -1]]
     assert torch.equal(get_value(twice, "0.weight"), torch.tensor(second))
-
-
-def test_structured_pruning_acts_on_its_own_axis() -> None:
-    weight = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])
-    before = Mask(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 1]]))
-    entries = {"l1_unstructured": {"amount": 2}}
-    rows, columns = ({"ln_structured": {"amount": 1, "n": 2, "dim": dim}} for dim in (0, 1))
-    for chain, mask in (([entries], [[0, 0, 1, 0], [1, 1, 0, 1]]), ([entries, rows], [[0, 0, 0, 0], [1, 1, 0, 1]])):
-        value = get_value(rewrite(of_weights(weight), spec(before, *chain)), "0.weight")
-        assert torch.equal(value, weight * torch.tensor(mask))
-    value = get_value(rewrite(of_weights(weight), spec(columns)), "0.weight")
-    assert torch.equal(value, weight * torch.tensor([0, 1, 1, 1]))
-
-
-def test_ties_are_pruned_by_count_and_not_by_threshold() -> None:
-    weight = 2.0 * torch.randint(1, 2, (10, 7))
-    value = get_value(rewrite(of_weights(weight), spec({"l1_unstructured": {"amount": 0.2}})), "0.weight")
-    assert int((value == 0).sum()) == 14
-    third = nn.Sequential(nn.Conv1d(4, 5, 2))
-    third[0].weight.data.fill_(1.0)
-    value = get_value(rewrite(third, spec({"random_structured": {"amount": 0.6, "dim": 2}})), "0.weight")
-    assert sorted((value == 0).sum((0, 1)).tolist()) == [0, 20]
 
 
 @pytest.mark.parametrize("scored", [False, True])

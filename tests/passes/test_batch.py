@@ -225,24 +225,6 @@ def test_functional_call_vmap_and_compile(runs: list[int]) -> None:
     assert torch.export.export(new, (x,)).module()(x).shape == (3, 6)
 
 
-class _CountedRuns(_Batched):
-    runs = 0
-
-    def forward(self, X: Tensor) -> Tensor:
-        _CountedRuns.runs += 1
-        return X * 2.0
-
-
-def test_proving_a_batch_takes_no_more_evaluations_of_many_sites_than_of_some() -> None:
-    def runs(count: int) -> int:
-        _CountedRuns.runs = 0
-        new = rewrite(_layers(count, 2), _spec(_CountedRuns(), init="raw"))
-        assert isinstance(new.batched_evaluations[0], BatchedEvaluation)
-        return _CountedRuns.runs
-
-    assert runs(100) == runs(300) < 20
-
-
 class _Leaks(_Batched):
     """Alone in a batch of few it is what it says; the fiftieth and later take from their neighbours."""
 

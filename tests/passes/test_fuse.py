@@ -293,31 +293,3 @@ def test_every_chain_has_the_same_value_and_gradient(chain: list[Any], training:
     for mine, theirs in zip(short.parameters(), written.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
     assert short.state_dict().keys() == written.state_dict().keys()
-
-
-class _Times(nn.Module):
-    runs = 0
-
-    def forward(self, X: Tensor) -> Tensor:
-        _Times.runs += 1
-        return 2.0 * X
-
-    def fuse(self, next: nn.Module) -> nn.Module | None:
-        return _Quadruple() if type(next) is _Times else None
-
-
-class _Quadruple(nn.Module):
-    def forward(self, X: Tensor) -> Tensor:
-        return 4.0 * X
-
-
-def test_proving_that_steps_merge_takes_no_more_evaluations_of_many_sites_than_of_some() -> None:
-    def runs(count: int) -> int:
-        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(count)))
-        _Times.runs = 0
-        rule = {"name": "r", "select": "*.weight", "chain": [_Times(), _Times()], "init": "raw"}
-        new = rewrite(model, {"reparam": 1, "rules": [rule]})
-        assert new.get_submodule(f"{count - 1}.parametrizations.weight").fused == ((0, 2),)
-        return _Times.runs
-
-    assert runs(30) == runs(90)

@@ -70,8 +70,8 @@ def test_the_graph_multiplies_all_rows_ahead() -> None:
         "%6 = getitem(%5, 0)",
         "%7 = evaluate step.weight [cast once]: original >> symmetric",
         "%8 = .t(%7)",
-        "%9 = factors_of(%3, %8)",
-        "%10 = plus_product(%6, %9)",
+        "%9 = times_transposed(%3, %8, None)",
+        "%10 = add(%6, %9)",
         "%11 = tanh(%10)",
     ]
     assert len(lines) == 11 + 4 * (STEPS - 1) + 1

@@ -221,15 +221,6 @@ def test_a_failing_right_inverse_names_the_step_and_the_way_out(model: nn.Module
     assert len(plan(model, spec(rule(init="raw")))) == 1
 
 
-def test_lazy_modules_are_refused_until_they_have_shapes() -> None:
-    lazy = nn.Sequential(nn.LazyLinear(3))
-    rules = spec({"select": "0.weight", "chain": ["weight_norm"]})
-    with pytest.raises(PlanError, match=r"(?s)0\.weight is in a lazy module .* run the model once"):
-        plan(lazy, rules)
-    lazy(torch.randn(2, 4))
-    assert len(plan(lazy, rules)) == 1
-
-
 def test_the_plan_says_how_each_site_is_captured_and_why() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -269,30 +260,6 @@ def test_a_present_site_is_captured_as_before(model: nn.Module) -> None:
     rules = spec({"select": "0.weight", "chain": ["skew"]})
     first, again = plan(model, rules).sites[0], plan(rewrite(model, rules), rules).sites[0]
     assert (again.present, again.capture, again.why) == (True, first.capture, first.why)
-
-
-class Count(nn.Module):
-    """Counts its evaluations in train mode."""
-
-    stateful = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("n", torch.zeros(()))
-
-    def forward(self, X: Tensor) -> Tensor:
-        if self.training:
-            self.n.add_(1)  # type: ignore[operator]
-        return X
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("step_training", [True, False])
-def test_steps_are_in_the_mode_of_their_owner(training: bool, step_training: bool) -> None:
-    model = nn.Sequential(nn.Linear(2, 2)).train(training)
-    new = rewrite(model, spec({"select": "0.weight", "chain": [Count().train(step_training)]}))
-    new(torch.ones(1, 2))
-    assert new.state_dict()["0.parametrizations.weight.0.n"] == float(training)
 
 
 @pytest.mark.parametrize(

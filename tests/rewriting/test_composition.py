@@ -112,17 +112,6 @@ def test_a_chain_is_the_composition_written_by_hand(name: str, capture: str) -> 
         torch.set_default_dtype(torch.float32)
 
 
-def test_order_matters() -> None:
-    model = net()
-    pruned_last = rewrite(model, spec(ORTHOGONAL, PRUNED)).get_submodule("0").weight
-    orthogonal_last = rewrite(model, spec(PRUNED, ORTHOGONAL)).get_submodule("0").weight
-    assert int((pruned_last == 0).sum()) == 12
-    assert int((orthogonal_last == 0).sum()) < 12
-    eye = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(orthogonal_last @ orthogonal_last.T, eye)
-    assert not torch.allclose(pruned_last @ pruned_last.T, eye)
-
-
 ONTO: list[Any] = [
     "weight_norm",
     {"weight_norm": {"dim": 1}},

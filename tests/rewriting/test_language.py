@@ -248,27 +248,3 @@ def test_init_says_how_the_first_value_is_set(rule: Rule) -> None:
     assert not torch.allclose(sampled, again)
     with pytest.raises(PlanError, match="needs a step that can draw from its space"):
         rewrite(model, rule("0.weight", Orthonormal(), init="sample"))
-
-
-def test_unsafe_allows_another_shape(rule: Rule) -> None:
-    class Twice(nn.Module):
-        def forward(self, X: Tensor) -> Tensor:
-            return torch.cat([X, X])
-
-    model = nn.Sequential(nn.Linear(3, 2, bias=False))
-    with pytest.raises(PlanError, match="unsafe: true"):
-        rewrite(model, rule("0.weight", Twice()))
-    new = rewrite(model, rule("0.weight", Twice(), unsafe=True))
-    assert new(torch.randn(1, 3)).shape == (1, 4)
-    assert bake(new).get_parameter("0.weight").shape == (4, 3)
-
-
-def test_several_originals_in_the_middle_of_a_chain(rule: Rule) -> None:
-    model = nn.Sequential(nn.Linear(5, 5, bias=False)).double()
-    new = rewrite(model, rule("0.weight", "symmetric", "weight_norm"))
-    keys = [key for key in new.state_dict() if "original" in key]
-    assert keys == ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
-    v, g = (new.state_dict()[key] for key in keys)
-    direction = v.triu() + v.triu(1).T
-    expected = g * direction / direction.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(new.get_submodule("0").weight, expected)

@@ -22,40 +22,10 @@ class Skew(nn.Module):
         return X.tril(-1) - X.tril(-1).mT
 
 
-class StrictSkew(nn.Module):
-    """Refuses a value that is not skew-symmetric."""
-
-    def forward(self, X: Tensor) -> Tensor:
-        return X.triu(1) - X.triu(1).mT
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        if not torch.allclose(value, -value.mT, atol=1e-6):
-            raise ValueError("this matrix is not skew-symmetric")
-        return value.triu(1)
-
-
 class Cayley(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         one = torch.eye(X.size(0), dtype=X.dtype)
         return torch.linalg.solve(one + X, one - X)
-
-
-class BasedCayley(nn.Module):
-    """Puts the value into a buffer: the original becomes zero."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.register_buffer("base", torch.eye(n, dtype=torch.float64))
-
-    def forward(self, X: Tensor) -> Tensor:
-        one = torch.eye(X.size(0), dtype=X.dtype)
-        return self.base @ torch.linalg.solve(one + X, one - X)
-
-    def right_inverse(self, value: Tensor) -> Tensor:
-        if not torch.allclose(value.mT @ value, torch.eye(len(value), dtype=value.dtype), atol=1e-4):
-            raise ValueError("this matrix is not orthogonal")
-        self.base = value
-        return torch.zeros_like(value)
 
 
 class Zero(nn.Module):
@@ -188,31 +158,6 @@ def test_torch_parametrizes_an_original(capture: str) -> None:
     torch.testing.assert_close(bake(new).state_dict()["0.weight"], 2 * site.original.detach())
 
 
-def test_values_are_assigned_through_the_right_inverses(capture: str) -> None:
-    model = layer()
-    model[0].weight.data = StrictSkew()(model[0].weight.detach())
-    new = rewrite(model, spec(StrictSkew()), capture=capture)
-    value = torch.rand(5, 5, dtype=torch.float64)
-    with pytest.raises(PlanError, match="not skew-symmetric"):
-        set_value(new, "0.weight", value)
-    value = value - value.mT
-    new.get_submodule("0").weight = value
-    site = new.get_submodule("0.parametrizations.weight")
-    torch.testing.assert_close(site.original.detach(), value.triu(1))
-    torch.testing.assert_close(get_value(new, "0.weight"), value)
-
-    with torch.no_grad():
-        model[0].weight.copy_(Cayley()(value))
-    two = rewrite(model, spec(StrictSkew(), BasedCayley(5)), capture=capture)
-    site = two.get_submodule("0.parametrizations.weight")
-    with pytest.raises(PlanError, match="not orthogonal"):
-        set_value(two, "0.weight", torch.rand(5, 5, dtype=torch.float64))
-    turned = nn.init.orthogonal_(torch.empty(5, 5, dtype=torch.float64))
-    two.get_submodule("0").weight = turned
-    torch.testing.assert_close(get_value(two, "0.weight"), turned)
-    assert torch.equal(site.original.detach(), torch.zeros(5, 5, dtype=torch.float64))
-
-
 WRONG: dict[str, tuple[Any, str]] = {
     "too few tensors": (Function(lambda x, y, z: x, lambda w: (w, w)), "argument|tensors"),
     "a number": (Function(lambda x: 2), "gives an int, not a tensor"),
@@ -293,12 +238,6 @@ def test_steps_take_the_mode_of_the_layer(capture: str) -> None:
         assert [step.training for step in steps] == [training] * 3
         longer = extend(new, spec(Function().train(not training)))
         assert longer.get_submodule("0.parametrizations.weight.3").training is training
-
-
-def test_torch_finds_the_class_before() -> None:
-    for capture in ("graph", "module"):
-        new = rewrite(layer(), spec(Function()), capture=capture)
-        assert parametrize.type_before_parametrizations(new.get_submodule("0")) is nn.Linear
 
 
 class Shift(nn.Module):

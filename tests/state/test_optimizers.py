@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -102,24 +101,6 @@ def test_a_remapped_optimizer_is_right(capture: str, spec: Callable[..., Any]) -
     remapped = remap_optimizer(optimizer, model, new)
     assert check_optimizer(remapped, new) == []
     assert step(new, remapped) == []
-
-
-def test_there_is_one_hook_for_all_models(rewritten: Callable[..., nn.Module]) -> None:
-    first = rewritten("weight_norm")
-    hooks = len(torch_optimizer._global_optimizer_post_hooks)
-    others = [rewritten("weight_norm") for _ in range(3)]
-    assert len(torch_optimizer._global_optimizer_post_hooks) == hooks
-    del first, others
-
-
-def test_a_model_is_watched_until_it_is_gone(rewritten: Callable[..., nn.Module]) -> None:
-    gc.collect()
-    before = len(_optimizers._watched)
-    model = rewritten("weight_norm")
-    assert len(_optimizers._watched) == before + 1
-    del model
-    gc.collect()
-    assert len(_optimizers._watched) == before
 
 
 def test_hooks_of_others_run_when_a_watch_ends(rewritten: Callable[..., nn.Module]) -> None:

@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rewriter.parametrizations.maths._degree_eight import degree_eight
 from rewriter.parametrizations.maths._eager import readable
-from rewriter.parametrizations.maths._polynomials import Rows, add_identity, fma, series_of
-
-LARGE = 64 * 64
-"""Below, a product takes less time than telling more closely how many are needed."""
+from rewriter.parametrizations.maths._polynomials import (
+    EIGHT,
+    EIGHT_LAST,
+    EIGHTEEN,
+    LIMITS,
+    TWELVE,
+    Rows,
+    add_identity,
+    fma,
+)
 
 
 def exponential(X: Tensor) -> Tensor:
@@ -34,7 +39,7 @@ def exponential(X: Tensor) -> Tensor:
         L = X.tril()
         if n != k:
             L = functional.pad(L, [0, n - k])
-        return skew_exponential(L - L.mH)[..., :k]
+        return matrix_exponential(L - L.mH, skew=True)[..., :k]
     # A moves E = (I; 0) within the span of E and of B, the part of X below its square. So with Y = (a; B c),
     # Y' = A Y becomes a' = S a - B^H B c and c' = a: an exponential of size 2k, whatever n is.
     S, B = X[..., :k, :].tril(), X[..., k:, :]
@@ -48,55 +53,44 @@ def exponential(X: Tensor) -> Tensor:
     return torch.cat([flow[..., :k, :], B @ (flow[..., k:, :] / scale)], dim=-2)
 
 
-def skew_exponential(A: Tensor) -> Tensor:
-    """Return ``exp(A)`` of skew-symmetric or skew-Hermitian matrices ``(..., n, n)``."""
+def matrix_exponential(A: Tensor, skew: bool = False) -> Tensor:
+    """Return ``exp(A)`` of square matrices ``(..., n, n)``; of skew-symmetric or skew-Hermitian ones with `skew`."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         return torch.matrix_exp(A)
     else:
-        return _series(A, skew=True) if readable(A) else torch.matrix_exp(A)
-
-
-def matrix_exponential(A: Tensor) -> Tensor:
-    """Return ``exp(A)`` of any square matrices ``(..., n, n)``."""
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return torch.matrix_exp(A)
-    else:
-        return _series(A, skew=False) if readable(A) else torch.matrix_exp(A)
+        return _series(A, skew) if readable(A) else torch.matrix_exp(A)
 
 
 def _series(A: Tensor, skew: bool) -> Tensor:
-    double = A.dtype in (torch.float64, torch.complex128)
-    series = series_of(skew, double)
+    first, second, third, fourth = LIMITS[A.dtype in (torch.float64, torch.complex128)]
     # The eigenvalues of a real skew matrix come in pairs, which halves what a sum over them says of the largest.
     pairs = 2.0 if skew and not A.is_complex() else 1.0
-    A2 = _square(A, skew)
+    A2 = A @ A
     # The norm of a normal matrix is at most |A^p|^(1/p), and the larger p, the closer.
     size = _norm(A2, pairs) ** (1 / 2) if skew else _norm(A)
-    if skew and size > series.limits[1] and A.numel() >= LARGE:
-        size = min(size, _largest(A2, pairs) ** (1 / 2))
-    if size <= series.limits[0]:
+    if size <= first:
         return fma(add_identity(torch.add(A, A2, alpha=1 / 2), 1.0), A2, torch.add(A / 6, A2, alpha=1 / 24))
-    if size <= series.limits[1]:
-        return degree_eight(A, A2, series, skew)
+    if size <= second:
+        B1, B2, B3 = _combinations(EIGHT, 1.0, A, A2)
+        A4 = A2 @ B1
+        return fma(B3, torch.add(A4, A2, alpha=2 / 3), torch.add(B2, A4, alpha=EIGHT_LAST))
     A3 = A2 @ A
     if not skew:
         # Of other matrices, two neighbouring powers bound what the series adds (Al-Mohy and Higham, 2009).
         size = min(size, max(_norm(A2) ** (1 / 2), _norm(A3) ** (1 / 3)))
-    elif size > series.limits[2]:
+    elif size > third:
         size = min(size, _norm(A3, pairs) ** (1 / 3))
-    if size <= series.limits[2] or series.eighteen is None:
-        squarings = _halvings(size, series.limits[2])
-        B1, B2, B3, B4 = _combinations(series.twelve, 0.5**squarings, A, A2, A3)
+    if size <= third:
+        B1, B2, B3, B4 = _combinations(TWELVE, 1.0, A, A2, A3)
         A6 = fma(B3, B4, B4)
-        Q = fma(B1, B2 + A6, A6)
-    else:
-        A6 = _square(A3, skew)
-        if skew and size > series.limits[3]:
-            size = min(size, _norm(A6, pairs) ** (1 / 6))
-        squarings = _halvings(size, series.limits[3])
-        B1, B2, B3, B4, B5 = _combinations(series.eighteen, 0.5**squarings, A, A2, A3, A6)
-        A9 = fma(B4, B1, B5)
-        Q = fma(B2, B3 + A9, A9)
+        return fma(B1, B2 + A6, A6)
+    A6 = A3 @ A3
+    if skew and size > fourth:
+        size = min(size, _norm(A6, pairs) ** (1 / 6))
+    squarings = _halvings(size, fourth)
+    B1, B2, B3, B4, B5 = _combinations(EIGHTEEN, 0.5**squarings, A, A2, A3, A6)
+    A9 = fma(B4, B1, B5)
+    Q = fma(B2, B3 + A9, A9)
     for _ in range(squarings):
         Q = Q @ Q
     return Q
@@ -105,13 +99,6 @@ def _series(A: Tensor, skew: bool) -> Tensor:
 def _halvings(size: float, limit: float) -> int:
     """Return how often to halve a matrix of norm `size` to come below `limit`; none where it is no number."""
     return math.ceil(math.log2(size / limit)) if limit < size < math.inf else 0
-
-
-def _square(A: Tensor, skew: bool) -> Tensor:
-    if skew and A.size(-1) > 128:  # below, one product more takes less time than the call of a Python backward
-        product: Tensor = _SkewSquare.apply(A)  # type: ignore[no-untyped-call]
-        return product
-    return A @ A
 
 
 def _combinations(rows: Rows, scale: float, *powers: Tensor) -> tuple[Tensor, ...]:
@@ -141,43 +128,3 @@ def _norm(A: Tensor, pairs: float = 1.0) -> float:
     """Return the largest Frobenius norm of a batch; of one eigenvalue out of each `pairs` equal ones."""
     norms = torch.linalg.vector_norm(A.detach(), dim=(-2, -1))
     return float(norms if norms.ndim == 0 else norms.max()) / math.sqrt(pairs)
-
-
-def _largest(A2: Tensor, pairs: float) -> float:
-    """Return a bound on the eigenvalues of -A2, of the batch's largest, where A2 is the square of a skew matrix.
-
-    Of n numbers none lies further above the mean than their variance allows, and two equal ones lie closer (Samuelson,
-    "How deviant can you be?", 1968).
-    """
-    n, squares = A2.size(-1), A2.detach()
-    mean = squares.diagonal(dim1=-2, dim2=-1).sum(-1).real / -n
-    rms = torch.linalg.vector_norm(squares, dim=(-2, -1)) / math.sqrt(n)
-    bound = mean + ((rms - mean).clamp_min(0.0) * max(n / pairs - 1, 0.0)).sqrt() * (rms + mean).sqrt()
-    return float(bound if bound.ndim == 0 else bound.max())
-
-
-class _SkewSquare(torch.autograd.Function):
-    """A @ A for skew A, whose gradient is correct up to a symmetric part: that part never reaches a skew A."""
-
-    @staticmethod
-    def forward(A: Tensor) -> Tensor:
-        return A @ A
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
-        (A,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        (g,) = gradients
-        product: Tensor = (g + g.mH) @ A.mH  # which is -A
-        return product
-
-    @staticmethod
-    def jvp(ctx: torch.autograd.function.FunctionCtx, *tangents: Tensor) -> Tensor:
-        (A,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        (dA,) = tangents
-        product: Tensor = dA @ A + A @ dA
-        return product
