@@ -157,6 +157,8 @@ def _bake(target: nn.Module, only: Sequence[str] | None, keep: Keep, shards: boo
     graphs = [(path, module) for path, module in target.named_modules() if isinstance(module, RewrittenModule)]
     for _, module in graphs:
         refuse_edited(module)
+        if len(chosen) < len(every):
+            module.refuse_overridden()
         if module.was_graph:
             refuse_replaced(module)
     if len(chosen) == len(every):

@@ -131,6 +131,7 @@ def rewrite(
     for module in modules:
         if isinstance(module, RewrittenModule):
             refuse_replaced(module)
+            module.refuse_overridden()
     before = list(model.parameters())
     with torch.inference_mode(False), collector_paused():
         guard = undone_on_failure(model) if inplace else contextlib.nullcontext()

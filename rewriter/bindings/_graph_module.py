@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from rewriter._torch import LazyGraphModule
 from rewriter.bindings._bake_first import refuse_package
-from rewriter.bindings._late_changes import refuse_late_change
+from rewriter.bindings._late_changes import refuse_late_change, refuse_renamed, shared_names
 from rewriter.bindings._layers import Layers
 from rewriter.bindings._quick import quick
 from rewriter.bindings._retrace import traceable
@@ -33,10 +33,11 @@ from rewriter.sites._site import Site
 _MARKS = "_reparam_marks"
 _VALIDATED = "_reparam_validated"
 _SLOTS = "_reparam_slots"
+_NAMES = "_reparam_names"
 _NOT_COPIED = frozenset(
     {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED, _SLOTS}
 )
-_OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited")
+_OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited", _NAMES)
 
 
 WRITTEN_AT_ONCE = 1000
@@ -141,6 +142,7 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         self.__dict__[_MARKS] = _Written(graph)
         self.__dict__.pop(_VALIDATED, None)
         self.__dict__.pop(_SLOTS, None)
+        self.__dict__[_NAMES] = shared_names(self)
         site = next((module for module in self.modules() if isinstance(module, Site)), None)
         if site is not None:
             site.contexts.graphs.add(self)
@@ -154,10 +156,10 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         return found
 
     def refuse_overridden(self) -> None:
-        """Refuse a call in which somebody put another tensor in the place of a computed one.
+        """Refuse a call after somebody put another tensor in the place of a computed one, or a module under one name.
 
         Raises:
-            RewriterError: `torch.func.functional_call` did.
+            RewriterError: `torch.func.functional_call` did, or a module of several names was replaced.
         """
         slots: list[tuple[dict[str, Any], str]] | None = self.__dict__.get(_SLOTS)
         if slots is None:
@@ -165,6 +167,7 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         for tensors, name in slots:
             if tensors[name] is not None:
                 refuse_override(name)
+        refuse_renamed(self, self.__dict__[_NAMES])
 
     @property
     def edited(self) -> bool:
@@ -327,7 +330,10 @@ def _revive(clone: RewrittenModule, state: dict[str, Any], captured: fx.Graph, g
     clone.__dict__["_tracer_cls"] = None
     clone.__dict__[CAPTURED] = captured
     type(clone).__name__ = state["_reparam_name"]
+    names = state.get(_NAMES)  # of the model that is copied: modules may have been replaced since it was rewritten
     clone.take_lowered(graph)
+    if names is not None:
+        clone.__dict__[_NAMES] = names
     if state["_reparam_edited"]:
         clone.__dict__[_MARKS] = None
 

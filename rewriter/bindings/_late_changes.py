@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import fx, nn
 from rewriter._given import is_fsdp_hook, is_fully_sharded
 from rewriter.context._fingerprint import same_setting
 from rewriter.errors import RewriterError
-from rewriter.sites._container import plain_class
-from rewriter.sites._places import CONTAINER, CONTEXTS, GRAPH_OF
+from rewriter.sites._container import Sites, plain_class
+from rewriter.sites._places import BATCHES, CONTAINER, CONTEXTS, GRAPH_OF
 from rewriter.sites._site import Site
 
 _REGISTER = (
@@ -191,11 +191,67 @@ def refuse_replaced(model: fx.GraphModule) -> None:
         try:
             model.get_submodule(str(node.target))
         except AttributeError:
-            raise RewriterError(
-                f"{owner} was replaced or removed after the model was rewritten, and the graph still computes the "
-                f"{tensor} of the module that was there: bake() the model, which takes in what is there now, and "
-                "rewrite the result"
-            ) from None
+            raise _replaced(owner, tensor) from None
+
+
+def shared_names(model: Any) -> list[list[str]]:
+    """Return the names of each module that a graph calls, or has inlined, and that has several.
+
+    The graph knows such a module by its first name, and the site of a tied tensor by its first owner: a further owner
+    is a group of one.
+    """
+    inlined = {model, *_paths(model)}
+    names: dict[nn.Module, list[str]] = {}
+    tied: list[list[str]] = []
+    pending: list[tuple[str, nn.Module, bool]] = [("", model, False)]
+    while pending:
+        path, module, seen = pending.pop()
+        known = names.setdefault(module, [])
+        known += [path] if seen or not known else []
+        for name, child in reversed(module._modules.items()):
+            if isinstance(child, Sites):
+                tied += [[path]] if child.owned_elsewhere else []
+            elif child is not None and name != BATCHES:
+                pending.append((f"{path}.{name}" if path else name, child, module in inlined))
+    return [known for known in names.values() if len(known) > 1] + tied
+
+
+def refuse_renamed(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
+    """Refuse a model in which a module of several names was replaced under one of them.
+
+    Arguments:
+        model: where the modules are.
+        groups: what `shared_names` found when the graph was lowered.
+
+    Raises:
+        RewriterError: one was.
+    """
+    for first, *others in groups:
+        module = _module_at(model, first)
+        if not others and (module is None or CONTAINER not in module._modules):
+            raise _replaced(first, "tied tensor")
+        for other in others:
+            if _module_at(model, other) is not module:
+                raise RewriterError(
+                    f"{first} and {other} were one module when the model was rewritten, and the graph calls it by one "
+                    "name for both: bake() the model, which takes in what is there now, and rewrite the result"
+                )
+
+
+def _module_at(model: Any, path: str) -> Any:
+    try:
+        for name in path.split(".") if path else ():
+            model = model._modules[name]
+    except (KeyError, AttributeError):
+        return None
+    return model
+
+
+def _replaced(owner: str, tensor: str) -> RewriterError:
+    return RewriterError(
+        f"{owner} was replaced or removed after the model was rewritten, and the graph still computes the {tensor} of "
+        "the module that was there: bake() the model, which takes in what is there now, and rewrite the result"
+    )
 
 
 def inlined_as(module: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,10 +154,11 @@ class Once:
         for entry in self.evaluated:
             entry.check()
             entry.check_gradients()
-        for entry in reversed(self.evaluated):
-            if entry.inputs:
-                _backward(entry.gradients())
-        _backward([pair for entry in self.evaluated if not entry.inputs for pair in entry.gradients()])
+        with _trained([tensor for entry in self.evaluated if entry.gradients() for tensor in entry.trained]):
+            for entry in reversed(self.evaluated):
+                if entry.inputs:
+                    _backward(entry.gradients())
+            _backward([pair for entry in self.evaluated if not entry.inputs for pair in entry.gradients()])
 
     def leave(self) -> None:
         """Leave no trace on the stored tensors but the gradients that were sent."""
@@ -250,6 +251,19 @@ def _backward(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         for kind in {value.device.type for value, _ in pairs}:
             precision.enter_context(torch.autocast(kind, enabled=False))
         torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+
+
+@contextlib.contextmanager
+def _trained(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let tensors that are frozen by now get the gradients of the backwards in which they were not."""
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
 
 
 def _versions(value: Any) -> list[int]:

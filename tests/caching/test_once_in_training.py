@@ -229,6 +229,20 @@ def test_a_site_that_is_trained_later_in_the_block_gets_its_gradient(capture: st
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_a_site_that_is_frozen_later_in_the_block_gets_its_gradient(capture: str) -> None:
+    """A GAN's step: the critic is trained, then frozen for the generator, and trained again after the block."""
+    net, reference = trained(capture), trained(capture)
+    x = X.clone().requires_grad_()
+    reference(X).square().sum().backward()
+    with evaluate_once(net):
+        net(X).square().sum().backward()
+        net.requires_grad_(False)
+        net(x).sum().backward()
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 @pytest.mark.parametrize("change", ["scale", "load"])
 def test_a_teacher_that_changes_in_the_block_is_not_stale(capture: str, change: str) -> None:
     net = trained(capture).requires_grad_(False)

@@ -271,3 +271,59 @@ def test_a_module_from_whose_tensors_a_chain_computes_is_not_replaced(capture: s
         with pytest.raises(RewriterError, match=r"out\.weight is computed from inner\.0\.weight, .* was replaced"):
             bake(broken)
     assert torch.equal(get_value(model.out, "weight"), bake(model.out).weight)
+
+
+class Shares(nn.Module):
+    """Has modules of two names each, one of them in a list, and a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+        self.one = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([self.one, self.act, nn.Linear(4, 4)])
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.act, self.one, *self.layers):
+            x = layer(x)
+        return self.tied(x)
+
+
+def _replace(model: Any, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+ONE = {"reparam": 1, "rules": [{"name": "w", "select": "one.weight", "chain": ["weight_norm"]}]}
+SHARED = {
+    "act": ("layers.1", nn.Tanhshrink()),
+    "act by its first name": ("act", nn.Tanhshrink()),
+    "owner": ("layers.0", nn.Linear(4, 4)),
+    "owner of a tied weight": ("tied", nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_module_of_two_names_is_not_replaced_under_one(kind: str, called: bool) -> None:
+    path, module = SHARED[kind]
+    model: Any = rewrite(Shares(), ONE)
+    x, expected = torch.randn(3, 4), bake(model)
+    if called:
+        model(x)
+    _replace(expected, path, module)
+    _replace(model, path, module)
+    for use in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RewriterError, match=r"(were one module|was replaced or removed) .*bake\(\) the model"):
+            use(x)
+    torch.testing.assert_close(bake(model)(x), expected(x))
+
+
+def test_a_module_of_two_names_is_replaced_under_both() -> None:
+    model: Any = rewrite(Shares(), ONE)
+    x = torch.randn(3, 4)
+    before = model(x)
+    model.act = model.layers[1] = nn.ReLU()
+    assert not torch.equal(model(x), before)
+    torch.testing.assert_close(bake(model)(x), model(x))
