@@ -134,8 +134,8 @@ def _refuse_read_elsewhere(parent: nn.Module, name: str, value: Any) -> None:
     if child is None or child is value:
         return
     inside = set(child.modules())
-    for site in parent.modules():
-        for read, owner in site.reads_from() if isinstance(site, Site) and site not in inside else ():
+    for site in [part for part in parent.modules() if isinstance(part, Site) and part not in inside]:
+        for read, owner in site.reads_from():
             if owner in inside:
                 raise RewriterError(
                     f"{site.spec.name} is computed from {read}, and its chain would go on with that of the module "

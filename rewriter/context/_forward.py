@@ -142,7 +142,7 @@ class ForwardContext:
             if (value._version if type(value) is Tensor else _version(value)) == version:
                 continue
             record = site.spec
-            if site.stands_for_buffer:
+            if record.members[0].kind == "buffer":  # which a forward may mean to write to
                 raise RewriterError(
                     f"the forward changed {record.name} in place; it is computed by {' >> '.join(record.chain)} and "
                     "cannot keep the change: assign to it instead, or leave it out of the spec"

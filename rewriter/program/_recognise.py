@@ -143,8 +143,9 @@ class _Chain:
             dtype = dtype_name(value.meta["val"].dtype)
             members.append(Computed(value.name, kind, persistent, grad, list(_shape(value)), dtype, [slot]))
         inputs = [read.name for read in self.reads() if read.name not in stored]
-        rule, chain, options, labels = (noted.get(key) or [] for key in ("rule", "chain", "options", "labels"))
-        return ProgramSite(rule, chain, options or "", members, originals, stored, inputs, False, labels=labels)
+        chain, labels = noted.get("chain") or [], noted.get("labels") or []
+        rule, options = noted.get("rule") or "", noted.get("options") or ""
+        return ProgramSite(rule, chain, options, members, originals, stored, inputs, False, labels=labels)
 
     def renewed(self, lost: ProgramSite) -> ProgramSite:
         """Return `lost` with the nodes that are there now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class Site(nn.Module):
         Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
         of the value is what autocast casts.
         """
-        run = self.recompute if self.spec.memory == "recompute" else self.compose
+        run = self._recompute if self.spec.memory == "recompute" else self.compose
         try:
             if autocast_anywhere():
                 device = self._device_type()
@@ -182,14 +182,12 @@ class Site(nn.Module):
             self._note(problem)
             raise
 
-    def recompute(self, *inputs: Tensor) -> Any:
-        """Run the chain, and run it again in backward."""
+    def _recompute(self, *inputs: Tensor) -> Any:
         return recomputed(self, inputs)
 
     def _note(self, problem: Exception) -> None:
-        """Let the problem say which tensor was being computed, where Python has notes."""
-        if hasattr(problem, "add_note"):
-            problem.add_note(f"while computing {self.spec.name}: {' >> '.join(self.spec.chain)}")
+        """Let the problem say which tensor was being computed."""
+        problem.add_note(f"while computing {self.spec.name}: {' >> '.join(self.spec.chain)}")
 
     def compose(self, *inputs: Tensor) -> Any:
         """Apply the steps to the stored tensors, in the precision that is on."""
@@ -311,12 +309,7 @@ class Site(nn.Module):
     @property
     def lasting(self) -> bool:
         """Whether its own tensors decide whether a cached value is valid: it reads nothing else, and is no buffer."""
-        return not self._places and not self.stands_for_buffer
-
-    @property
-    def stands_for_buffer(self) -> bool:
-        """Whether what it computes was a buffer, which a forward may mean to write to."""
-        return self.spec.members[0].kind == "buffer"
+        return not self._places and self.spec.members[0].kind != "buffer"
 
     @property
     def repeatable(self) -> bool:
