@@ -135,7 +135,9 @@ def _refuse_read_elsewhere(parent: nn.Module, name: str, value: Any) -> None:
         return
     inside = set(child.modules())
     for site in parent.modules():
-        for read, owner in site.reads_from() if isinstance(site, Site) and site not in inside else ():
+        if not isinstance(site, Site) or site in inside:
+            continue
+        for read, owner in site.reads_from():
             if owner in inside:
                 raise RewriterError(
                     f"{site.spec.name} is computed from {read}, and its chain would go on with that of the module "
