@@ -19,6 +19,7 @@ from rewriter.bindings._quick import quick
 from rewriter.bindings._retrace import traceable
 from rewriter.bindings._shell import Shell
 from rewriter.bindings._state_methods import bind_state_hooks, take_state_methods
+from rewriter.bindings._taken_over import TAKEN, TakenOver, Written, check_settings
 from rewriter.context._validated import Validated
 from rewriter.errors import ModelFileError, RewriterError
 from rewriter.serialization._graph_data import graph_from_data, graph_to_data
@@ -35,7 +36,7 @@ _VALIDATED = "_reparam_validated"
 _SLOTS = "_reparam_slots"
 _NAMES = "_reparam_names"
 _NOT_COPIED = frozenset(
-    {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED, _SLOTS}
+    {"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", CAPTURED, _MARKS, _VALIDATED, _SLOTS, TAKEN}
 )
 _OWN = ("_reparam_name", "_reparam_added", "_reparam_without", "_reparam_edited", _NAMES)
 
@@ -136,13 +137,19 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
         """Names of the optional passes that were left out; None if the graph runs as captured."""
         return self.__dict__["_reparam_without"]  # type: ignore[no-any-return]
 
-    def take_lowered(self, graph: fx.Graph) -> None:
-        """Run `graph`, which lowering wrote, and be known to the contexts of the sites."""
+    def take_lowered(self, graph: fx.Graph, names: list[list[str]] | None = None) -> None:
+        """Run `graph`, which lowering wrote, and be known to the contexts of the sites.
+
+        Arguments:
+            names: of the modules that had several when the model was rewritten; None where that is now.
+        """
         self.graph = graph
-        self.__dict__[_MARKS] = _Written(graph)
+        self.__dict__[_MARKS] = Written(graph)
         self.__dict__.pop(_VALIDATED, None)
         self.__dict__.pop(_SLOTS, None)
-        self.__dict__[_NAMES] = shared_names(self)
+        check_settings(self)
+        names = shared_names(self) if names is None else names
+        self.__dict__.update({_NAMES: names, TAKEN: TakenOver(self)})
         site = next((module for module in self.modules() if isinstance(module, Site)), None)
         if site is not None:
             site.contexts.graphs.add(self)
@@ -168,14 +175,15 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
             if tensors[name] is not None:
                 refuse_override(name)
         refuse_renamed(self, self.__dict__[_NAMES])
+        check_settings(self)
 
     @property
     def edited(self) -> bool:
         """Whether somebody changed the graph after lowering wrote it; a copy knows of its original's edits."""
-        written: _Written | None = self.__dict__[_MARKS]
+        written: Written | None = self.__dict__[_MARKS]
         if written is None:
             return True
-        now = _Written(self.graph).parts
+        now = Written(self.graph).parts
         return len(written.parts) != len(now) or not all(map(operator.is_, written.parts, now))
 
     @property
@@ -190,6 +198,7 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
 
     def restored(self) -> nn.Module:
         """Return the model in the class that it had, over the same modules and tensors, without this graph's sites."""
+        check_settings(self)
         origin = self.__dict__[GRAPH_OF]
         if self.was_graph:
             module: nn.Module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=self._reparam_name)
@@ -272,6 +281,7 @@ class RewrittenModule(LazyGraphModule, metaclass=_GraphClass):
 
     def _carried(self) -> dict[str, Any]:
         refuse_mixed([self])
+        check_settings(self)
         carried = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
         carried["_reparam_edited"] = self.edited
         return carried
@@ -330,19 +340,6 @@ def _revive(clone: RewrittenModule, state: dict[str, Any], captured: fx.Graph, g
     clone.__dict__["_tracer_cls"] = None
     clone.__dict__[CAPTURED] = captured
     type(clone).__name__ = state["_reparam_name"]
-    names = state.get(_NAMES)  # of the model that is copied: modules may have been replaced since it was rewritten
-    clone.take_lowered(graph)
-    if names is not None:
-        clone.__dict__[_NAMES] = names
+    clone.take_lowered(graph, state.get(_NAMES))
     if state["_reparam_edited"]:
         clone.__dict__[_MARKS] = None
-
-
-class _Written:
-    """The nodes of a graph as lowering wrote them: torch.fx replaces arguments whole, so identity shows an edit.
-
-    It is an object because torch.export puts copies of lists into a model for the time of its trace.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.parts = [part for node in graph.nodes for part in (node, node.op, node.target, node.args, node.kwargs)]

@@ -33,7 +33,7 @@ _REGISTER = (
 _CHANGE_CHILDREN = ("add_module", "register_module", "insert", "__delitem__")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
-_WAY_OUT = "bake() the model, change it and rewrite it again; or rewrite it with capture='module', which keeps forwards"
+WAY_OUT = "bake() the model, change it and rewrite it again; or rewrite it with capture='module', which keeps forwards"
 
 _Paths = weakref.WeakKeyDictionary[nn.Module, str]
 _known: weakref.WeakKeyDictionary[fx.GraphModule, tuple[weakref.ref[fx.Graph], _Paths]] = weakref.WeakKeyDictionary()
@@ -91,7 +91,7 @@ def _refusing(change: Callable[..., Any]) -> Callable[..., Any]:
         if path is not None:
             raise RewriterError(
                 f"the children of {path or 'the model'} are inlined in the graph of the rewritten model; "
-                f"{change.__name__} would have no effect. To change them, {_WAY_OUT}"
+                f"{change.__name__} would have no effect. To change them, {WAY_OUT}"
             )
         return change(self, *args, **kwargs)
 
@@ -124,7 +124,7 @@ def refuse_late_change(module: nn.Module, name: str, value: Any) -> None:
         shown = f"{path}.{name}" if path else name
         raise RewriterError(
             f"setting {shown} would have no effect: the forward that reads it is inlined in the graph of the rewritten "
-            f"model. To change it, {_WAY_OUT}"
+            f"model. To change it, {WAY_OUT}"
         )
 
 
@@ -200,7 +200,7 @@ def shared_names(model: Any) -> list[list[str]]:
     The graph knows such a module by its first name, and the site of a tied tensor by its first owner: a further owner
     is a group of one.
     """
-    inlined = {model, *_paths(model)}
+    inlined = inlined_modules(model)
     names: dict[nn.Module, list[str]] = {}
     tied: list[list[str]] = []
     pending: list[tuple[str, nn.Module, bool]] = [("", model, False)]
@@ -252,6 +252,11 @@ def _replaced(owner: str, tensor: str) -> RewriterError:
         f"{owner} was replaced or removed after the model was rewritten, and the graph still computes the {tensor} of "
         "the module that was there: bake() the model, which takes in what is there now, and rewrite the result"
     )
+
+
+def inlined_modules(model: Any) -> dict[nn.Module, str]:
+    """Return the modules that a graph has inlined, with their paths; the root among them."""
+    return {model: "", **_paths(model)}
 
 
 def inlined_as(module: nn.Module) -> str | None:

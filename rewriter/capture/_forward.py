@@ -49,6 +49,12 @@ def question(module: nn.Module) -> str:
     )
 
 
+def names_read(kind: Any) -> frozenset[str]:
+    """Return the names in the code of a class's forward, and in the methods and functions that it reaches."""
+    function = _plain_function(kind.forward)
+    return frozenset() if function is None else _names_in(function, kind)
+
+
 @functools.lru_cache(maxsize=1024)
 def _names_in(forward: types.FunctionType, kind: type) -> frozenset[str]:
     """Return the names in the code of a forward, and in what it names of its classes and their packages."""

@@ -165,7 +165,6 @@ FURTHER: dict[str, Callable[[nn.Module], Any]] = {
     "data": lambda m: setattr(m[0].weight, "data", m[0].weight.detach() + 1),
     "swapped": lambda m: torch.utils.swap_tensors(m[0].weight, nn.Parameter(m[0].weight.detach() + 1)),
     "another parameter": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() + 1)),
-    "another module": lambda m: setattr(m, "0", nn.Linear(4, 4)),
     "loaded": lambda m: m.load_state_dict({key: value + 1 for key, value in m.state_dict().items()}),
     "half loaded": lambda m: m[0].load_state_dict({key: value + 1 for key, value in m[0].state_dict().items()}),
 }
