@@ -132,8 +132,8 @@ def _by_spec(path: Path, model_options: ModelOptions, spec: Path, spec_options: 
         if not path.exists():
             raise ModelFileError(f"{path} does not exist")
         raise RewriterError(
-            f"--spec is for checkpoints: say whose weights {path} holds (--model package.module:factory). A saved model "
-            "has its chains with it, and `reparam apply SPEC` writes one"
+            f"--spec is for checkpoints: say whose weights {path} holds (--model package.module:factory). A saved "
+            "model has its chains with it, and `reparam apply SPEC` writes one"
         )
     read = spec_options.read(spec)
     return rewriter.rewrite(model_options.read_for(read, path), read, inplace=True)

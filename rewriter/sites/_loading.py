@@ -21,6 +21,11 @@ CONVERTED = "reparam_converted"
 """Marks the metadata of an owner whose part of a state dict was converted together with the whole."""
 
 
+_OTHER = (
+    "The state was saved from other chains: load it into a model that has them (rewriter.absorb takes over torch's "
+    "own), and rewriter.state.convert_state_dict(state, that_model, to='plain') gives values that any chain can load"
+)
+
 _in_parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models on the meta device that are loaded shard by shard. The first shard warns; what stays on meta fails in use."""
 
@@ -44,7 +49,15 @@ def converting(load: Callable[..., Any]) -> Callable[..., Any]:
             state._metadata.setdefault(place.path[:-1], {})[CONVERTED] = True  # type: ignore[attr-defined]
         quiet = _warned(self, translation.places, assign)
         with unchanged_on_error(self, assign):
-            result = load(self, state, *args, **kwargs)
+            try:
+                result = load(self, state, *args, **kwargs)
+            except RuntimeError as problem:
+                odd = [_other_steps(place, state) for place in translation.places if _surplus(place, state)]
+                if odd:
+                    raise StateError(
+                        f"the state dict does not fit:\n\t{'; '.join(odd)}. {_OTHER}\n\t{problem}"
+                    ) from None
+                raise
         if not strict and not quiet:
             _warn_of_partial(translation.places, state)
         return result
@@ -113,15 +126,7 @@ def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
     filled = {place.site for place in places if all(key in state for key in place.originals)}
     for place in places:
         if place.site in filled:
-            given, own = place.own(state).keys(), place.site.state_dict().keys()
-            steps = enumerate(place.site.steps)
-            refitted = tuple(f"{index}." for index, step in steps if getattr(step, "stateful", False))
-            lacks = [key for key in own - given if given and not key.startswith(refitted)]
-            parts = [
-                f"{verb} {', '.join(sorted(keys))}" for verb, keys in (("has", given - own), ("lacks", lacks)) if keys
-            ]
-            if parts:
-                odd.append(f"{place.names[0]} ({'; '.join(parts)})")
+            odd += filter(None, [_other_steps(place, state)])
             continue
         found = zip(place.site.original_names, place.originals, place.site.originals, strict=True)
         frozen_missing = bool(place.own(state))
@@ -136,11 +141,22 @@ def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
             stacklevel=3,
         )
     if odd:
-        warnings.warn(
-            f"the state dict is of other chains, so that values of computed tensors differ: {'; '.join(odd)}. Load it "
-            "into a model with the chains that it was saved from, and bake that",
-            stacklevel=3,
-        )
+        warnings.warn(f"values of computed tensors differ: {'; '.join(odd)}. {_OTHER}", stacklevel=3)
+
+
+def _surplus(place: Place, state: Mapping[str, Any]) -> set[str]:
+    return place.own(state).keys() - place.site.state_dict().keys()
+
+
+def _other_steps(place: Place, state: Mapping[str, Any]) -> str:
+    """Say what a state has for a site that its chain has not, and what it lacks, unless the site fits that itself."""
+    given, own = place.own(state).keys(), place.site.state_dict().keys()
+    steps = enumerate(place.site.steps)
+    refitted = tuple(f"{index}." for index, step in steps if getattr(step, "stateful", False))
+    lacks = [key for key in own - given if given and not key.startswith(refitted)]
+    parts = [("has", sorted(given - own)), ("lacks", sorted(lacks))]
+    shown = "; ".join(f"{verb} {', '.join(keys)}" for verb, keys in parts if keys)
+    return f"{place.names[0]} ({shown})" if shown else ""
 
 
 @contextlib.contextmanager
