@@ -122,7 +122,8 @@ def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
 
     A tied tensor may be saved under one of its names. The file of an adapter has the steps without the frozen original.
     """
-    lacking, odd = [], []
+    lacking: list[str] = []
+    odd: list[str] = []
     filled = {place.site for place in places if all(key in state for key in place.originals)}
     for place in places:
         if place.site in filled:
