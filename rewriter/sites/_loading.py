@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rewriter._undo import undone_on_failure
 from rewriter.sites._bridge import REMEDY, StateError
+from rewriter.sites._places import CONTAINER
 from rewriter.sites._site import Site
 from rewriter.sites._translation import Place, Translation, bridge, needs_bridge, places_in
 
@@ -52,7 +53,7 @@ def converting(load: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 result = load(self, state, *args, **kwargs)
             except RuntimeError as problem:
-                odd = [_other_steps(place, state) for place in translation.places if _surplus(place, state)]
+                odd = [text for text in _other_steps(translation.places, state) if "(has" in text]
                 if odd:
                     raise StateError(
                         f"the state dict does not fit:\n\t{'; '.join(odd)}. {_OTHER}\n\t{problem}"
@@ -123,11 +124,9 @@ def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
     A tied tensor may be saved under one of its names. The file of an adapter has the steps without the frozen original.
     """
     lacking: list[str] = []
-    odd: list[str] = []
     filled = {place.site for place in places if all(key in state for key in place.originals)}
     for place in places:
         if place.site in filled:
-            odd += filter(None, [_other_steps(place, state)])
             continue
         found = zip(place.site.original_names, place.originals, place.site.originals, strict=True)
         frozen_missing = bool(place.own(state))
@@ -141,23 +140,29 @@ def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
             f"the state dict has no value for computed tensors, which stay as they are: {'; '.join(lacking)}",
             stacklevel=3,
         )
+    odd = _other_steps([place for place in places if place.site in filled], state)
     if odd:
         warnings.warn(f"values of computed tensors differ: {'; '.join(odd)}. {_OTHER}", stacklevel=3)
 
 
-def _surplus(place: Place, state: Mapping[str, Any]) -> set[str]:
-    return place.own(state).keys() - place.site.state_dict().keys()
-
-
-def _other_steps(place: Place, state: Mapping[str, Any]) -> str:
-    """Say what a state has for a site that its chain has not, and what it lacks, unless the site fits that itself."""
-    given, own = place.own(state).keys(), place.site.state_dict().keys()
-    steps = enumerate(place.site.steps)
-    refitted = tuple(f"{index}." for index, step in steps if getattr(step, "stateful", False))
-    lacks = [key for key in own - given if given and not key.startswith(refitted)]
-    parts = [("has", sorted(given - own)), ("lacks", sorted(lacks))]
-    shown = "; ".join(f"{verb} {', '.join(keys)}" for verb, keys in parts if keys)
-    return f"{place.names[0]} ({shown})" if shown else ""
+def _other_steps(places: list[Place], state: Mapping[str, Any]) -> list[str]:
+    """Say what a state has for sites that their chains have not, and what it lacks, unless a site fits that itself."""
+    given: dict[str, set[str]] = {}
+    for key in state:
+        path, container, rest = key.partition(f"{CONTAINER}.")
+        name, _, own = rest.partition(".")
+        given.setdefault(f"{path}{container}{name}.", set()).add(own)
+    found: list[str] = []
+    for place in places:
+        has, wants = given.get(place.prefix, set()), place.site.state_dict().keys()
+        steps = enumerate(place.site.steps)
+        refitted = tuple(f"{index}." for index, step in steps if getattr(step, "stateful", False))
+        lacks = [key for key in wants - has if has and not key.startswith(refitted)]
+        parts = [("has", sorted(has - wants)), ("lacks", sorted(lacks))]
+        shown = "; ".join(f"{verb} {', '.join(keys)}" for verb, keys in parts if keys)
+        if shown:
+            found.append(f"{place.names[0]} ({shown})")
+    return found
 
 
 @contextlib.contextmanager
