@@ -14,12 +14,18 @@ from torch import Tensor, nn
 
 from rewriter._undo import undone_on_failure
 from rewriter.sites._bridge import REMEDY, StateError
+from rewriter.sites._places import CONTAINER
 from rewriter.sites._site import Site
 from rewriter.sites._translation import Place, Translation, bridge, needs_bridge, places_in
 
 CONVERTED = "reparam_converted"
 """Marks the metadata of an owner whose part of a state dict was converted together with the whole."""
 
+
+_OTHER = (
+    "The state was saved from other chains: load it into a model that has them (rewriter.absorb takes over torch's "
+    "own), and rewriter.state.convert_state_dict(state, that_model, to='plain') gives values that any chain can load"
+)
 
 _in_parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models on the meta device that are loaded shard by shard. The first shard warns; what stays on meta fails in use."""
@@ -44,7 +50,15 @@ def converting(load: Callable[..., Any]) -> Callable[..., Any]:
             state._metadata.setdefault(place.path[:-1], {})[CONVERTED] = True  # type: ignore[attr-defined]
         quiet = _warned(self, translation.places, assign)
         with unchanged_on_error(self, assign):
-            result = load(self, state, *args, **kwargs)
+            try:
+                result = load(self, state, *args, **kwargs)
+            except RuntimeError as problem:
+                odd = [text for text in _other_steps(translation.places, state) if "(has" in text]
+                if odd:
+                    raise StateError(
+                        f"the state dict does not fit:\n\t{'; '.join(odd)}. {_OTHER}\n\t{problem}"
+                    ) from None
+                raise
         if not strict and not quiet:
             _warn_of_partial(translation.places, state)
         return result
@@ -109,19 +123,10 @@ def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
 
     A tied tensor may be saved under one of its names. The file of an adapter has the steps without the frozen original.
     """
-    lacking, odd = [], []
+    lacking: list[str] = []
     filled = {place.site for place in places if all(key in state for key in place.originals)}
     for place in places:
         if place.site in filled:
-            given, own = place.own(state).keys(), place.site.state_dict().keys()
-            steps = enumerate(place.site.steps)
-            refitted = tuple(f"{index}." for index, step in steps if getattr(step, "stateful", False))
-            lacks = [key for key in own - given if given and not key.startswith(refitted)]
-            parts = [
-                f"{verb} {', '.join(sorted(keys))}" for verb, keys in (("has", given - own), ("lacks", lacks)) if keys
-            ]
-            if parts:
-                odd.append(f"{place.names[0]} ({'; '.join(parts)})")
             continue
         found = zip(place.site.original_names, place.originals, place.site.originals, strict=True)
         frozen_missing = bool(place.own(state))
@@ -135,12 +140,29 @@ def _warn_of_partial(places: list[Place], state: Mapping[str, Any]) -> None:
             f"the state dict has no value for computed tensors, which stay as they are: {'; '.join(lacking)}",
             stacklevel=3,
         )
+    odd = _other_steps([place for place in places if place.site in filled], state)
     if odd:
-        warnings.warn(
-            f"the state dict is of other chains, so that values of computed tensors differ: {'; '.join(odd)}. Load it "
-            "into a model with the chains that it was saved from, and bake that",
-            stacklevel=3,
-        )
+        warnings.warn(f"values of computed tensors differ: {'; '.join(odd)}. {_OTHER}", stacklevel=3)
+
+
+def _other_steps(places: list[Place], state: Mapping[str, Any]) -> list[str]:
+    """Say what a state has for sites that their chains have not, and what it lacks, unless a site fits that itself."""
+    given: dict[str, set[str]] = {}
+    for key in state:
+        path, container, rest = key.partition(f"{CONTAINER}.")
+        name, _, own = rest.partition(".")
+        given.setdefault(f"{path}{container}{name}.", set()).add(own)
+    found: list[str] = []
+    for place in places:
+        has, wants = given.get(place.prefix, set()), place.site.state_dict().keys()
+        steps = enumerate(place.site.steps)
+        refitted = tuple(f"{index}." for index, step in steps if getattr(step, "stateful", False))
+        lacks = [key for key in wants - has if has and not key.startswith(refitted)]
+        parts = [("has", sorted(has - wants)), ("lacks", sorted(lacks))]
+        shown = "; ".join(f"{verb} {', '.join(keys)}" for verb, keys in parts if keys)
+        if shown:
+            found.append(f"{place.names[0]} ({shown})")
+    return found
 
 
 @contextlib.contextmanager

@@ -6,18 +6,14 @@ import copy
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from torch.optim.swa_utils import AveragedModel
 
-from rewriter import RewriterError, rewrite
-from rewriter.io import load_model
+from rewriter import RewriterError, absorb, rewrite
 from rewriter.state import convert_state_dict, get_value
 from tests.state.conftest import Net, assert_same, snapshot
 
@@ -144,48 +140,6 @@ def test_a_prefix_of_all_keys_is_dropped(rewritten: Callable[..., nn.Module], pr
     torch.testing.assert_close(new(X), source(X))
 
 
-@pytest.mark.filterwarnings("ignore:removed the prefix")
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
-@pytest.mark.parametrize("form", ["plain", "rewritten", "old", "pruned"])
-def test_a_file_with_a_prefix_is_loaded(
-    rewritten: Callable[..., nn.Module], prefix: str, form: str, suffix: str, tmp_path: Path
-) -> None:
-    source: nn.Module = rewritten("weight_norm") if form == "rewritten" else Net().double()
-    if form in ("old", "pruned"):
-        old("weight_norm" if form == "old" else "prune", source.get_submodule("first"))
-    state = {prefix + key: value.clone() for key, value in source.state_dict().items()}
-    path = tmp_path / f"weights{suffix}"
-    (torch.save if suffix == ".pt" else save_file)(state, path)
-    new = load_model(path, model=lambda: rewritten("weight_norm"))
-    torch.testing.assert_close(new(X), source(X))
-
-
-@pytest.mark.filterwarnings("ignore:removed the prefix")
-def test_the_state_of_an_average_is_loaded(rewritten: Callable[..., nn.Module], tmp_path: Path) -> None:
-    average = AveragedModel(rewritten("weight_norm"), use_buffers=True)
-    average.update_parameters(rewritten("weight_norm"))
-    average.update_parameters(rewritten("weight_norm"))
-    state = average.state_dict()
-    torch.save(state, tmp_path / "average.pt")
-    into, plain = rewritten("weight_norm"), Net().double()
-    into.load_state_dict(state)
-    plain.load_state_dict(convert_state_dict(state, into, to="plain"))
-    loaded = load_model(tmp_path / "average.pt", model=lambda: rewritten("weight_norm"))
-    around = load_model(tmp_path / "average.pt", model=lambda: AveragedModel(rewritten("weight_norm")))
-    for model in (into, plain, loaded, around):
-        torch.testing.assert_close(model(X), average(X))
-    assert around.n_averaged == 2
-    assert list(convert_state_dict(state, average, to="rewritten")) == list(state)
-
-
-def test_a_prefix_beside_the_name_without_it_stays(tmp_path: Path) -> None:
-    state = Net().state_dict()
-    torch.save({**state, "module.scale": state["scale"] + 1}, tmp_path / "weights.pt")
-    with pytest.raises(RewriterError, match=r"module\.scale"):
-        load_model(tmp_path / "weights.pt", model=Net)
-
-
 def test_a_prefix_that_the_model_has_stays(capture: str, spec: Callable[..., Any]) -> None:
     outer = nn.ModuleDict({"model": nn.Linear(3, 3)})
     new = rewrite(copy.deepcopy(outer), spec("model.weight", "weight_norm"), capture="module")
@@ -307,8 +261,17 @@ def test_a_partial_load_warns_of_other_steps(rewritten: Callable[..., nn.Module]
     target: nn.Module = nn.ModuleDict({"inner": new}) if nested else new
     state = {("inner." if nested else "") + key: value for key, value in source.state_dict().items()}
     shown = {"spectral_norm": r"has 0\._u, 0\._v; lacks 0\.base", "orthogonal": r"has 0\.base"}[theirs]
-    with pytest.warns(UserWarning, match=rf"of other chains.*first\.weight \({shown}\)"):
+    with pytest.warns(UserWarning, match=rf"differ: .*first\.weight \({shown}\).*other chains"):
         target.load_state_dict(state, strict=False)
+    if not nested:
+        before = snapshot(new)
+        with pytest.raises(RewriterError, match=rf"(?s)fit:\s+first\.weight \({shown}\).*absorb.*\n.*Unexpected key"):
+            target.load_state_dict(state)
+        assert_same(new, before)
+        absorbed = convert_state_dict(state, absorb(source), to="plain")
+        plain = Net().double()
+        plain.load_state_dict(absorbed)
+        torch.testing.assert_close(plain(X), source.eval()(X))
 
 
 @pytest.mark.parametrize("nested", [False, True])
