@@ -54,4 +54,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError("give these tests ids without addresses (`ids=`):\n  " + "\n  ".join(found))
     for item in items:
         if item.path.parent.name in ("cli", "docs", "demo"):  # the command prints warnings, and these tests read them
-            item.add_marker(pytest.mark.filterwarnings("default"))
+            item.add_marker(pytest.mark.filterwarnings("default::UserWarning"))

@@ -125,11 +125,16 @@ def _program_lines(program: ExportedProgram) -> list[str]:
 def _graph_module(model: nn.Module) -> fx.GraphModule:
     from torch import fx
 
+    from rewriter.capture._reason import reason
+
     if isinstance(model, fx.GraphModule):
         return model
     try:
         traced: fx.GraphModule = fx.symbolic_trace(model)
         return traced
     except Exception as problem:
-        reason = str(problem).partition("\n")[0]
-        raise CaptureError(f"torch.fx cannot trace the {type(model).__name__}: {reason}") from problem
+        why = reason(problem) or "its forward depends on data"
+        raise CaptureError(
+            f"torch.fx cannot trace the {type(model).__name__}: {why}. reparam inspect lists its tensors; "
+            "after apply, draw shows its chains"
+        ) from problem

@@ -91,7 +91,7 @@ def test_verbose_prints_the_duration_of_each_step(reparam, rewritten, command, s
     assert "0.0 s" not in reparam(*command.split(), *(["--force"] if "-o" in command else [])).err
 
 
-@pytest.mark.parametrize("arguments", [["catalog"], pytest.param(["--help"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arguments", [["--help"], pytest.param(["catalog"], marks=pytest.mark.slow)])
 def test_no_color_turns_colours_off(arguments):
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "80"}
     command = [sys.executable, "-m", "rewriter", *arguments]

@@ -97,6 +97,13 @@ def test_draw_prints_the_chain(reparam, rewritten):
     assert reparam("draw", "model.pt", "--json").json["graph"][0] == "%1 = input"
 
 
+def test_draw_of_a_plain_model_that_cannot_be_traced_says_what_to_do(reparam, folder):
+    torch.save(nn.LSTM(3, 4), "lstm.pt")
+    refused = reparam("draw", "lstm.pt")
+    assert refused.code == 4
+    assert "cannot trace the LSTM: its forward depends on data. reparam inspect lists its tensors" in refused.err
+
+
 def test_bare_weights_are_inspected_and_compared_without_a_model(reparam, folder):
     plain = torch.load("model.pt", weights_only=False)
     torch.save({"state_dict": plain.state_dict(), "epoch": 1}, "weights.pt")
