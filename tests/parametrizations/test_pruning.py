@@ -16,7 +16,6 @@ from rewriter.parametrizations._registry import construct, find
 from tests.rules import one_rule
 
 matrices = st.lists(st.integers(1, 6), min_size=2, max_size=4)
-amounts = st.floats(0, 1) | st.integers(0, 2)
 
 
 def make(name: str, weight: torch.Tensor, **arguments: Any) -> Any:
