@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,7 @@ def bake(
     if isinstance(model, ExportedProgram):
         from rewriter.program import bake_program
 
-        program: Any = bake_program(model, only=only, keep=keep, inplace=inplace)
-        return program
+        return bake_program(model, only=only, keep=keep, inplace=inplace)  # type: ignore[return-value]
     refuse_mixed(model.modules())
     refuse_offloaded(model)
     plain = _bake_module(model, only, keep, inplace)

@@ -95,8 +95,7 @@ def rewrite(
             raise RewriterError("a Plan has its capture and example inputs: give them to rewriter.plan")
         capture, call, without = given.mode, given.call, without or given.without
     if isinstance(model, ExportedProgram):
-        program: Any = rewrite_program(model, spec if given is not None else read, inplace=inplace)
-        return program
+        return rewrite_program(model, spec if given is not None else read, inplace=inplace)  # type: ignore[return-value]
     modules = list(model.modules())
     refuse_mixed(modules)
     for module in modules:
