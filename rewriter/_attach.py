@@ -42,7 +42,8 @@ def _places(entries: Sequence[Entry]) -> Iterable[tuple[nn.Module, list[str]]]:
 
 def keep_parameters(plan: Plan) -> None:
     """Store the originals in the model's own Parameter objects where the shapes allow it."""
-    shared = _shared_storages(entry.tensor for entry in plan.entries if entry.tensor is not None)
+    storages = Counter(_address(entry.tensor) for entry in plan.entries if entry.tensor is not None)
+    shared = {address for address, count in storages.items() if count > 1 and address}
     for claim, site in plan.new:
         free = [entry.tensor for entry in claim.entries if isinstance(entry.tensor, nn.Parameter)]
         for name, original in zip(site.original_names, site.originals, strict=True):
@@ -61,19 +62,13 @@ def _same_form(one: nn.Parameter, other: nn.Parameter) -> bool:
     return same and not one.is_inference()  # it could never be trained
 
 
-def _shared_storages(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """Return the addresses of the storages in which more than one of `tensors` lies."""
-    found = Counter(_address(tensor) for tensor in tensors)
-    return frozenset(address for address, count in found.items() if count > 1 and address)
-
-
-def _refill(parameter: nn.Parameter, value: Tensor, shared: frozenset[int]) -> None:
+def _refill(parameter: nn.Parameter, value: Tensor, shared: set[int]) -> None:
     """Put `value` into `parameter`: into its memory, or into memory of its own where others lie in it too.
 
     Arguments:
         parameter: the object that stays the same.
         value: of the same shape, dtype and device.
-        shared: storages that other tensors use, too.
+        shared: addresses of storages that other tensors use, too.
     """
     if _dense(parameter) and _address(parameter) not in shared:
         parameter.data.copy_(value)

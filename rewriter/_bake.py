@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from rewriter._bake_steps import without_step
 from rewriter._copy import copied
 from rewriter._frozen import unfreeze_rest
 from rewriter._fsdp import is_sharded, leave_fsdp, refuse_labels, refuse_offloaded, reshard, without_fsdp
-from rewriter._given import check_model
+from rewriter._given import Model, check_model
 from rewriter._originals import NOTHING_COMPUTED, check_originals
 from rewriter._remap import Following
 from rewriter._undo import undone_on_failure
@@ -44,38 +44,16 @@ class Baked:
     values: list[Tensor]
 
 
-@overload
-def bake(
-    model: ExportedProgram,
-    *,
-    only: Sequence[str] | None = None,
-    keep: Keep = "value",
-    inplace: bool = False,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> ExportedProgram: ...
-
-
-@overload
-def bake(
-    model: nn.Module,
-    *,
-    only: Sequence[str] | None = None,
-    keep: Keep = "value",
-    inplace: bool = False,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Module: ...
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
 def bake(
-    model: nn.Module | ExportedProgram,
+    model: Model,
     *,
     only: Sequence[str] | None = None,
     keep: Keep = "value",
     inplace: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Module | ExportedProgram:
+) -> Model:
     """Return the model with its parametrizations evaluated into plain tensors.
 
     >>> import torch, rewriter
@@ -109,7 +87,7 @@ def bake(
     if isinstance(model, ExportedProgram):
         from rewriter.program import bake_program
 
-        return bake_program(model, only=only, keep=keep, inplace=inplace)
+        return bake_program(model, only=only, keep=keep, inplace=inplace)  # type: ignore[return-value]
     refuse_mixed(model.modules())
     refuse_offloaded(model)
     plain = _bake_module(model, only, keep, inplace)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from rewriter.errors import RewriterError
 
+Model = TypeVar("Model", nn.Module, ExportedProgram, nn.Module | ExportedProgram)
+"""What a verb takes, and gives back of the same kind."""
 _FSDP = "torch.distributed.fsdp"
 
 

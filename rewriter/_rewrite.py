@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from rewriter._attach import attach_sites, keep_parameters
 from rewriter._copy import copied
 from rewriter._frozen import freeze_rest
-from rewriter._given import check_model
+from rewriter._given import Model, check_model
 from rewriter._optimizers import watch_optimizers
 from rewriter._plan import collector_paused, plan_module
 from rewriter._remap import Following
@@ -29,9 +29,8 @@ from rewriter.program import rewrite_program
 from rewriter.sites import refuse_mixed
 
 
-@overload
 def rewrite(
-    model: ExportedProgram,
+    model: Model,
     spec: Any,
     *,
     example_inputs: Tensor | Sequence[Any] | None = None,
@@ -41,36 +40,7 @@ def rewrite(
     inplace: bool = False,
     without: Collection[str] = (),
     optimizer: torch.optim.Optimizer | None = None,
-) -> ExportedProgram: ...
-
-
-@overload
-def rewrite(
-    model: nn.Module,
-    spec: Any,
-    *,
-    example_inputs: Tensor | Sequence[Any] | None = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = None,
-    capture: str = "auto",
-    inplace: bool = False,
-    without: Collection[str] = (),
-    optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Module: ...
-
-
-def rewrite(
-    model: nn.Module | ExportedProgram,
-    spec: Any,
-    *,
-    example_inputs: Tensor | Sequence[Any] | None = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = None,
-    capture: str = "auto",
-    inplace: bool = False,
-    without: Collection[str] = (),
-    optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Module | ExportedProgram:
+) -> Model:
     """Return `model` with the parametrizations of `spec` in it.
 
     >>> import torch, rewriter
@@ -125,7 +95,7 @@ def rewrite(
             raise RewriterError("a Plan has its capture and example inputs: give them to rewriter.plan")
         capture, call, without = given.mode, given.call, without or given.without
     if isinstance(model, ExportedProgram):
-        return rewrite_program(model, spec if given is not None else read, inplace=inplace)
+        return rewrite_program(model, spec if given is not None else read, inplace=inplace)  # type: ignore[return-value]
     modules = list(model.modules())
     refuse_mixed(modules)
     for module in modules:

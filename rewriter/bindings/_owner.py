@@ -69,7 +69,8 @@ def open_path(root: nn.Module, names: Iterable[str], contexts: Contexts, itself:
     paths = ways_to({name.rpartition(".")[0] for name in names} - {""})
     for path in paths if itself else paths - {""}:
         module = root.get_submodule(path)
-        if CONTEXTS not in module.__dict__ and _is_callable(module):
+        callable_ = type(module).forward is not nn.Module.forward
+        if callable_ and CONTEXTS not in module.__dict__ and not isinstance(module, (fx.GraphModule, ScriptModule)):
             open_root(module, contexts)
 
 
@@ -92,7 +93,3 @@ def _adopt(owner: nn.Module, tensors: tuple[str, ...], contexts: Contexts) -> No
     # A class may guard its attributes with a __setattr__ of its own.
     object.__setattr__(owner, "__class__", owner_class(plain, tensors))
     owner.__dict__[CONTEXTS] = contexts
-
-
-def _is_callable(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward and not isinstance(module, (fx.GraphModule, ScriptModule))

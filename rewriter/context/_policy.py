@@ -309,16 +309,11 @@ def _cacheable(value: Any) -> bool:
 def _modes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     cast = stream = None
     if autocast_on():
-        cast = tuple(
-            (kind, torch.get_autocast_dtype(kind)) for kind in _kinds(tensors) if torch.is_autocast_enabled(kind)
-        )
+        kinds = sorted({tensor.device.type for tensor in tensors} | {"cpu"})
+        cast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
     if tensors and tensors[0].is_cuda and not _capturing(tensors):  # nothing is cached while a graph is captured
         stream = torch.cuda.current_stream(tensors[0].device)
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), cast, stream)
-
-
-def _kinds(tensors: Sequence[Tensor]) -> list[str]:
-    return sorted({tensor.device.type for tensor in tensors} | {"cpu"})
 
 
 def _capturing(tensors: Sequence[Tensor]) -> bool:

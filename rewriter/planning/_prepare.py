@@ -27,7 +27,7 @@ from rewriter.planning._resolve import Claim, nearest, resolve
 from rewriter.planning._survey import Entry
 from rewriter.planning._table import TensorTable
 from rewriter.planning._together import planned_together
-from rewriter.sites import Site, SiteSpec
+from rewriter.sites import Site
 from rewriter.sites._gathered import drawn_alike
 
 
@@ -110,7 +110,7 @@ def _split_present(claims: Iterable[Claim], problems: Problems) -> tuple[list[Pa
         site = next((entry.site for entry in claim.entries if entry.site is not None), None)
         if site is None:
             new.append(claim)
-        elif _same_plan(site.spec, claim.rule):
+        elif site.spec.rule == claim.rule.name and (*site.spec.identity, site.spec.labels) == _identity(claim.rule):
             present.append((claim, site))
         else:
             has, wanted = _printed(*site.spec.identity, site.spec.labels), _printed(*_identity(claim.rule))
@@ -125,10 +125,6 @@ def _split_present(claims: Iterable[Claim], problems: Problems) -> tuple[list[Pa
 
 def _identity(rule: Rule) -> tuple[tuple[str, ...], str, tuple[str | None, ...]]:
     return *describe(rule), tuple(step.label for step in rule.chain)
-
-
-def _same_plan(record: SiteSpec, rule: Rule) -> bool:
-    return record.rule == rule.name and (*record.identity, record.labels) == _identity(rule)
 
 
 def _printed(chain: Sequence[str], options: str, labels: Sequence[str | None]) -> str:
@@ -291,23 +287,19 @@ def _built(
     """Build a site and check its value."""
     inputs, checked, measures = checks
     site = build(claim, description, contexts, chain=chain, fitted=together)
-    form = _form(site, inputs.values())
+    # What decides which shape and dtype the value has: sites of one form are looked at once.
+    wanted = tuple((member.shape, member.dtype) for member in site.spec.members)
+    taken = tuple(
+        (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "placements", None))
+        for tensor in (*site.originals, *inputs.values())
+    )
+    form = (site.spec.rule, wanted, taken)
     if measures is not None or form not in checked:
         measured = check_value(claim, site, inputs, measure=measures is not None)
         checked.add(form)
         if measures is not None:
             measures[site] = measured
     return site
-
-
-def _form(site: Site, inputs: Iterable[Tensor]) -> object:
-    """Return what decides which shape and dtype a site's value has: sites of one form are looked at once."""
-    wanted = tuple((member.shape, member.dtype) for member in site.spec.members)
-    taken = tuple(
-        (tensor.shape, tensor.dtype, tensor.device, getattr(tensor, "placements", None))
-        for tensor in (*site.originals, *inputs)
-    )
-    return site.spec.rule, wanted, taken
 
 
 class _Values:

@@ -17,7 +17,6 @@ from rewriter._torch import OpOverload
 from rewriter.errors import Diagnostic
 from rewriter.planning._problems import Problems
 from rewriter.planning._resolve import Claim
-from rewriter.planning._survey import Entry
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _NORMS = (nn.modules.batchnorm._NormBase,)
@@ -33,15 +32,10 @@ _HINT_FOR_A_WEIGHT = "leave it out with `except`, or let a step of the chain do 
 _HINT = "leave it out with `except`; what a forward accumulates is not a weight"
 
 
-def running_statistic(entry: Entry) -> bool:
-    """Say whether a tensor is one of the statistics that torch's norms update in each training forward."""
-    return any(isinstance(owner, _NORMS) and tensor in _STATISTICS for owner, tensor in entry.owners)
-
-
 def refuse_statistics(claim: Claim, problems: Problems) -> bool:
-    """Say whether a claim is on running statistics, and add the problem."""
+    """Say whether a claim is on statistics that torch's norms update in training forwards, and add the problem."""
     for entry in claim.entries:
-        if running_statistic(entry):
+        if any(isinstance(owner, _NORMS) and tensor in _STATISTICS for owner, tensor in entry.owners):
             rest = "a forward in train mode updates {} in place, and a computed tensor cannot keep the update"
             problems.about(
                 claim,

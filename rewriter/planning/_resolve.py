@@ -36,7 +36,10 @@ def resolve(spec: Spec, entries: Sequence[Entry]) -> tuple[list[Claim], list[Dia
     claims: list[Claim] = []
     for rule in spec.rules:
         matched = _matched(rule, entries, problems)
-        claims.extend(_joint_claims(rule, matched, entries, problems) if rule.joint else _claims(rule, matched))
+        if rule.joint:
+            claims.extend(_joint_claims(rule, matched, entries, problems))
+        else:
+            claims.extend(Claim(rule, [entry]) for entry in matched)
     claims = _settle_overlaps(claims, problems)
     for rule in spec.rules:
         count = sum(claim.rule is rule for claim in claims)
@@ -106,10 +109,6 @@ def nearest(pattern: str, entries: Sequence[Entry]) -> str:
     lazy = next((entry.name for entry in entries if entry.tensor is not None and is_lazy(entry.tensor)), None)
     more = f"; {lazy} has no shape until the model has run once" if lazy is not None else ""
     return f"the model's tensors are {shown}{more}"
-
-
-def _claims(rule: Rule, matched: list[Entry]) -> list[Claim]:
-    return [Claim(rule, [entry]) for entry in matched]
 
 
 def _joint_claims(

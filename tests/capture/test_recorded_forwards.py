@@ -33,11 +33,8 @@ def test_the_flag_of_a_submodule_is_read_when_the_graph_runs(once: Any, model_of
     torch.testing.assert_close(new(X), model(X))
 
 
-def test_random_factories_stay_random(once: Any, model_of: Any) -> None:
+def test_random_factories_stay_random_also_imported_by_name(once: Any, model_of: Any) -> None:
     once(model_of(lambda self, x: self.fc(x) + torch.rand(4) + torch.zeros((x.size(0), 1))), "graph")
-
-
-def test_random_factories_imported_by_name_stay_random(once: Any, model_of: Any) -> None:
     once(model_of(lambda self, x: self.fc(x) + rand(4) + zeros((x.size(0), 1))), "graph")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rewriter import bake, rewrite
+from tests.rules import one_rule
 
 IN_PLACE: list[dict[str, Any]] = [
     {"l1_unstructured": {"amount": 0.5}},
@@ -54,17 +55,13 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
 
 
-def spec(*chain: Any, select: str = "*.weight", **rule: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "all", "select": select, "chain": list(chain), **rule}]}
-
-
 def name_of(step: dict[str, Any]) -> str:
     return next(iter(step))
 
 
 @pytest.mark.parametrize("step", [*IN_PLACE, *ADAPTERS, *FACTORS], ids=name_of)
 def test_bakes_into_a_model_of_the_same_values(step: dict[str, Any]) -> None:
-    x, new = torch.randn(3, 6), rewrite(model(), spec(step))
+    x, new = torch.randn(3, 6), rewrite(model(), one_rule(step))
     plain = bake(new)
     torch.testing.assert_close(plain(x), new(x))
     assert list(plain.state_dict()) == list(model().state_dict())
@@ -73,7 +70,7 @@ def test_bakes_into_a_model_of_the_same_values(step: dict[str, Any]) -> None:
 @pytest.mark.parametrize("step", ADAPTERS, ids=name_of)
 def test_an_adapter_starts_where_the_model_is_and_only_its_parameters_train(step: dict[str, Any]) -> None:
     plain, x = model(), torch.randn(3, 6)
-    new = rewrite(plain, spec(step))
+    new = rewrite(plain, one_rule(step))
     torch.testing.assert_close(new(x), plain(x))
     frozen = [name for name, parameter in new.named_parameters() if not parameter.requires_grad]
     assert frozen == [f"{i}.parametrizations.weight.original" for i in (0, 2)]
@@ -86,7 +83,7 @@ def test_an_adapter_starts_where_the_model_is_and_only_its_parameters_train(step
 
 def test_an_adapter_on_a_base_stored_in_int8() -> None:
     plain, x = model(), torch.randn(3, 6)
-    new = rewrite(plain, spec("quantized_storage", {"lora": {"r": 2}}))
+    new = rewrite(plain, one_rule("quantized_storage", {"lora": {"r": 2}}))
     assert new.state_dict()["0.parametrizations.weight.original"].dtype == torch.int8
     torch.testing.assert_close(new(x), plain(x), rtol=0.05, atol=0.02)
     new(x).sum().backward()

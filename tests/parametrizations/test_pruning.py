@@ -13,13 +13,9 @@ from rewriter import bake, rewrite
 from rewriter.errors import RewriterError
 from rewriter.parametrizations._mask import Mask
 from rewriter.parametrizations._registry import construct, find
+from tests.rules import one_rule
 
 matrices = st.lists(st.integers(1, 6), min_size=2, max_size=4)
-amounts = st.floats(0, 1) | st.integers(0, 2)
-
-
-def spec(*chain: Any, **rule: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "all", "select": "*.weight", "chain": list(chain), **rule}]}
 
 
 def make(name: str, weight: torch.Tensor, **arguments: Any) -> Any:
@@ -94,7 +90,7 @@ def test_a_second_pruning_has_torchs_mask(
 ) -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     torch.manual_seed(3)
-    new = bake(rewrite(model, spec({first[0]: first[1]}, {second[0]: second[1]})))
+    new = bake(rewrite(model, one_rule({first[0]: first[1]}, {second[0]: second[1]})))
     torch.manual_seed(3)
     for name, arguments in (first, second):
         getattr(prune, name)(model[0], "weight", **arguments)
@@ -107,7 +103,7 @@ def test_a_global_pruning_after_another_has_torchs_masks(name: str) -> None:
     with torch.no_grad():
         model[0].weight.fill_(1.0)  # ties
     torch.manual_seed(3)
-    new = bake(rewrite(model, spec({"l1_unstructured": {"amount": 0.25}}, {name: {"amount": 0.5}})))
+    new = bake(rewrite(model, one_rule({"l1_unstructured": {"amount": 0.25}}, {name: {"amount": 0.5}})))
     method = {"global_l1": prune.L1Unstructured, "global_random": prune.RandomUnstructured}[name]
     torch.manual_seed(3)
     for layer in model:
@@ -123,7 +119,7 @@ def test_a_pruning_counts_what_a_given_mask_leaves() -> None:
     prune.l1_unstructured(model[0], "weight", 0.5)
     plain = nn.Sequential(nn.Linear(4, 2))
     plain.load_state_dict({"0.weight": model[0].weight_orig, "0.bias": model[0].bias})
-    new = bake(rewrite(plain, spec(Mask(mask), {"l1_unstructured": {"amount": 0.5}})))
+    new = bake(rewrite(plain, one_rule(Mask(mask), {"l1_unstructured": {"amount": 0.5}})))
     assert torch.equal(new[0].weight, model[0].weight)
 
 
@@ -132,17 +128,17 @@ def test_patterns_keep_entries_that_an_earlier_mask_leaves() -> None:
     model = nn.Sequential(nn.Linear(4, 2))
     model[0].weight.data.copy_(weight)
     largest = Mask(weight < 4)
-    new = bake(rewrite(model, spec(largest, {"n_m": {"n": 2, "m": 4}})))
+    new = bake(rewrite(model, one_rule(largest, {"n_m": {"n": 2, "m": 4}})))
     assert torch.equal(new[0].weight, torch.tensor([[0.0, 3, 2, 0]]).repeat(2, 1))
     block = Mask(torch.tensor([[False, False, True, True]]))
-    new = bake(rewrite(model, spec(block, {"block_sparse": {"amount": 1, "block_shape": [1, 2]}})))
+    new = bake(rewrite(model, one_rule(block, {"block_sparse": {"amount": 1, "block_shape": [1, 2]}})))
     assert new[0].weight.count_nonzero() == 2
 
 
 def test_masks_are_separate_for_each_chunk() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     step = {"l1_unstructured": {"amount": 2}}
-    new = bake(rewrite(model, spec(step, step, per={"dim": 0, "chunks": 2})))
+    new = bake(rewrite(model, one_rule(step, step, per={"dim": 0, "chunks": 2})))
     assert [int(chunk.count_nonzero()) for chunk in new[0].weight.chunk(2)] == [4, 4]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ from rewriter import RewriterError, SpecError, absorb, bake, plan, rewrite
 from rewriter.io import load_model, save_model
 from rewriter.parametrizations._mask import Mask
 from rewriter.state import extend, get_value
+from tests.rules import one_rule
 
 ROWS = torch.tensor([[1.0, 2, 3, 4], [-4, -3, -2, -1]])
 SCORES = torch.tensor([[4.0, 2, 1, 3], [-3, -1, -2, -4]])
 
 
-def spec(*chain: Any, select: str = "0.weight") -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "prune", "select": select, "chain": list(chain)}]}
+spec = functools.partial(one_rule, select="0.weight")
 
 
 def of_weights(*weights: Tensor) -> nn.Sequential:

@@ -15,12 +15,9 @@ from rewriter import RewriterError, bake, evaluate_once, rewrite
 from rewriter.passes import print_graph
 from rewriter.sites._batch import BatchedEvaluation
 from rewriter.state import freeze, unfreeze
+from tests.rules import one_rule
 
 HOUSEHOLDER = {"orthogonal": {"map": "householder"}}
-
-
-def _spec(*chain: Any, select: Any = "*.weight", **options: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "rule", "select": select, "chain": list(chain), **options}]}
 
 
 def _layers(count: int = 5, size: int = 6) -> nn.Sequential:
@@ -48,14 +45,14 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_graph_before_and_after() -> None:
     model = _layers(4)
-    alone = print_graph(rewrite(model, _spec(HOUSEHOLDER), without=["batch"]))
+    alone = print_graph(rewrite(model, one_rule(HOUSEHOLDER), without=["batch"]))
     assert alone.splitlines()[:4] == [
         "%1 = input",
         "%2 = evaluate 0.weight: original >> orthogonal(map=householder)",
         "%3 = 0.bias",
         "%4 = linear(%1, %2, %3)",
     ]
-    together = print_graph(rewrite(model, _spec(HOUSEHOLDER)))
+    together = print_graph(rewrite(model, one_rule(HOUSEHOLDER)))
     assert together.splitlines()[:5] == [
         "%1 = input",
         "%2 = evaluate together 0.weight, 2.weight, 4.weight, 6.weight",
@@ -83,9 +80,9 @@ def test_values_and_gradients_are_those_of_one_after_the_other(chain: Any, layou
     model, x = _layers(), torch.randn(3, 6, dtype=torch.float64)
     init = "sample" if "orthogonal" in str(chain) else "raw"
     torch.manual_seed(1)
-    new = rewrite(model, _spec(*chain, init=init, batch="always", **layout))
+    new = rewrite(model, one_rule(*chain, init=init, batch="always", **layout))
     torch.manual_seed(1)
-    alone = rewrite(model, _spec(*chain, init=init, batch="never", **layout))
+    alone = rewrite(model, one_rule(*chain, init=init, batch="never", **layout))
     assert list(new.state_dict()) == list(alone.state_dict())
     runs.clear()
     out = new(x)
@@ -99,7 +96,7 @@ def test_values_and_gradients_are_those_of_one_after_the_other(chain: Any, layou
 
 def test_auto_batches_what_the_cost_model_says(runs: list[int]) -> None:
     def batches(model: nn.Module, **options: Any) -> int:
-        new = rewrite(model, _spec(HOUSEHOLDER, **options))
+        new = rewrite(model, one_rule(HOUSEHOLDER, **options))
         return sum(isinstance(module, BatchedEvaluation) for module in new.modules())
 
     assert batches(_layers(4, 16)) == 1
@@ -129,14 +126,14 @@ class _OnlySaysSo(_Batched):
 
 
 def test_a_step_that_does_not_broadcast_is_not_batched_and_refused_where_it_must_be() -> None:
-    new = rewrite(_layers(), _spec(_OnlySaysSo(), init="raw"))
+    new = rewrite(_layers(), one_rule(_OnlySaysSo(), init="raw"))
     assert not any(isinstance(module, BatchedEvaluation) for module in new.modules())
     with pytest.raises(RewriterError, match="other values in a batch than alone"):
-        rewrite(_layers(), _spec(_OnlySaysSo(), init="raw", batch="always"))
+        rewrite(_layers(), one_rule(_OnlySaysSo(), init="raw", batch="always"))
 
 
 def test_sites_that_differ_later_are_evaluated_by_themselves(runs: list[int]) -> None:
-    new, x = rewrite(_layers(), _spec(_Batched(2.0), init="raw")), torch.randn(3, 6, dtype=torch.float64)
+    new, x = rewrite(_layers(), one_rule(_Batched(2.0), init="raw")), torch.randn(3, 6, dtype=torch.float64)
     new(x)
     assert runs.pop() == 5
     new.get_submodule("2.parametrizations.weight.0").factor = 3.0
@@ -148,7 +145,7 @@ def test_sites_that_differ_later_are_evaluated_by_themselves(runs: list[int]) ->
 
 
 def test_copies_pickles_and_conversions_batch_their_own_tensors(runs: list[int]) -> None:
-    new, x = rewrite(_layers(), _spec(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
+    new, x = rewrite(_layers(), one_rule(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
     before = new(x)
     stream = io.BytesIO()
     torch.save(new, stream)
@@ -168,7 +165,7 @@ def test_copies_pickles_and_conversions_batch_their_own_tensors(runs: list[int])
 
 def test_baking_takes_the_batch_out() -> None:
     model, x = _layers(), torch.randn(3, 6, dtype=torch.float64)
-    new = rewrite(model, _spec(HOUSEHOLDER))
+    new = rewrite(model, one_rule(HOUSEHOLDER))
     plain = bake(new)
     assert type(plain) is nn.Sequential
     assert [name for name, _ in plain.named_modules()] == [name for name, _ in model.named_modules()]
@@ -184,9 +181,9 @@ def test_baking_takes_the_batch_out() -> None:
 def test_rewriting_again_makes_new_groups() -> None:
     model, x = _layers(8), torch.randn(3, 6, dtype=torch.float64)
     four = ["0.weight", "2.weight", "4.weight", "6.weight"]
-    first = rewrite(model, _spec(HOUSEHOLDER, select=four))
+    first = rewrite(model, one_rule(HOUSEHOLDER, select=four))
     text = print_graph(first)
-    both = _spec(HOUSEHOLDER, select=four)
+    both = one_rule(HOUSEHOLDER, select=four)
     both["rules"].append({"name": "rest", "select": "8.weight", "chain": ["symmetric"]})
     second = rewrite(first, both)
     assert text.splitlines()[1] in print_graph(second).splitlines()
@@ -194,12 +191,12 @@ def test_rewriting_again_makes_new_groups() -> None:
 
 
 def test_scripting_sees_the_chains(recwarn: Any) -> None:
-    new, x = rewrite(_layers(), _spec(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
+    new, x = rewrite(_layers(), one_rule(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
     torch.testing.assert_close(torch.jit.script(new)(x), new(x))
 
 
 def test_a_cached_value_is_not_evaluated_in_a_batch(runs: list[int]) -> None:
-    new, x = rewrite(_layers(), _spec(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
+    new, x = rewrite(_layers(), one_rule(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
     expected = new(x)
     runs.clear()
     freeze(new, only=["0.weight"])
@@ -214,7 +211,7 @@ def test_a_cached_value_is_not_evaluated_in_a_batch(runs: list[int]) -> None:
 
 @pytest.mark.slow
 def test_functional_call_vmap_and_compile(runs: list[int]) -> None:
-    new, x = rewrite(_layers(), _spec(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
+    new, x = rewrite(_layers(), one_rule(HOUSEHOLDER)), torch.randn(3, 6, dtype=torch.float64)
     other = {name: parameter * 0.9 for name, parameter in new.named_parameters()}
     reference = copy.deepcopy(new)
     reference.load_state_dict({**new.state_dict(), **other})
@@ -249,22 +246,22 @@ class _Silent(_Batched):
 @pytest.mark.parametrize(("step", "training"), [(_Leaks, True), (_Silent, True), (_Silent, False)])
 def test_what_is_no_function_of_each_site_alone_is_not_batched(step: Any, training: bool) -> None:
     model, x = _layers(99, 2).train(training), torch.randn(3, 2, dtype=torch.float64)
-    new = rewrite(model, _spec(step(), init="raw"))
+    new = rewrite(model, one_rule(step(), init="raw"))
     assert not any(isinstance(module, BatchedEvaluation) for module in new.modules())
     new.train()
-    alone = rewrite(model, _spec(step(), init="raw"), without=["batch"]).train()
+    alone = rewrite(model, one_rule(step(), init="raw"), without=["batch"]).train()
     for _ in range(2):
         torch.testing.assert_close(new(x), alone(x))
     torch.testing.assert_close(new.state_dict(), alone.state_dict())
     with pytest.raises(RewriterError, match="batch"):
-        rewrite(model, _spec(step(), init="raw", batch="always"))
+        rewrite(model, one_rule(step(), init="raw", batch="always"))
 
 
 def test_sites_with_unlike_settings_are_grouped_by_them(runs: list[int]) -> None:
     model, x = _layers(8), torch.randn(3, 6, dtype=torch.float64)
     for index, layer in enumerate(model[::2]):
         layer.train(index % 2 == 0)
-    new = rewrite(model, _spec(HOUSEHOLDER))
+    new = rewrite(model, one_rule(HOUSEHOLDER))
     runs.clear()
     torch.testing.assert_close(new(x), bake(new)(x))
     assert runs == [4, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from rewriter.io import load_model, save_model
 from rewriter.passes import PassError, print_graph
 from rewriter.sites import Site
 from rewriter.state import freeze, unfreeze
+from tests.rules import one_rule
 
 MASK, OTHER = {"l1_unstructured": {"amount": 5}}, {"ln_structured": {"amount": 1, "dim": 0}}
 
 
-def spec(*chain: Any, **options: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": list(chain), **options}]}
+spec = functools.partial(one_rule, select="0.weight")
 
 
 def net() -> nn.Sequential:

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from rewriter import PlanError, RewriterError, absorb, bake, plan, rewrite
 from rewriter.planning import _module_table, _prepare
-
-
-def spec(*chain: Any, select: str = "*.weight", **rule: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "r", "select": select, "chain": list(chain), **rule}]}
+from tests.rules import one_rule
 
 
 class Branching(nn.Sequential):
@@ -37,7 +34,7 @@ CHAIN = [{"orthogonal": {"map": "cayley"}}, "spectral_norm"]
 @KINDS
 def test_a_plan_executed_twice_gives_two_models(kind: Any) -> None:
     model, x = two(kind), torch.randn(2, 3).double()
-    made = plan(model, spec(*CHAIN))
+    made = plan(model, one_rule(*CHAIN))
     one, other = rewrite(model, made), rewrite(model, made)
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(one(x), other(x))
@@ -53,10 +50,10 @@ def test_a_plan_executed_twice_gives_two_models(kind: Any) -> None:
 def test_a_plan_gives_what_its_spec_gives(kind: Any) -> None:
     model = two(kind)
     torch.manual_seed(1)
-    made = plan(model, spec(*CHAIN))
+    made = plan(model, one_rule(*CHAIN))
     by_plan = rewrite(model, made)
     torch.manual_seed(1)
-    by_spec = rewrite(model, spec(*CHAIN))
+    by_spec = rewrite(model, one_rule(*CHAIN))
     torch.testing.assert_close(by_plan.state_dict(), by_spec.state_dict(), rtol=0, atol=0)
     assert type(by_plan).__name__ == type(by_spec).__name__
     assert type(bake(by_plan)) is kind
@@ -66,7 +63,7 @@ def test_a_plan_gives_what_its_spec_gives(kind: Any) -> None:
 def test_a_plan_executed_in_place_keeps_the_parameters(kind: Any) -> None:
     model = two(kind)
     parameters = set(map(id, model.parameters()))
-    made = plan(model, spec("symmetric"))
+    made = plan(model, one_rule("symmetric"))
     new = rewrite(model, made, inplace=True)
     assert set(map(id, new.parameters())) == parameters
     again = rewrite(new, made)
@@ -75,8 +72,8 @@ def test_a_plan_executed_in_place_keeps_the_parameters(kind: Any) -> None:
 
 def test_a_plan_of_a_rewritten_model_adds_its_sites() -> None:
     model, x = two(), torch.randn(2, 3).double()
-    first = rewrite(model, spec("weight_norm", select="0.weight"))
-    made = plan(first, spec("weight_norm", select="1.weight"))
+    first = rewrite(model, one_rule("weight_norm", select="0.weight"))
+    made = plan(first, one_rule("weight_norm", select="1.weight"))
     new = rewrite(first, made)
     assert "1.parametrizations.weight.original0" in new.state_dict()
     assert "1.parametrizations.weight.original0" not in first.state_dict()
@@ -86,7 +83,7 @@ def test_a_plan_of_a_rewritten_model_adds_its_sites() -> None:
 def test_a_plan_absorbs_what_its_spec_absorbs() -> None:
     model, x = two(), torch.randn(2, 3).double()
     nn.utils.parametrizations.weight_norm(model[0])
-    made = plan(model, {**spec("symmetric", select="1.weight"), "absorb": True})
+    made = plan(model, {**one_rule("symmetric", select="1.weight"), "absorb": True})
     assert [site.rule for site in made] == ["absorbed:torch.parametrize", "r"]
     one, other = rewrite(model, made), rewrite(model, made)
     assert torch.equal(one(x), other(x))
@@ -97,7 +94,7 @@ def test_a_plan_absorbs_what_its_spec_absorbs() -> None:
 
 def test_a_plan_for_an_equal_model_is_made_again() -> None:
     model = two()
-    made = plan(model, spec("symmetric"))
+    made = plan(model, one_rule("symmetric"))
     other = copy.deepcopy(model)
     with torch.no_grad():
         other[0].weight.fill_(2.0)
@@ -116,7 +113,7 @@ def shorter(model: Any) -> None:
 @pytest.mark.parametrize(("change", "text"), [(wider, "2.weight was no site and would be"), (shorter, "1.weight was")])
 def test_a_plan_with_other_sites_now_is_refused(change: Any, text: str) -> None:
     model = two()
-    made = plan(model, spec("symmetric"))
+    made = plan(model, one_rule("symmetric"))
     change(model)
     before = copy.deepcopy(model)
     with pytest.raises(PlanError, match=rf"no longer fits \(.* (has changed|is gone)\): {text}"):
@@ -162,14 +159,14 @@ def _mode(model: Any) -> None:
 @pytest.mark.parametrize("change", [_write, _swap, _tau, _hook, _mode])
 def test_a_change_between_plan_and_rewrite_counts(change: Callable[[Any], None]) -> None:
     model, x = Tempered(), torch.randn(2, 3).double()
-    made = plan(model, spec("weight_norm", select="fc.weight"))
+    made = plan(model, one_rule("weight_norm", select="fc.weight"))
     change(model)
     torch.testing.assert_close(rewrite(model, made)(x), model(x))
 
 
 def test_a_plan_has_its_capture() -> None:
     model = two()
-    made = plan(model, spec("symmetric"), capture="module")
+    made = plan(model, one_rule("symmetric"), capture="module")
     assert type(rewrite(model, made)).__name__ == "Sequential"
     with pytest.raises(RewriterError, match=r"give them to rewriter\.plan"):
         rewrite(model, made, capture="graph")
@@ -178,9 +175,9 @@ def test_a_plan_has_its_capture() -> None:
 def test_a_plan_of_a_program_is_executed() -> None:
     model, x = two(), torch.randn(2, 3).double()
     program = torch.export.export(model, (x,))
-    made = plan(program, spec("symmetric"))
+    made = plan(program, one_rule("symmetric"))
     one, other = rewrite(program, made), rewrite(program, made)
-    torch.testing.assert_close(one.module()(x), rewrite(model, spec("symmetric"))(x))
+    torch.testing.assert_close(one.module()(x), rewrite(model, one_rule("symmetric"))(x))
     tensors = [{id(tensor) for tensor in p.state_dict.values()} for p in (one, other, program)]
     assert not tensors[0] & tensors[1] | tensors[0] & tensors[2] | tensors[1] & tensors[2]
     wide = torch.export.export(nn.Sequential(*model, *two()), (x,))
@@ -204,7 +201,7 @@ def test_everything_is_decided_once(verb: Any, monkeypatch: pytest.MonkeyPatch) 
             return real(*args, **options)
 
         monkeypatch.setattr(place, name, counted)
-    verb(two(), spec("symmetric"))
+    verb(two(), one_rule("symmetric"))
     assert sorted(calls) == ["_build_all", "_proven", "capture", "survey"]
 
 
@@ -222,7 +219,7 @@ class Distributed(nn.parallel.DistributedDataParallel):
 
 @pytest.mark.parametrize("wrapper", [Replicas, Distributed])
 @pytest.mark.parametrize(
-    "verb", [lambda m: rewrite(m, spec("symmetric")), lambda m: plan(m, spec("symmetric")), bake, absorb]
+    "verb", [lambda m: rewrite(m, one_rule("symmetric")), lambda m: plan(m, one_rule("symmetric")), bake, absorb]
 )
 def test_a_wrapped_model_is_refused(wrapper: Any, verb: Any) -> None:
     with pytest.raises(RewriterError, match=r"use its attribute \.module"):
@@ -232,7 +229,7 @@ def test_a_wrapped_model_is_refused(wrapper: Any, verb: Any) -> None:
 def test_running_statistics_of_several_norms_are_one_diagnostic() -> None:
     norms = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(2)))
     with pytest.raises(PlanError, match=r"0.running_var, 1.running_var are running statistics.*updates them in place"):
-        plan(norms, spec("identity", select="*.running_var"))
+        plan(norms, one_rule("identity", select="*.running_var"))
 
 
 @pytest.mark.parametrize(
@@ -242,5 +239,5 @@ def test_running_statistics_of_several_norms_are_one_diagnostic() -> None:
 def test_the_path_of_a_module_gets_a_hint(select: str, expected: str) -> None:
     model = nn.ModuleDict({"fc1": nn.Linear(2, 2), "body": nn.Sequential(nn.Linear(2, 2))})
     with pytest.raises(PlanError) as caught:
-        plan(model, spec("symmetric", select=select))
+        plan(model, one_rule("symmetric", select=select))
     assert expected in str(caught.value)

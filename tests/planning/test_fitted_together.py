@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from rewriter import RewriterError, bake, rewrite
 from rewriter.parametrizations import _registry
-
-
-def _spec(*chain: Any, **options: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "r", "select": "*.weight", "chain": list(chain), **options}]}
+from tests.rules import one_rule
 
 
 def _layers(count: int, size: int = 5) -> nn.Sequential:
@@ -50,10 +47,10 @@ def test_many_are_fitted_to_what_each_is_fitted_to_alone(step: Any, monkeypatch:
                 "psd": square @ square.T + torch.eye(5, dtype=torch.float64),
             }[step]
     torch.manual_seed(1)
-    together = rewrite(many, _spec(step))
+    together = rewrite(many, one_rule(step))
     torch.manual_seed(1)
     monkeypatch.setattr("rewriter.planning._fit.FEWEST", 1000)
-    alone = rewrite(many, _spec(step))
+    alone = rewrite(many, one_rule(step))
     assert together.state_dict().keys() == alone.state_dict().keys()
     for key, tensor in together.state_dict().items():
         torch.testing.assert_close(tensor, alone.state_dict()[key], rtol=1e-9, atol=1e-9)
@@ -87,7 +84,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fitting_takes_no_more_calls_for_many_than_for_some() -> None:
     def fits(count: int) -> int:
         _Counted.fits = 0
-        site = rewrite(_layers(count), _spec("counted")).get_submodule("0.parametrizations.weight")
+        site = rewrite(_layers(count), one_rule("counted")).get_submodule("0.parametrizations.weight")
         torch.testing.assert_close(site.original * 2, _layers(count)[0].weight)
         return _Counted.fits
 
@@ -118,10 +115,10 @@ class _Falls(_Counted):
 def test_what_cannot_be_fitted_together_is_fitted_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Falls, "kind", kind)
     torch.manual_seed(3)
-    new = rewrite(_layers(40), _spec("falls"))
+    new = rewrite(_layers(40), one_rule("falls"))
     torch.manual_seed(3)
     monkeypatch.setattr("rewriter.planning._fit.FEWEST", 1000)
-    alone = rewrite(_layers(40), _spec("falls"))
+    alone = rewrite(_layers(40), one_rule("falls"))
     torch.testing.assert_close(new.state_dict(), alone.state_dict(), rtol=0, atol=0)
     if kind == "setting":
         assert new.get_submodule("7.parametrizations.weight.0").seen == 2
@@ -134,4 +131,4 @@ def test_the_tensor_that_cannot_be_fitted_is_named() -> None:
             layer.weight.copy_(torch.eye(5))
         model[17].weight[0, 0] = -1
     with pytest.raises(RewriterError, match=r"on 17\.weight: .*no rotation"):
-        rewrite(model, _spec("special_orthogonal"))
+        rewrite(model, one_rule("special_orthogonal"))

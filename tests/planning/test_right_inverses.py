@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 
 from rewriter import PlanError, bake, plan, rewrite
 from rewriter.state import get_value
+from tests.rules import one_rule
 
-
-def spec(*chain: Any, select: str = "0.weight", **rule: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "r", "select": select, "chain": list(chain), **rule}]}
+spec = functools.partial(one_rule, select="0.weight")
 
 
 def one(n: int = 4, m: int = 4) -> nn.Sequential:

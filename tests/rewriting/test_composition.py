@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rewriter import bake, plan, rewrite
+from tests.rules import one_rule
 
 PRUNED = {"l1_unstructured": {"amount": 12}}
 ORTHOGONAL = {"orthogonal": {"map": "matrix_exp"}}
@@ -21,8 +23,7 @@ QUANTIZED = {"fake_quantize": {"bits": 4}}
 Stored = dict[str, Tensor]
 
 
-def spec(*chain: Any, **options: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "r", "select": "0.weight", "chain": list(chain), **options}]}
+spec = functools.partial(one_rule, select="0.weight")
 
 
 def net(training: bool = True) -> nn.Sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import PlanError, RewriterError, plan, rewrite
+from tests.rules import one_rule
 
 
 class Tied(nn.Module):
@@ -42,9 +44,7 @@ class SaysTooMuch(nn.Module):
         return self if type(next) is SaysTooMuch else None
 
 
-def _spec(*chain: Any, **options: Any) -> dict[str, Any]:
-    rule = {"name": "r", "select": ["**.weight*", "gain"], "chain": list(chain), **options}
-    return {"reparam": 1, "rules": [rule]}
+_spec = functools.partial(one_rule, select=["**.weight*", "gain"])
 
 
 def _unchanged(model: nn.Module) -> Callable[[], None]:

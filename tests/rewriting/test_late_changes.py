@@ -67,18 +67,15 @@ def test_a_hook_that_would_never_run_warns(path: str, register: str) -> None:
     assert found[0].filename == __file__
 
 
-@pytest.mark.parametrize("path", ["", "head", "blocks.0.norm"])
-def test_hooks_of_what_the_graph_calls_run(path: str) -> None:
-    model = rewrite(Net(), SPEC, capture="graph")
-    seen: list[str] = []
-    model.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
-    model(x)
-    assert seen == [path]
-
-
-@pytest.mark.parametrize("path", ["conv", "blocks.0", "blocks.1.linear"])
-def test_hooks_run_where_the_model_keeps_its_class(path: str) -> None:
-    model = rewrite(Net(), SPEC, capture="module")
+@pytest.mark.parametrize(
+    ("capture", "path"),
+    [
+        *(("graph", path) for path in ("", "head", "blocks.0.norm")),
+        *(("module", path) for path in ("conv", "blocks.0", "blocks.1.linear")),
+    ],
+)
+def test_hooks_of_what_is_called_run(capture: str, path: str) -> None:
+    model = rewrite(Net(), SPEC, capture=capture)
     seen: list[str] = []
     model.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
     model(x)

@@ -25,6 +25,18 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x))) * self.scale
 
 
+class Tied(nn.Module):
+    """A tensor with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x))
+
+
 @pytest.fixture
 def net() -> type[Net]:
     return Net

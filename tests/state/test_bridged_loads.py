@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from rewriter import RewriterError, absorb, rewrite
 from rewriter.state import convert_state_dict, get_value
-from tests.state.conftest import Net, assert_same, snapshot
+from tests.state.conftest import Net, Tied, assert_same, snapshot
 
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
 
@@ -174,15 +174,6 @@ def test_a_tensor_of_the_root_is_bridged(rewritten: Callable[..., nn.Module], fo
 
 
 def test_tied_tensors_are_bridged_under_each_name(capture: str, spec: Callable[..., Any]) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.embed(x))
-
     source, new = Tied(), rewrite(Tied(), spec("embed.weight", "weight_norm"), capture=capture)
     new.load_state_dict(source.state_dict())
     x = torch.arange(5)

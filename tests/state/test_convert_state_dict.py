@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rewriter import RewriterError, bake, plan, rewrite
 from rewriter.state import convert_state_dict, get_value
-from tests.state.conftest import Net, assert_same, snapshot
+from tests.state.conftest import Net, Tied, assert_same, snapshot
 
 X = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
 
@@ -105,15 +105,6 @@ def test_a_chain_reads_the_tensors_of_the_state(capture: str, spec: Callable[...
 
 
 def test_tied_names_are_all_there(capture: str, spec: Callable[..., Any]) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.embed(x))
-
     new = rewrite(Tied(), spec("embed.weight", "weight_norm"), capture=capture)
     plain = convert_state_dict(new.state_dict(), new, to="plain")
     assert list(plain) == list(Tied().state_dict())

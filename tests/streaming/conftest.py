@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.rules import one_rule
 
-def spec(*chain: Any, select: str = "**.weight", **rule: Any) -> dict[str, Any]:
-    return {"reparam": 1, "rules": [{"name": "all", "select": select, "chain": list(chain), **rule}]}
+spec = functools.partial(one_rule, select="**.weight")
 
 
 def tree(tensors: Mapping[str, Tensor]) -> nn.Module:

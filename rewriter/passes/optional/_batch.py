@@ -27,8 +27,9 @@ def batch_evaluations(lowering: Lowering) -> bool:
     """Give the evaluations of every group of equal sites one node that does their work."""
     evaluations = evaluations_of(lowering).items()
     nodes = {site: found[0] for site, found in evaluations if len(found) == 1 and "apart" not in found[0].kwargs}
-    groups = groups_to_batch(filter(_small, sorted(nodes, key=nodes.__getitem__)))
-    chosen = [group for group in groups if _wanted(group) and _equal(group)]
+    ordered = sorted(nodes, key=nodes.__getitem__)
+    groups = groups_to_batch(s for s in ordered if s.spec.batch == "always" or small(s.originals, s.steps))
+    chosen = [group for group in groups if (group[0].spec.batch == "always" or len(group) >= FEWEST) and _equal(group)]
     if chosen:
         lowering.root.add_module(BATCHES, nn.ModuleList(map(BatchedEvaluation, chosen)))
     for index, group in enumerate(chosen):
@@ -75,14 +76,6 @@ def groups_to_batch(sites: Iterable[Site]) -> list[list[Site]]:
         if site.spec.batch != "never" and not why_alone(site):
             groups.setdefault((site.spec.identity, likeness(site)), []).append(site)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _small(site: Site) -> bool:
-    return site.spec.batch == "always" or small(site.originals, site.steps)
-
-
-def _wanted(group: Sequence[Site]) -> bool:
-    return group[0].spec.batch == "always" or len(group) >= FEWEST
 
 
 def _equal(group: Sequence[Site]) -> bool:

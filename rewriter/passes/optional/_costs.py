@@ -62,8 +62,5 @@ def small(stored: Sequence[Tensor], steps: Sequence[nn.Module]) -> bool:
     device = stored[0].device.type
     names = [str(getattr(step, "map", "") or getattr(step, "name", "")) for step in steps] or [""]
     elements = max(tensor.numel() for tensor in stored)
-    return all(elements <= _largest(device, name) for name in names)
-
-
-def _largest(device: str, name: str) -> int:
-    return next(_LARGEST[key] for key in ((device, name), ("", name), (device, ""), ("", "")) if key in _LARGEST)
+    places = [((device, name), ("", name), (device, ""), ("", "")) for name in names]
+    return all(elements <= next(_LARGEST[key] for key in keys if key in _LARGEST) for keys in places)
