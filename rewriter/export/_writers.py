@@ -39,8 +39,10 @@ def reason(problem: BaseException) -> str:
     if "Suggested fixes:" not in lines:
         return text
     fixes = lines[lines.index("Suggested fixes:") + 1 :]
-    found = "; ".join(line for line in fixes if " = " in line)
-    return f"{text} torch.export suggests {found}. As text, limits are time=1:2..512"
+    found = [line for line in fixes if " = " in line]
+    fixed = [line.partition(" = ")[0] for line in found if line.rpartition(" = ")[2].isdecimal()]
+    advice = f"Leave {', '.join(fixed)} out of the sizes that vary" if fixed else "As text, limits are time=1:2..512"
+    return f"{text} torch.export suggests {'; '.join(found)}. {advice}"
 
 
 def _write_module(job: Job, path: Path) -> None:
@@ -49,22 +51,25 @@ def _write_module(job: Job, path: Path) -> None:
 
 def _write_torchscript(job: Job, path: Path) -> None:
     model = job.module
+
+    def save(scripted: Any) -> None:
+        with path.open("wb") as file:
+            torch.jit.save(scripted, file, _extra_files={KEY: job.provenance})
+
     try:
-        scripted: Any = torch.jit.script(model)
+        save(torch.jit.script(model))  # an argument that is None by default fails as late as here
     except Exception as problem:
         if job.call is None:
             raise CaptureError(
                 f"torch.jit.script does not take the {type(model).__name__}: {reason(problem)}\n"
                 "With example inputs it is traced: example_inputs=(…,), or --example float32[2,3]"
             ) from problem
-        scripted = _traced(job, model)
+        save(_traced(job, model))
         if not isinstance(job.model, ExportedProgram):  # a program has no branches any more
             job.note = (
                 f"the {type(model).__name__} was traced, not scripted: its branches and loops are those of the "
                 f"example inputs. torch.jit.script: {reason(problem)}"
             )
-    with path.open("wb") as file:
-        torch.jit.save(scripted, file, _extra_files={KEY: job.provenance})
 
 
 def _traced(job: Job, model: nn.Module) -> Any:

@@ -111,7 +111,8 @@ class _Chain:
         for node in self.nodes:
             if "exported" in note(node):
                 return dict(note(node)["exported"])
-        return {"rule": f"exported:{self.name}", "chain": self.steps(), "members": {self.name: ()}}
+        rule = {"rule": f"exported:{self.name}", "chain": self.steps(), "options": "", "labels": []}
+        return {**rule, "members": {self.name: ()}}
 
     def members(self) -> list[tuple[str, fx.Node]]:
         """Return each tensor that it computes, with the node of its value."""
@@ -143,9 +144,17 @@ class _Chain:
             dtype = dtype_name(value.meta["val"].dtype)
             members.append(Computed(value.name, kind, persistent, grad, list(_shape(value)), dtype, [slot]))
         inputs = [read.name for read in self.reads() if read.name not in stored]
-        chain, labels = noted.get("chain") or [], noted.get("labels") or []
-        rule, options = noted.get("rule") or "", noted.get("options") or ""
-        return ProgramSite(rule, chain, options, members, originals, stored, inputs, False, labels=labels)
+        return ProgramSite(
+            noted["rule"],
+            noted["chain"],
+            noted["options"],
+            members,
+            originals,
+            stored,
+            inputs,
+            False,
+            labels=noted["labels"],
+        )
 
     def renewed(self, lost: ProgramSite) -> ProgramSite:
         """Return `lost` with the nodes that are there now."""

@@ -67,12 +67,21 @@ def test_torchscript(model, tmp_path, form):
     assert torch.allclose(torch.jit.load(tmp_path / "out.pt")(X), model(X))
 
 
-def test_what_cannot_be_scripted_is_traced_with_example_inputs(tmp_path):
-    model = Untypable()
-    with pytest.raises(CaptureError, match=r"(?s)torch.jit.script does not take the Untypable.*example_inputs"):
+class Optional(Untypable):
+    """Torch scripts it, and cannot save the script."""
+
+    def forward(self, x, lengths=None):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("kind", [Untypable, Optional])
+def test_what_cannot_be_scripted_is_traced_with_example_inputs(tmp_path, kind):
+    model = kind()
+    message = rf"(?s)torch.jit.script does not take the {kind.__name__}.*example_inputs"
+    with pytest.raises(CaptureError, match=message):
         export_model(model, tmp_path / "out.pt", format="torchscript")
     assert os.listdir(tmp_path) == []
-    with pytest.warns(UserWarning, match="Untypable was traced, not scripted"):
+    with pytest.warns(UserWarning, match=f"{kind.__name__} was traced, not scripted"):
         export_model(model, tmp_path / "out.pt", format="torchscript", example_inputs=[X])
     assert torch.allclose(torch.jit.load(tmp_path / "out.pt")(X), model(X))
 

@@ -164,7 +164,9 @@ def test_a_size_that_the_model_fixes_is_refused(tmp_path):
         def forward(self, x):
             return x * 2 if x.shape[0] == 3 else x
 
-    with pytest.raises(CaptureError, match=r"cannot be written as pt2: .*torch\.export suggests batch = 3"):
+    with pytest.raises(
+        CaptureError, match=r"cannot be written as pt2: .*torch\.export suggests batch = 3. Leave batch out of the"
+    ):
         export_model(Fixed(), tmp_path / "o.pt2", example_inputs=X, dynamic_shapes="batch=0")
 
 
@@ -196,14 +198,27 @@ def test_large_weights_of_an_onnx_file_are_in_a_second_file(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("map", "operator"),
+    [("matrix_exp", "linalg_matrix_exp"), ("cayley", "linalg_inv_ex"), ("householder", "linalg_solve_triangular")],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_of_a_computed_tensor_without_operator_says_bake_first(tmp_path):
+def test_onnx_of_a_computed_tensor_without_operator_says_bake_first(tmp_path, map, operator):
     pytest.importorskip("onnxscript")
-    spec = {"reparam": 1, "rules": [{"name": "o", "select": "0.weight", "chain": ["orthogonal"]}]}
-    new = rewriter.rewrite(nn.Sequential(nn.Linear(4, 4)).eval(), spec)
-    with pytest.raises(CaptureError, match=r"aten.+matrix_exp.*0\.weight = orthogonal: bake first"):
+    rule = {"name": "o", "select": "0.weight", "chain": [{"orthogonal": {"map": map}}]}
+    new = rewriter.rewrite(nn.Sequential(nn.Linear(4, 4)).eval(), {"reparam": 1, "rules": [rule]})
+    said = rf"no operator for aten\.{operator}.*0\.weight = orthogonal\(map={map}\): bake first$"
+    with pytest.raises(CaptureError, match=said):
         export_model(new, tmp_path / "o.onnx", example_inputs=X)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_a_computed_tensor_with_operators_is_compared(tmp_path):
+    pytest.importorskip("onnxruntime")
+    new = rewriter.rewrite(nn.Sequential(nn.Linear(4, 3), nn.Tanh()).eval(), SPEC)
+    assert export_model(new, tmp_path / "o.onnx", example_inputs=X, dynamic_shapes="batch=0").difference < 1e-5
 
 
 def test_an_aoti_package_needs_a_compiler_and_a_name(tmp_path, monkeypatch):
