@@ -180,6 +180,19 @@ def test_trained_bases_and_high_ranks_make_the_weight(made: list[str]) -> None:
         assert "48x40" in made
 
 
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("part", ["", ".0"], ids=["site", "step"])
+def test_a_forward_that_was_set_on_a_site_or_a_step_runs(capture: str, part: str, made: list[str]) -> None:
+    new, x = _rewritten(capture), torch.randn(5, 40, dtype=torch.float64)
+    expected = new(x)
+    hooked = new.get_submodule(f"first.parametrizations.weight{part}")
+    forward, calls = hooked.forward, []
+    hooked.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+    made.clear()
+    torch.testing.assert_close(new(x), expected)
+    assert (calls, made.count("48x40")) == ([1], 1)
+
+
 def test_a_weight_with_another_use_is_made(made: list[str]) -> None:
     class Penalised(_Net):
         def forward(self, x: Tensor) -> Tensor:
