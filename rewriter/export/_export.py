@@ -114,7 +114,8 @@ def export_model(
     whole = format not in ("module", "safetensors", "hf")
     with _replacing(path, format, force) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        # Once for each text: an LSTM alone gives a dozen.
+        warnings.simplefilter("module", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         job = job_for(model, call, noted, Path(path), train=train, whole=whole)
         job.metadata = dict(metadata or {})
         try:

@@ -91,6 +91,19 @@ def test_a_branch_that_tracing_fixes_warns(tmp_path):
         export_model(Branching(), tmp_path / "out.pt", format="torchscript", example_inputs=X)
 
 
+def test_a_warning_of_the_tracer_is_given_once_for_each_export(tmp_path):
+    class Sequence(Untypable):
+        def forward(self, x, **options):
+            return self.fc(x.unsqueeze(0))[0]
+
+    for name in ("a", "b"):
+        with pytest.warns(Warning) as found:
+            export_model(Sequence(nn.LSTM(4, 2)).eval(), tmp_path / f"{name}.ts", example_inputs=X)
+        texts = [str(one.message) for one in found if one.category is torch.jit.TracerWarning]
+        assert texts
+        assert len(texts) == len(set(texts))
+
+
 def test_a_scripted_model_gives_no_warning(model, tmp_path, recwarn):
     export_model(model, tmp_path / "out.pt", format="torchscript", example_inputs=X)
     assert not list(recwarn)
