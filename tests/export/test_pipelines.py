@@ -237,3 +237,13 @@ def test_torchao_quantizes_after_bake_and_says_bake_first_before(quiet, capture)
         with pytest.raises((RewriterError, TypeError), match=r"bake first|Parameter or None expected") as refused:
             torchao.quantize_(new, config)
         assert isinstance(refused.value, TypeError) is isinstance(config, qat.QATConfig)
+
+
+def test_prepare_fx_before_bake_works_on_a_graph_alone(quiet):
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    new, mapping = _rewritten(), get_default_qconfig_mapping("x86")
+    torch.testing.assert_close(prepare_fx(copy.deepcopy(new), mapping, (X,))(X), new(X))
+    with pytest.raises(RewriterError, match=r"conv\.weight cannot be set"):  # it fuses the batch norm
+        prepare_fx(_rewritten(capture="module"), mapping, (X,))
