@@ -62,9 +62,7 @@ class WeightNorm(Parametrization, name="weight_norm"):
     def right_inverse(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return g, the norms of the slices, and v, the tensor itself (ones in slices that are zero)."""
         norm = self._norm(widen(value))
-        if not norm.is_meta and bool((norm != 0).all()):
-            return norm.to(value.dtype), value
-        return norm.to(value.dtype), torch.where(norm == 0, torch.ones_like(value), value)
+        return norm.to(value.dtype), torch.where(norm == 0, value.new_ones(()), value)
 
     def _value(self, G: Tensor, V: Tensor) -> Tensor:
         norm = self._norm(V)

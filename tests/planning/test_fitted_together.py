@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriter import RewriterError, bake, rewrite
-from rewriter.parametrizations import _registry
+from rewriter.parametrizations import Symmetric, WeightNorm, _registry
 from tests.rules import one_rule
 
 
@@ -90,6 +90,15 @@ def test_fitting_takes_no_more_calls_for_many_than_for_some() -> None:
 
     assert fits(50) == fits(200) < 10
     assert fits(3) == 3
+
+
+@pytest.mark.parametrize("member", [WeightNorm, Symmetric])
+def test_members_of_the_catalog_are_fitted_together(member: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    invert = member.right_inverse
+    monkeypatch.setattr(member, "right_inverse", lambda step, value: (calls.append(1), invert(step, value))[1])
+    rewrite(_layers(50), one_rule(member.name))
+    assert len(calls) < 10
 
 
 class _Falls(_Counted):
