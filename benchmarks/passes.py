@@ -77,7 +77,7 @@ WORKS = [
     Work("cast", "RNN, 100 steps, 256 units, batch 4, cayley, bfloat16 autocast", lambda: Recurrent(100, 256),
          (100, 4, 256), RNN[3], "recurrent.weight", autocast=True),
     Work("apart", "transformer d=256, LoRA", _frozen(networks.transformer, 256), (8, 64, 256), [LORA], LINEAR),
-    Work("apart", "transformer d=64, LoRA", _frozen(networks.transformer, 64), (8, 32, 64), [LORA], LINEAR),
+    Work("apart", "transformer d=192, LoRA", _frozen(networks.transformer, 192), (8, 32, 192), [LORA], LINEAR),
     Work("rows", *RNN, "recurrent.weight"),
     Work("transpose", *RNN, "recurrent.weight"),
 ]  # fmt: skip

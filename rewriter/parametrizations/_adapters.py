@@ -56,6 +56,12 @@ class Lora(Adapter, name="lora"):
     def delta(self) -> Tensor:
         return (widen(self.lora_B) * self.scaling) @ widen(self.lora_A)  # the factor on the smaller tensor
 
+    def value(self, X: Tensor) -> Tensor:
+        if X.dim() == 2 and not (self.training and self.lora_dropout > 0):
+            return torch.addmm(X, widen(self.lora_B), widen(self.lora_A), alpha=self.scaling)
+        delta = self.delta()
+        return X + (self.drop(delta) if self.training else delta).reshape(X.shape)
+
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``F.linear(x, self(base), bias)`` without making the weight, so that it gets no gradient either.
 
@@ -72,6 +78,8 @@ class Lora(Adapter, name="lora"):
         return result.view(*x.shape[:-1], base.shape[0]) if x.dim() > 2 else result
 
     def drop(self, delta: Tensor) -> Tensor:
+        if self.lora_dropout == 0:
+            return delta
         return delta * F.dropout(torch.ones_like(delta[0]), self.lora_dropout, self.training)
 
 

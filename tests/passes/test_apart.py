@@ -23,7 +23,7 @@ CAPTURES = ("graph", "module")
 class _Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(40, 48), nn.Linear(48, 40, bias=False), nn.Linear(40, 40)
+        self.first, self.second, self.last = nn.Linear(144, 160), nn.Linear(160, 144, bias=False), nn.Linear(144, 144)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.last(torch.tanh(self.second(torch.tanh(self.first(x))))))
@@ -74,13 +74,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from rewriter.parametrizations._adapters import Lora
 
     found: list[str] = []
-    delta = Lora.delta
-    monkeypatch.setattr(Lora, "delta", lambda step: (found.append(f"{step.rows}x{step.columns}"), delta(step))[1])
+    value = Lora.value
+    monkeypatch.setattr(Lora, "value", lambda step, X: (found.append(f"{step.rows}x{step.columns}"), value(step, X))[1])
     return found
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("shape", [(5, 40), (3, 5, 40), (2, 3, 2, 40), (0, 40), (0, 5, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 144), (3, 5, 144), (2, 3, 2, 144), (0, 144), (0, 5, 144)], ids=str)
 def test_values_and_gradients_are_those_of_the_whole_weight(capture: str, shape: tuple[int, ...]) -> None:
     new, x = _rewritten(capture), torch.randn(shape, dtype=torch.float64)
     for ours, whole in zip(_gradients(new, x), _gradients(_whole(new), x), strict=True):
@@ -91,17 +91,17 @@ def test_values_and_gradients_are_those_of_the_whole_weight(capture: str, shape:
 def test_no_weight_is_made_in_training_where_one_layer_uses_it(capture: str, made: list[str]) -> None:
     new = _rewritten(capture)
     made.clear()
-    _gradients(new, torch.randn(5, 40, dtype=torch.float64))
-    shared = [] if capture == "module" else ["40x40"]
+    _gradients(new, torch.randn(5, 144, dtype=torch.float64))
+    shared = [] if capture == "module" else ["144x144"]
     assert made == shared  # a graph knows that the last layer is called twice
     with torch.no_grad():
-        new(torch.randn(5, 40, dtype=torch.float64))
-    assert sorted(made[len(shared) :]) == ["40x40", "40x48", "48x40"]
+        new(torch.randn(5, 144, dtype=torch.float64))
+    assert sorted(made[len(shared) :]) == ["144x144", "144x160", "160x144"]
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_double_backward(capture: str) -> None:
-    new, x = _rewritten(capture), torch.randn(5, 40, dtype=torch.float64)
+    new, x = _rewritten(capture), torch.randn(5, 144, dtype=torch.float64)
 
     def penalty(model: nn.Module, x: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
@@ -114,7 +114,7 @@ def test_double_backward(capture: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_checkpointed(capture: str, reentrant: bool) -> None:
-    new, x = _rewritten(capture), torch.randn(5, 40, dtype=torch.float64)
+    new, x = _rewritten(capture), torch.randn(5, 144, dtype=torch.float64)
 
     def again(model: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=reentrant).square().mean()
@@ -134,7 +134,7 @@ def test_half_precision_is_as_near_as_the_whole_weight(capture: str, dtype: torc
     exact, half = _rewritten(capture), _rewritten(capture, dtype)
     half.load_state_dict(exact.state_dict())
     exact.load_state_dict(half.state_dict())  # the same numbers
-    x = torch.randn(64, 40, dtype=dtype)
+    x = torch.randn(64, 144, dtype=dtype)
     with torch.autocast("cpu", enabled=dtype == torch.float32):
         ours, whole = half(x), _whole(half)(x)
     assert ours.dtype == whole.dtype
@@ -144,24 +144,24 @@ def test_half_precision_is_as_near_as_the_whole_weight(capture: str, dtype: torc
 
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_dropout_in_training_makes_the_weight_once(capture: str, made: list[str]) -> None:
-    new, x = _rewritten(capture, lora_dropout=0.5), torch.randn(5, 40, dtype=torch.float64)
+    new, x = _rewritten(capture, lora_dropout=0.5), torch.randn(5, 144, dtype=torch.float64)
     made.clear()
     _gradients(new, x)
-    assert sorted(made) == ["40x40", "40x48", "48x40"]
+    assert sorted(made) == ["144x144", "144x160", "160x144"]
     made.clear()
     _gradients(new.eval(), x)
-    assert "48x40" not in made
+    assert "160x144" not in made
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_frozen_sites_and_one_value_for_several_forwards(capture: str, made: list[str]) -> None:
-    new, x = _rewritten(capture), torch.randn(5, 40, dtype=torch.float64)
+    new, x = _rewritten(capture), torch.randn(5, 144, dtype=torch.float64)
     expected = _gradients(_whole(new), x)
     made.clear()
     with evaluate_once(new):
         torch.testing.assert_close(_gradients(new, x), expected)
         torch.testing.assert_close(new(x).square().mean().detach(), expected[0])
-    assert sorted(made) == ["40x40", "40x48", "48x40"]
+    assert sorted(made) == ["144x144", "144x160", "160x144"]
     freeze(new)
     made.clear()
     torch.testing.assert_close(_loss(new, x), expected[0])
@@ -172,25 +172,25 @@ def test_frozen_sites_and_one_value_for_several_forwards(capture: str, made: lis
 
 
 def test_trained_bases_and_high_ranks_make_the_weight(made: list[str]) -> None:
-    x = torch.randn(5, 40, dtype=torch.float64)
-    for new in (_rewritten("graph", r=20), _rewritten("graph")):
+    x = torch.randn(5, 144, dtype=torch.float64)
+    for new in (_rewritten("graph", r=64), _rewritten("graph")):
         new.get_parameter("first.parametrizations.weight.original").requires_grad_(True)
         made.clear()
         _gradients(new, x)
-        assert "48x40" in made
+        assert "160x144" in made
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("part", ["", ".0"], ids=["site", "step"])
 def test_a_forward_that_was_set_on_a_site_or_a_step_runs(capture: str, part: str, made: list[str]) -> None:
-    new, x = _rewritten(capture), torch.randn(5, 40, dtype=torch.float64)
+    new, x = _rewritten(capture), torch.randn(5, 144, dtype=torch.float64)
     expected = new(x)
     hooked = new.get_submodule(f"first.parametrizations.weight{part}")
     forward, calls = hooked.forward, []
     hooked.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
     made.clear()
     torch.testing.assert_close(new(x), expected)
-    assert (calls, made.count("48x40")) == ([1], 1)
+    assert (calls, made.count("160x144")) == ([1], 1)
 
 
 def test_a_weight_with_another_use_is_made(made: list[str]) -> None:
@@ -201,8 +201,8 @@ def test_a_weight_with_another_use_is_made(made: list[str]) -> None:
     new = rewrite(Penalised().double(), _spec(), capture="graph")
     assert "apart" not in print_graph(new).split("evaluate first.weight")[1].splitlines()[0]
     made.clear()
-    new(torch.randn(5, 40, dtype=torch.float64)).backward()
-    assert made == ["48x40"]
+    new(torch.randn(5, 144, dtype=torch.float64)).backward()
+    assert made == ["160x144"]
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -215,7 +215,7 @@ def test_after_steps_that_nothing_trains(capture: str, made: list[str]) -> None:
     base = new.get_parameter("first.parametrizations.weight.original")
     base.requires_grad_(False)
     nn.init.normal_(new.get_parameter("first.parametrizations.weight.1.lora_B"))
-    x = torch.randn(5, 40, dtype=torch.float64)
+    x = torch.randn(5, 144, dtype=torch.float64)
     for _ in range(2):
         made.clear()
         ours = _gradients(new, x)
@@ -227,7 +227,7 @@ def test_after_steps_that_nothing_trains(capture: str, made: list[str]) -> None:
     base.requires_grad_(True)
     made.clear()
     assert len(_gradients(new, x)) == len(ours) + 1
-    assert made == ["48x40"]
+    assert made == ["160x144"]
 
 
 def test_the_pass_can_be_left_out_and_copies_keep_it() -> None:
@@ -235,7 +235,7 @@ def test_the_pass_can_be_left_out_and_copies_keep_it() -> None:
     assert print_graph(new).count("[base and change apart]") == 2
     torch.manual_seed(0)
     assert "apart" not in print_graph(rewrite(_Net(), _spec(), without=["apart"]))
-    x = torch.randn(5, 40, dtype=torch.float64)
+    x = torch.randn(5, 144, dtype=torch.float64)
     for other in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
         torch.testing.assert_close(other(x), new(x))
     torch.testing.assert_close(bake(new)(x), new(x))
@@ -243,7 +243,7 @@ def test_the_pass_can_be_left_out_and_copies_keep_it() -> None:
 
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_under_transforms_and_by_the_graph_of_another(capture: str) -> None:
-    new, x = _rewritten(capture), torch.randn(5, 40, dtype=torch.float64)
+    new, x = _rewritten(capture), torch.randn(5, 144, dtype=torch.float64)
     trained = {name: parameter for name, parameter in new.named_parameters() if parameter.requires_grad}
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -258,15 +258,15 @@ def test_under_transforms_and_by_the_graph_of_another(capture: str) -> None:
 
 def test_compiled_and_exported(made: list[str]) -> None:
     """torch.compile traces it without a break; an exported program has the whole weight, which bake finds again."""
-    new, x = _rewritten("graph"), torch.randn(5, 40, dtype=torch.float64)
+    new, x = _rewritten("graph"), torch.randn(5, 144, dtype=torch.float64)
     expected = _gradients(new, x)
     made.clear()
     compiled = torch.compile(new, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(_gradients(compiled, x), expected)
-    assert made == ["40x40"]
+    assert made == ["144x144"]
     made.clear()
     torch.export.export(new, (x,))
-    assert "48x40" in made
+    assert "160x144" in made
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_a_language_model_computes_what_peft_computes() -> None:
     """The forward and backward of a rewritten Llama have the operations of PEFT's, and not one product more."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 144, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
     rule = {"name": "a", "select": "**.{q,v}_proj.weight", "chain": [{"lora": {"r": 4, "lora_alpha": 8}}]}
     ours = rewrite(copy.deepcopy(base), {"reparam": 1, "trainable": "rewritten", "rules": [rule]})

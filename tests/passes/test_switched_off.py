@@ -24,7 +24,7 @@ class _Net(nn.Module):
         super().__init__()
         self.cell, self.input = nn.RNNCell(6, 6), nn.Linear(6, 6)
         self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
-        self.frozen, self.adapted = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.frozen, self.adapted = nn.Linear(6, 6), nn.Linear(6, 4096)
         self.frozen.weight.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
