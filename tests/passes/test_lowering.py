@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
 
 from rewriter import PlanError, RewriterError, bake, rewrite
 from rewriter.bindings import RewrittenModule, _graph_module
@@ -145,6 +147,22 @@ def test_an_edited_graph_is_not_lowered_again(edit: Any, carry: Any) -> None:
     for lose in (bake, lambda new: bake(new, inplace=True), lambda new: bake(new, only=["w"])):
         with pytest.raises(PlanError, match="graph of the rewritten model was edited"):
             lose(new)
+
+
+def test_a_partitioned_graph_is_not_lowered_again() -> None:
+    """A partitioner moves nodes into a module of its own; baking would lose what a backend makes of that."""
+
+    class Everything(OperatorSupportBase):
+        def is_node_supported(self, submodules: Any, node: fx.Node) -> bool:
+            return node.op == "call_function"
+
+    new = rewritten("fc.weight", "w")
+    x = torch.randn(2, 3)
+    expected = new(x)
+    fused = CapabilityBasedPartitioner(new, Everything()).partition_and_fuse(prefix="part")
+    torch.testing.assert_close(fused(x), expected)
+    with pytest.raises(PlanError, match="graph of the rewritten model was edited"):
+        bake(fused)
 
 
 def test_exports_and_copies_are_no_edits() -> None:

@@ -120,3 +120,23 @@ def test_torch_transfers_no_chunks(capture: Any) -> None:
     model = rewrite(nn.Sequential(nn.Linear(4, 4)), {"reparam": 1, "rules": [rule]}, capture=capture)
     with pytest.raises(PlanError, match=r"0\.weight: torch has no such chain"):
         parametrize.transfer_parametrizations_and_params(model.get_submodule("0"), nn.Linear(4, 4))
+
+
+def test_a_hook_of_accelerate_stays_with_its_model(capture: str) -> None:
+    """It sets a forward on the module: equal models have one class, and no other one runs it."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Zero(hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return output * 0
+
+    spec = {"reparam": 1, "rules": [{"name": "s", "select": "0.weight", "chain": ["symmetric"]}]}
+    one, other = (rewrite(nn.Sequential(nn.Linear(3, 3)), spec, capture=capture) for _ in range(2))
+    x = torch.ones(1, 3)
+    expected = [model(x) for model in (one, other)]
+    hooks.add_hook_to_module(one, Zero())
+    assert not one(x).any()
+    assert torch.equal(other(x), expected[1])
+    hooks.remove_hook_from_module(one)
+    assert torch.equal(one(x), expected[0])
+    assert torch.equal(bake(one)(x), expected[0])
