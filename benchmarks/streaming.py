@@ -173,7 +173,8 @@ def _sample(row: Row, source: Path, target: Path, code: str, *paths: Path) -> No
 def make(folder: Path, gib: float, shards: int, width: int, dtype: torch.dtype) -> list[str]:
     """Write a checkpoint of random square weights and return their names."""
     folder.mkdir()
-    count = max(shards, round(gib * 2**30 / (width * width * dtype.itemsize)))
+    count = max(1, round(gib * 2**30 / (width * width * dtype.itemsize)))
+    shards = min(shards, count)  # each has a tensor
     names = [f"{number}.fc.weight" for number in range(count)]
     places = {name: f"model-{index % shards + 1:05}-of-{shards:05}.safetensors" for index, name in enumerate(names)}
     generator = torch.Generator().manual_seed(0)
