@@ -172,9 +172,9 @@ A ratio is taken within a round; the table shows the median over the rounds and 
 times faster, *time* and *memory* say how many times as much. A training step is forward and backward.
 ✓ target met, ✗ target missed, ≈ target inside the 95 % confidence interval of the median.
 
-On a CPU everything is measured with one thread and with one thread per core. A second thread helps small matrices
-little. It helps torch's matrix exponential much, since that works on a matrix of twice the size. glibc is set to reuse
-freed memory: returning it to the system makes steps up to 1.5 times as long, by chance.
+A full run measures with one thread and with one thread per core; the sections below say what was measured. A second
+thread helps small matrices little. It helps torch's matrix exponential much, since that works on a matrix of twice the
+size. glibc is set to reuse freed memory: returning it to the system makes steps up to 1.5 times as long, by chance.
 """
 
 

@@ -43,7 +43,7 @@ def summary(groups: Iterable[Mapping[str, Any]]) -> str:
 
 def _row(words: str, ours: str, seconds: Mapping[str, Mapping[str, float]]) -> str:
     times = [seconds[name]["median"] if name in seconds else None for name in (ours, *COLUMNS.values())]
-    shown = ["–" if time is None else f"{1e3 * time:.3g}" for time in times]
+    shown = ["–" if time is None else f"{1e3 * time:{'.0f' if time >= 1 else '.3g'}}" for time in times]
     return f"| {words} | **{shown[0]}** | {' | '.join(shown[1:])} |"
 
 
