@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from rewriter._originals import NOTHING_COMPUTED, check_originals
 from rewriter._remap import Following
 from rewriter._undo import undone_on_failure
 from rewriter.bindings import RewrittenModule, detach, refuse_replaced, release
+from rewriter.bindings._late_changes import module_at
 from rewriter.bindings._pretrained import refuse_saving
 from rewriter.bindings.graph import lower_again, refuse_edited
 from rewriter.errors import PlanError
@@ -171,9 +172,7 @@ def _refuse_replaced_sources(model: nn.Module, sites: Iterable[Site]) -> None:
         if site not in reading or not f".{path}".endswith(f".{reading[site]}"):  # part of a model of its own
             continue
         for read, owner in site.reads_from():
-            found: Any = model
-            for part in [*path.removesuffix(reading[site]).split("."), *read.split(".")[:-1]]:
-                found = found._modules.get(part) if part and found is not None else found
+            found = module_at(model, f"{path.removesuffix(reading[site])}{read.rpartition('.')[0]}".rstrip("."))
             if found is None or owner not in set(found.modules()):
                 raise PlanError(
                     f"{site.spec.name} is computed from {read}, whose module was replaced or removed after the model "

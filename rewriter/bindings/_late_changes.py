@@ -227,18 +227,19 @@ def refuse_renamed(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
         RewriterError: one was.
     """
     for first, *others in groups:
-        module = _module_at(model, first)
+        module = module_at(model, first)
         if not others and (module is None or CONTAINER not in module._modules):
             raise _replaced(first, "tied tensor")
         for other in others:
-            if _module_at(model, other) is not module:
+            if module_at(model, other) is not module:
                 raise RewriterError(
                     f"{first} and {other} were one module when the model was rewritten, and the graph calls it by one "
                     "name for both: bake() the model, which takes in what is there now, and rewrite the result"
                 )
 
 
-def _module_at(model: Any, path: str) -> Any:
+def module_at(model: Any, path: str) -> Any:
+    """Return the module at a path, found in dictionaries; None if there is none."""
     try:
         for name in path.split(".") if path else ():
             model = model._modules[name]

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter._torch import dispatch_modes, forward_ad, functorch_interpreter, tracing_state
+from rewriter._torch import dispatch_modes
+from rewriter.context._tracers import traced
 
 _CONTAINERS = frozenset({tuple, list, dict, set})
 COMPARED = _CONTAINERS | {bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device}
@@ -180,6 +181,11 @@ def version_of(tensor: Tensor | None) -> int:
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
+def versions_of(value: Any) -> list[int]:
+    """Return `version_of` each tensor of a value: one, or a tuple of them."""
+    return [version_of(part) for part in (value if isinstance(value, tuple) else (value,))]
+
+
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that are not its tensors, submodules or torch's bookkeeping."""
     return {name: value for name, value in module.__dict__.items() if name not in _BOOKKEEPING}
@@ -187,12 +193,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 
 def transformed() -> bool:
     """Say whether something else than plain execution runs: a trace, a transform, fake tensors, forward mode."""
-    return (
-        functorch_interpreter() is not None
-        or dispatch_modes() > 0
-        or forward_ad._current_level >= 0
-        or tracing_state() is not None
-    )
+    return dispatch_modes() > 0 or traced()
 
 
 def declares(module: nn.Module, name: str, otherwise: object = False) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rewriter._torch import will_execute
 from rewriter.context._checkpoint import unnoticed
-from rewriter.context._fingerprint import Fingerprint, same_objects, transformed
+from rewriter.context._fingerprint import Fingerprint, same_objects, transformed, versions_of
 from rewriter.context._gradients import WatchedGradient, is_still, is_watchable
 from rewriter.errors import RewriterError
 
@@ -37,7 +37,7 @@ class Evaluated:
         self.leaf = leaf
         self.given: Any = leaf
         """What forwards get: the leaf, or the same value with a way to the originals for `torch.autograd.grad`."""
-        self.versions = _versions(leaf)
+        self.versions = versions_of(leaf)
         """How often the leaf had been written to when it was made."""
         self.arrived: list[tuple[Tensor, Tensor]] = []
         """The originals with the `.grad` that each had when the last gradient arrived at the leaf."""
@@ -77,7 +77,7 @@ class Evaluated:
         Raises:
             RewriterError: they have not, and gradients depend on it; or somebody wrote to the value.
         """
-        if self.versions != _versions(self.leaf) and not self.site.renormed:
+        if self.versions != versions_of(self.leaf) and not self.site.renormed:
             raise RewriterError(
                 f"{self.site.spec.name}: its value was written to inside evaluate_once, where all forwards share it; "
                 "write to a clone(), or give the tensor another value with rewriter.state.set_value before the block"
@@ -264,10 +264,6 @@ def _trained(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor in frozen:
             tensor.requires_grad_(False)
-
-
-def _versions(value: Any) -> list[int]:
-    return [part._version for part in (value if isinstance(value, tuple) else (value,))]
 
 
 def _leaf(value: Tensor) -> Tensor:

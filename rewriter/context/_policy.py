@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rewriter._given import is_managed
 from rewriter._torch import autocast_on
-from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed
+from rewriter.context._fingerprint import PLAIN, Fingerprint, same_objects, transformed, versions_of
 from rewriter.context._random import devices_of, random_states, same_states
 from rewriter.context._writes import ReadOutside, read_outside
 
@@ -146,7 +146,7 @@ class Policy:
         own = site.originals
         if self.frozen_at is not None and same_objects(own, self.frozen_at[1]):
             value, _, versions = self.frozen_at
-            if torch.compiler.is_compiling() or site.renormed or _versions(value) == versions:
+            if torch.compiler.is_compiling() or site.renormed or versions_of(value) == versions:
                 return value
             self.frozen_at = None  # a forward wrote to it, or somebody to what the forward returned
         if torch.compiler.is_compiling() or transformed() or self.frozen_at is not None:
@@ -158,7 +158,7 @@ class Policy:
 
     def take_frozen(self, site: Site, value: Any) -> None:
         """Give a frozen site its value, until it has other originals."""
-        self.frozen_at = (value, site.originals, _versions(value))
+        self.frozen_at = (value, site.originals, versions_of(value))
 
     def read(self, site: Site, value: Any, inputs: Sequence[Tensor]) -> Any:
         """Return a value that is read outside a forward, and remember it, to warn of a write that is lost."""
@@ -257,7 +257,7 @@ class CachedValue:
         self.modes = modes
         self.inputs = tuple(inputs)
         self.first = first
-        self.versions = _versions(value)
+        self.versions = versions_of(value)
         self.fused_steps = _FusedSteps.count
         self.trained = bool(fingerprint.trained())
 
@@ -287,10 +287,6 @@ class CachedValue:
 
 def _tensors(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def _versions(value: Any) -> list[int]:
-    return [part._version for part in _tensors(value)]
 
 
 def _detached(value: Any) -> Any:

@@ -39,13 +39,12 @@ def plain_autograd() -> bool:
     """Whether autograd records what is called now, perhaps for torch.compile: nothing else traces or transforms."""
     if is_dynamo_compiling():
         return torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    return torch.is_grad_enabled() and not (
-        torch.compiler.is_compiling()
-        or functorch_interpreter() is not None
-        or forward_ad._current_level >= 0
-        or tracing_state() is not None
-        or is_fx_symbolic_tracing()
-    )
+    return torch.is_grad_enabled() and not (torch.compiler.is_compiling() or traced() or is_fx_symbolic_tracing())
+
+
+def traced() -> bool:
+    """Whether torch.jit.trace, a transform of torch.func or forward mode sees what is called now."""
+    return functorch_interpreter() is not None or forward_ad._current_level >= 0 or tracing_state() is not None
 
 
 def others_trace() -> bool:

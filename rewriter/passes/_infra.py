@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rewriter.sites import Site, site_path
@@ -93,6 +94,13 @@ def evaluations_of(lowering: Lowering) -> dict[Site, list[fx.Node]]:
         if node.op == "call_module" and node.target in site_at:
             found[site_at[node.target]].append(node)
     return found
+
+
+def is_linear_by(node: fx.Node, weight: fx.Node) -> bool:
+    """Say whether a node is a linear call by position whose weight is `weight`, which it takes as nothing else."""
+    if node.op != "call_function" or node.target is not F.linear or node.kwargs or len(node.args) < 2:
+        return False
+    return node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
 
 
 def few_of_each(sites: Iterable[Site]) -> Iterator[Site]:

@@ -170,7 +170,8 @@ class Site(nn.Module):
         Under autocast the chain runs in the precision of its tensors, like the plain weight it stands for; the use
         of the value is what autocast casts.
         """
-        run = self._recompute if self.spec.memory == "recompute" else self.compose
+        keep = self.spec.memory == "keep"
+        run: Callable[..., Any] = self.compose if keep else lambda *given: recomputed(self, given)
         try:
             if autocast_anywhere():
                 device = self._device_type()
@@ -181,9 +182,6 @@ class Site(nn.Module):
         except Exception as problem:
             self._note(problem)
             raise
-
-    def _recompute(self, *inputs: Tensor) -> Any:
-        return recomputed(self, inputs)
 
     def _note(self, problem: Exception) -> None:
         """Let the problem say which tensor was being computed."""
@@ -199,9 +197,12 @@ class Site(nn.Module):
     def hoisted_value(self) -> Any:
         """Return the result of the hoisted steps, cached if nothing that it depends on has changed."""
         count = self.hoisted
-        steps = evaluated_steps(self) if self.fused else self.steps
-        used = self.originals[: sum(self.spec.stored[:count])]
-        return self.policy.cache("hoisted", self, count, (), lambda: apply_steps(self.spec, steps[:count], used, ()))
+
+        def first() -> Any:
+            steps = evaluated_steps(self) if self.fused else self.steps
+            return apply_steps(self.spec, steps[:count], self.originals[: sum(self.spec.stored[:count])], ())
+
+        return self.policy.cache("hoisted", self, count, (), first)
 
     def settled(self, trains: Callable[[str], bool] = lambda path: False) -> Site:
         """Return this site in evaluation mode with buffers of its own, so that evaluating it changes nothing here.

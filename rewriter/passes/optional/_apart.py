@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of
+from rewriter.passes._infra import Lowering, Pass, PassError, evaluations_of, is_linear_by
 from rewriter.serialization._functions import graph_function
 from rewriter.sites._apart import may_be_apart
 
@@ -36,17 +36,11 @@ def set_apart(lowering: Lowering) -> bool:
     found = False
     for site, nodes in evaluations_of(lowering).items():
         for node in nodes if may_be_apart(site) else ():
-            if len(node.users) == 1 and _is_linear(next(iter(node.users)), node):
+            if len(node.users) == 1 and is_linear_by(next(iter(node.users)), node):
                 node.kwargs = {**node.kwargs, "apart": True}
                 next(iter(node.users)).target = linear_apart
                 found = True
     return found
-
-
-def _is_linear(node: fx.Node, weight: fx.Node) -> bool:
-    if node.op != "call_function" or node.target is not F.linear or node.kwargs or len(node.args) < 2:
-        return False
-    return node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
 
 
 def _used_by_linear_alone(lowering: Lowering) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from rewriter.passes._infra import Lowering, Pass, evaluations_of
+from rewriter.passes._infra import Lowering, Pass, evaluations_of, is_linear_by
 from rewriter.serialization._functions import graph_function
 
 LEAST = 8
@@ -36,7 +36,7 @@ def transpose_once(lowering: Lowering) -> bool:
     for site, nodes in evaluations_of(lowering).items():
         members = site.spec.members
         for node in nodes if len(members) == 1 and len(members[0].shape) == 2 else ():
-            calls = [user for user in node.users if _is_linear(user, node)]
+            calls = [user for user in node.users if is_linear_by(user, node)]
             if len(calls) >= LEAST:
                 with lowering.graph.inserting_after(node):
                     once = lowering.graph.call_method("t", (node,))
@@ -45,12 +45,6 @@ def transpose_once(lowering: Lowering) -> bool:
                     call.target = times_transposed
                 transposed = True
     return transposed
-
-
-def _is_linear(node: fx.Node, weight: fx.Node) -> bool:
-    if node.op != "call_function" or node.target is not F.linear or node.kwargs or len(node.args) < 2:
-        return False
-    return node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
 
 
 transpose_pass = Pass("transpose", transpose_once)
